@@ -1,0 +1,56 @@
+"""Tables what a run of train.py logged: how each iteration began and ended.
+
+    python evaluate.py runs/NAME
+
+Prints the table and writes it to NAME/evaluation/log.md and log.json. What the columns mean is in the README.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from spin import run
+from spin.run import InputError
+
+COLUMNS = {
+    "iteration": "{:.0f}",
+    "steps": "{:.0f}",
+    "seconds": "{:.1f}",
+    "first_loss": "{:.6f}",
+    "loss": "{:.4f}",
+    "margin": "{:.3e}",
+    "implicit_accuracy": "{:.3f}",
+    "delta_data": "{:.3e}",
+    "delta_gen": "{:.3e}",
+    "grad_norm": "{:.3g}",
+}
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Returns the rows of the table."""
+    parser = argparse.ArgumentParser(description="Table what a run logged.", usage=argparse.SUPPRESS)
+    parser.add_argument("run", help="run folder, as train.py's --out")
+    parser.add_argument("--out", help="folder for log.md and log.json; omitted: RUN/evaluation")
+    args = parser.parse_args(argv)
+    rows = run.Run(args.run).summary()
+    if not rows:
+        raise InputError(f"{args.run}: no log.jsonl with a whole line in it; is it the --out of a train.py run?")
+
+    lines = [list(COLUMNS), ["---:"] * len(COLUMNS)]
+    lines += [[form.format(row[name]) for name, form in COLUMNS.items()] for row in rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    folder = Path(args.out or Path(args.run, "evaluation"))
+    with run.whole_file(folder / "log.md") as part:
+        part.write_text(table + "\n")
+    run.write_json(folder / "log.json", rows)
+    print(table)
+    print("loss and what stands to its right: means over the last tenth of an iteration's steps")
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

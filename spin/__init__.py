@@ -1,0 +1,20 @@
+"""Self-play fine-tuning of Stable Diffusion (SPIN-Diffusion, arXiv 2402.10210), from scratch.
+
+Read in this order:
+
+    loss.py        the objective, a pure function of four errors per image pair
+    scheduler.py   the noise schedule and one step of each sampler
+    step.py        one training step's loss: noise, two networks, errors, objective
+    ../train.py    the self-play loop: generate -> train -> promote
+    sampler.py     guided sampling, prompts in, latents out
+    unet.py        the denoiser; blocks.py holds what it shares with vae.py
+    vae.py         images <-> latents
+    text.py        prompts -> context
+    weights.py     checkpoints in and out, strictly
+    data.py        captioned images, latents on disk, which sample is drawn when
+    run.py         a run folder: whole-or-nothing files, lock, log, state to resume from
+    viz.py         picture grids and line charts
+
+A module imports only from modules of a lower level (tests/test_imports.py):
+scheduler, loss, blocks, viz, run < unet, vae, text, data < weights, sampler, step.
+"""

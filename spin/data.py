@@ -1,0 +1,188 @@
+"""Captioned images, latents on disk, and which sample is drawn when.
+
+Nothing here keeps a random state: every draw is a function of (seed, iteration, step, place in the batch), so a run
+that was interrupted, or split into other micro-batches, draws the same samples.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spin.run import InputError, whole_file
+
+SHARD = 256  # rows a file of latents holds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captioned images
+
+
+class CaptionedImages:
+    """A folder of images with metadata.jsonl: one object a line, `file_name` and `text` (or `caption`).
+
+    `captions[i]` and `image(i)` are row i. Raises InputError for a row that names no file in the folder or no caption.
+    """
+
+    def __init__(self, folder: str | Path, resolution: int):
+        self.folder, self.resolution = Path(folder), resolution
+        self.metadata = self.folder / "metadata.jsonl"
+        self.files: list[Path] = []
+        self.captions: list[str] = []
+        try:
+            lines = self.metadata.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            raise InputError(f"{self.metadata}: no such file; put one line {{'file_name': ..., 'text': ...}} an image there") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.metadata}: not UTF-8 text ({error})") from None
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                self.add_row(line, f"{self.metadata} line {number}")
+        if not self.files:
+            raise InputError(f"{self.metadata}: no rows")
+
+    def add_row(self, line: str, where: str) -> None:
+        try:
+            row = json.loads(line)
+            name, caption = row["file_name"], row["text"] if "text" in row else row["caption"]
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{where}: not a JSON object with file_name and text (or caption)") from None
+        if not isinstance(caption, str) or not caption.strip():
+            raise InputError(f"{where}: an empty caption")
+        path = self.folder / str(name)
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise InputError(f"{where}: {name!r} leaves the folder; images must lie inside it")
+        if not path.is_file():
+            raise InputError(f"{where}: no image {path}")
+        self.files.append(path)
+        self.captions.append(caption)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image(self, row: int) -> Tensor:
+        """[3,resolution,resolution] in [-1,1]: the short side resized (bilinear), the centre cut out."""
+        try:
+            with Image.open(self.files[row]) as file:
+                picture = to_rgb(file)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(f"{self.files[row]}: not a readable image ({error})") from None
+        size, short = self.resolution, min(picture.size)
+        resized = picture.resize([max(size, round(side * size / short)) for side in picture.size], Image.Resampling.BILINEAR)
+        left, top = ((side - size) // 2 for side in resized.size)
+        pixels = np.asarray(resized.crop((left, top, left + size, top + size)), dtype=np.float32)
+        return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any mode to RGB, turned as its EXIF says; what is transparent lies on white; 16 bits become 8."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a .txt file (one a line), or of the strings or objects of a .json list or the lines of a .jsonl.
+
+    Objects say `prompt`, `text` or `caption`. Raises InputError where the file holds no prompt or something else.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            entries = json.loads(text)
+        elif path.suffix == ".jsonl":
+            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            entries = [line.strip() for line in text.splitlines() if line.strip()]
+        entries = [next(e[k] for k in ("prompt", "text", "caption") if k in e) if isinstance(e, dict) else e for e in entries]
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({error.strerror})") from None
+    except (ValueError, TypeError, StopIteration) as error:
+        raise InputError(f"{path}: not a list of prompts ({error or 'an object without prompt, text or caption'})") from None
+    if not entries or not all(isinstance(entry, str) for entry in entries):
+        raise InputError(f"{path}: holds no prompts" if not entries else f"{path}: holds something that is not a prompt")
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents on disk
+
+
+class LatentShards:
+    """Tensors of many rows in a folder, SHARD rows a file; a file appears whole or not at all.
+
+    rows: the data rows held, in order. They are stored as float16: 32 KB for a latent of 4x64x64.
+    """
+
+    def __init__(self, folder: Path, rows: Sequence[int]):
+        self.folder, self.rows = folder, list(rows)
+        self.place = {row: place for place, row in enumerate(self.rows)}
+        self.open = lru_cache(maxsize=64)(lambda path: safe_open(path, framework="pt"))
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05d}.safetensors"
+
+    def missing(self) -> list[tuple[int, list[int]]]:
+        """(shard, its rows) of every file that is not there yet."""
+        shards = range(0, len(self.rows), SHARD)
+        return [(i, self.rows[at : at + SHARD]) for i, at in enumerate(shards) if not self.path(i).exists()]
+
+    def write(self, shard: int, tensors: dict[str, Tensor]) -> None:
+        """tensors: [rows of the shard, ...] each."""
+        with whole_file(self.path(shard)) as part:
+            save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}, part)
+
+    def read(self, name: str, rows: Sequence[int]) -> Tensor:
+        """float32 [len(rows), ...]; the files are mapped into memory, only these rows are read."""
+        places = (divmod(self.place[row], SHARD) for row in rows)
+        return torch.stack([self.open(self.path(shard)).get_slice(name)[i] for shard, i in places]).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which sample is drawn when
+
+ORDER, DRAW, GENERATE = range(3)  # streams of random numbers that never meet
+
+
+def entropy(seed: int, *key: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(seed, spawn_key=key)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, iteration: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng(entropy(seed, ORDER, iteration, epoch)).permutation(count)
+
+
+def batch_rows(seed: int, iteration: int, step: int, batch_size: int, count: int) -> list[int]:
+    """The data rows, out of `count`, of optimiser step 1, 2, ... of an iteration: every row once, then every row again."""
+    places = range((step - 1) * batch_size, step * batch_size)
+    return [int(epoch_order(seed, iteration, place // count, count)[place % count]) for place in places]
+
+
+def draw(seed: int, iteration: int, step: int, place: int, shape: tuple[int, ...], timesteps: int) -> dict[str, Tensor]:
+    """What is random in one pair of a batch: t (int64), eps [4,h,w], posterior [4,h,w] (standard normal), flip (uniform)."""
+    rng = np.random.default_rng(entropy(seed, DRAW, iteration, step, place))
+    return {
+        "t": torch.tensor(int(rng.integers(timesteps))),
+        "flip": torch.tensor(rng.random()),
+        "eps": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
+        "posterior": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
+    }
+
+
+def generator(seed: int, iteration: int, row: int) -> torch.Generator:
+    """The noise that the opponent's image for a data row begins with."""
+    state = entropy(seed, GENERATE, iteration, row).generate_state(1, np.uint64)[0]
+    return torch.Generator("cpu").manual_seed(int(state >> 1))

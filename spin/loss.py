@@ -1,0 +1,60 @@
+"""The SPIN objective: pure functions of tensors. No model, no randomness, no configuration inside.
+
+Everything is said with four numbers a pair of images: the squared error of two players (the policy being
+trained, theta, and the frozen opponent, theta_k) on two noised images (a real one, and one the opponent
+generated for the same prompt). Equation numbers are those of arXiv 2402.10210.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: l(t), decreasing and convex (section 4). The paper's experiments use logistic.
+LINKS = {
+    "logistic": lambda t: F.softplus(-t),  # log(1 + exp(-t)); l(0) = log 2
+    "hinge": lambda t: F.relu(1 - t),
+    "correlation": lambda t: 1 - t,
+}
+
+
+def per_image_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """|prediction - target|^2, the mean over all dimensions of an image: [B,...] twice -> [B] float32.
+
+    Both are cast before they are subtracted: the loss multiplies differences of these errors by beta, in the
+    thousands, and half precision would drown them.
+    """
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def spin_loss(
+    err_data: Tensor,
+    err_gen: Tensor,
+    opp_err_data: Tensor,
+    opp_err_gen: Tensor,
+    beta: float | Tensor,
+    link: str = "logistic",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Equation (C.6), the form the paper trains with: l(-w [(policy - opponent on real) - (the same on generated)]).
+
+    err_data, err_gen: [B] errors of the policy on the noised real and generated image, `per_image_error`.
+    opp_err_data, opp_err_gen: [B] errors of the opponent on the same two; no gradient flows into them.
+    beta: w = beta / 2 for mean squared errors. The paper says only "beta = 2000"; the 1/2 and the mean are
+        Diffusion-DPO's convention, assumed here. With errors summed over D dimensions the same loss has beta / D.
+    link: "logistic" (the paper's experiments), "hinge" or "correlation"; KeyError for another name.
+
+    Returns losses [B] and detached metrics, [B] each: delta_data and delta_gen, policy error minus opponent error
+    on real and generated; margin = delta_gen - delta_data, positive when the policy tells the two apart;
+    implicit_accuracy, 1 where the margin is positive, 0 where negative, a half where it is zero.
+    """
+    delta_data = err_data - opp_err_data.detach()
+    delta_gen = err_gen - opp_err_gen.detach()
+    logit = -0.5 * beta * (delta_data - delta_gen)
+    losses = LINKS[link](logit)
+    margin = (delta_gen - delta_data).detach()
+    metrics = {
+        "delta_data": delta_data.detach(),
+        "delta_gen": delta_gen.detach(),
+        "margin": margin,
+        "implicit_accuracy": 0.5 * (1 + torch.sign(margin)),
+    }
+    return losses, metrics

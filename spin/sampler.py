@@ -1,0 +1,79 @@
+"""Guided sampling: prompts in, latents out."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from spin.scheduler import ddim_step, ddpm_step, x0_and_eps
+
+
+@torch.no_grad()
+def sample(
+    sd,
+    prompts: Sequence[str],
+    steps: int = 50,
+    guidance: float = 7.5,
+    eta: float = 0.0,
+    generators: Sequence[torch.Generator] | None = None,
+    *,
+    negative_prompts: str | Sequence[str] = "",
+    height: int | None = None,
+    width: int | None = None,
+    sampler: str = "ddim",
+    autocast: torch.dtype = torch.float32,
+    progress: Callable[[Tensor], object] = iter,
+) -> Tensor:
+    """Draws one latent for each prompt: x0, scaled, [B,4,h,w] float32; `sd.vae.decode(x0 / sd.vae.scaling_factor)` is the picture.
+
+    sd: `weights.StableDiffusion`, or anything with its unet, vae, scheduler and encode_prompts.
+    guidance: eps = eps_empty + guidance (eps_prompt - eps_empty), arXiv 2207.12598; 1 is no guidance, at half the cost.
+    eta: share of DDPM's noise that DDIM adds in a step, 0 to 1. sampler: "ddim", or "ddpm" (ancestral; ignores eta).
+    generators: one on the CPU for each prompt: its first latent and its step noise are drawn from it and from nothing
+        else, so an image does not depend on the batch it is drawn in. None: seeds 0, 1, 2, ...
+    negative_prompts: what takes the place of the empty prompt, one for all or one for each.
+    height, width: pixels, multiples of the VAE's factor; None: the size the UNet was trained at.
+    progress: wraps the iteration over timesteps (tqdm, say). ValueError where an argument is out of range.
+    """
+    batch, f = len(prompts), sd.vae.downscale
+    negative_prompts = [negative_prompts] * batch if isinstance(negative_prompts, str) else list(negative_prompts)
+    generators = [torch.Generator("cpu").manual_seed(i) for i in range(batch)] if generators is None else generators
+    height, width = (size or sd.unet.config.get("sample_size", 64) * f for size in (height, width))
+    if height % f or width % f:
+        raise ValueError(f"{height} x {width} pixels: height and width must be multiples of {f}")
+    if not len(prompts) == len(generators) == len(negative_prompts):
+        raise ValueError(f"{batch} prompts, {len(generators)} generators, {len(negative_prompts)} negative prompts")
+    if sampler not in ("ddim", "ddpm"):
+        raise ValueError(f"sampler {sampler!r}: only ddim and ddpm are known")
+
+    device, dtype = sd.unet.conv_in.weight.device, sd.unet.conv_in.weight.dtype
+    guided = guidance != 1
+    shape = (1, sd.unet.conv_in.in_channels, height // f, width // f)
+
+    def noise() -> Tensor:
+        return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
+        context = sd.encode_prompts([*negative_prompts, *prompts] if guided else list(prompts)).to(dtype)
+        x_t = noise()
+        for t in progress(sd.scheduler.timesteps(steps)):
+            inputs = torch.cat([x_t, x_t]) if guided else x_t
+            output = sd.unet(inputs.to(dtype), t.to(device), context).float()
+            if guided:
+                empty, prompt = output.chunk(2)
+                output = empty + guidance * (prompt - empty)
+            alpha_bar, alpha_bar_prev = (a.to(device) for a in sd.scheduler.alphas_of_step(t.item(), steps, sampler))
+            x0, eps = x0_and_eps(output, x_t, alpha_bar, sd.scheduler.prediction_type)
+            if sampler == "ddpm":
+                x_t = ddpm_step(x_t, x0, alpha_bar, alpha_bar_prev, noise())
+            else:
+                x_t = ddim_step(x0, eps, alpha_bar, alpha_bar_prev, eta, noise() if eta else x_t)
+    return x_t
+
+
+@torch.no_grad()
+def decode(sd, latents: Tensor) -> Tensor:
+    """Scaled latents [B,4,h,w] -> pictures [B,3,H,W] float32 in [0,1]; one by one, the decoder's memory is large."""
+    dtype = next(sd.vae.parameters()).dtype
+    images = [sd.vae.decode(x0.to(dtype) / sd.vae.scaling_factor) for x0 in latents.split(1)]
+    return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)

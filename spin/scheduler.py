@@ -1,0 +1,133 @@
+"""The noise schedule of Stable Diffusion and one step of each sampler.
+
+Symbols: x0 is a clean latent, eps standard normal noise of its shape, and
+
+    x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps
+
+with alpha_bar_t the cumulative product of 1 - beta_t: `alphas_cumprod[t]` for t = 0..T-1. The SPIN
+paper (arXiv 2402.10210) writes alpha_t for it and counts t from 1, so that its alpha_0 is 1.
+Sources: DDPM (arXiv 2006.11239), DDIM (arXiv 2010.02502), v-prediction (arXiv 2202.00512).
+"""
+
+import torch
+from torch import Tensor
+
+
+class Scheduler:
+    """What a checkpoint's scheduler_config.json fixes; missing keys mean what they mean to diffusers' DDIMScheduler.
+
+    config: `num_train_timesteps`, `beta_start`, `beta_end`, `beta_schedule` (linear, scaled_linear),
+    `prediction_type` (epsilon, v_prediction), `steps_offset`, `set_alpha_to_one`. Raises ValueError on another value.
+    """
+
+    def __init__(self, config: dict):
+        self.config = dict(config)
+        self.num_train_timesteps: int = config.get("num_train_timesteps", 1000)
+        self.prediction_type: str = config.get("prediction_type", "epsilon")
+        self.steps_offset: int = config.get("steps_offset", 0)
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type {self.prediction_type!r}: only epsilon and v_prediction are known")
+        self.alphas_cumprod = alphas_cumprod(
+            config.get("beta_schedule", "linear"),
+            config.get("beta_start", 1e-4),
+            config.get("beta_end", 2e-2),
+            self.num_train_timesteps,
+        )  # [T] float32
+        # DDIM's last step lands here: the clean image, or the training schedule's least noisy level
+        self.final_alpha_cumprod = torch.tensor(1.0) if config.get("set_alpha_to_one", True) else self.alphas_cumprod[0]
+
+    def timesteps(self, steps: int) -> Tensor:
+        """int64 [steps], noisiest first, evenly spaced from the clean end ("leading" spacing). ValueError if too many."""
+        latest = (steps - 1) * self.stride(steps) + self.steps_offset
+        if latest >= self.num_train_timesteps:
+            limit = self.num_train_timesteps - self.steps_offset
+            raise ValueError(f"{steps} sampling steps reach timestep {latest}: this checkpoint allows at most {limit} steps")
+        return torch.arange(steps).flip(0) * self.stride(steps) + self.steps_offset
+
+    def stride(self, steps: int) -> int:
+        """How many training timesteps one of `steps` sampling steps covers. ValueError unless 1 <= steps <= T."""
+        if not 1 <= steps <= self.num_train_timesteps:
+            raise ValueError(f"{steps} sampling steps: must be 1 to {self.num_train_timesteps}")
+        return self.num_train_timesteps // steps
+
+    def alphas_of_step(self, t: int, steps: int, sampler: str) -> tuple[Tensor, Tensor]:
+        """alpha_bar at t and at the timestep that one of `steps` sampling steps leads to, 0-d each.
+
+        Past the end of the schedule lies alpha_bar = 1 for "ddpm", `final_alpha_cumprod` for "ddim".
+        """
+        previous = t - self.stride(steps)
+        if previous >= 0:
+            alpha_bar_prev = self.alphas_cumprod[previous]
+        else:
+            alpha_bar_prev = self.final_alpha_cumprod if sampler == "ddim" else torch.tensor(1.0)
+        return self.alphas_cumprod[t], alpha_bar_prev
+
+
+def alphas_cumprod(schedule: str, beta_start: float, beta_end: float, num_train_timesteps: int) -> Tensor:
+    """alpha_bar_t [T] float32. "scaled_linear" spaces sqrt(beta) evenly: Stable Diffusion's. ValueError if unknown."""
+    if schedule == "linear":
+        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
+    elif schedule == "scaled_linear":
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32) ** 2
+    else:
+        raise ValueError(f"beta_schedule {schedule!r}: only linear and scaled_linear are known")
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def per_image(coefficient: Tensor, like: Tensor) -> Tensor:
+    """[B] or 0-d -> [B,1,...] or [1,1,...], to multiply `like` [B,...] image by image."""
+    return coefficient.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t [B,...] from x0 and eps [B,...] and alpha_bar_t, [B] or 0-d."""
+    alpha_bar = per_image(alpha_bar, x0)
+    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+
+
+def velocity(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """v_t = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0, what a v-prediction network is trained on."""
+    alpha_bar = per_image(alpha_bar, x0)
+    return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+
+
+def target(x0: Tensor, eps: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+    """What the network should answer at x_t: eps, or v for prediction_type "v_prediction"."""
+    return velocity(x0, eps, alpha_bar) if prediction_type == "v_prediction" else eps
+
+
+def x0_and_eps(output: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """The clean latent and the noise that the network's answer [B,...] at x_t [B,...] implies."""
+    alpha_bar = per_image(alpha_bar, x_t)
+    if prediction_type == "v_prediction":
+        x0 = alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * output
+        return x0, alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t
+    return (x_t - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt(), output
+
+
+def posterior_std(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
+    """s_t of DDPM, standard deviation of q(x_{t-1} | x_t, x0): "fixed_small" in diffusers."""
+    return ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
+
+
+def ddim_step(x0: Tensor, eps: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float, noise: Tensor) -> Tensor:
+    """x_{t-1} ~ N(mu_theta, s_t^2), equation (3.2), s_t = eta times DDPM's. eta 0 ignores `noise`.
+
+    x0, eps: what the network implies at x_t, noise: standard normal, all [B,...]. alphas: [B] or 0-d.
+    """
+    s = eta * posterior_std(alpha_bar, alpha_bar_prev)
+    direction = (1 - alpha_bar_prev - s**2).clamp(min=0).sqrt()
+    mean = per_image(alpha_bar_prev.sqrt(), x0) * x0 + per_image(direction, x0) * eps
+    return mean + per_image(s, x0) * noise if eta else mean
+
+
+def ddpm_step(x_t: Tensor, x0: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, noise: Tensor) -> Tensor:
+    """x_{t-1} ~ q(x_{t-1} | x_t, x0), DDPM's equations (6) and (7), between any two levels of the schedule.
+
+    x_t, the x0 the network implies, noise (standard normal): [B,...]. alphas: [B] or 0-d.
+    """
+    alpha = alpha_bar / alpha_bar_prev
+    of_x0 = alpha_bar_prev.sqrt() * (1 - alpha) / (1 - alpha_bar)
+    of_x_t = alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    s = posterior_std(alpha_bar, alpha_bar_prev)
+    return per_image(of_x0, x0) * x0 + per_image(of_x_t, x0) * x_t + per_image(s, x0) * noise

@@ -1,0 +1,223 @@
+"""The UNet of Stable Diffusion 1.x and 2.x: noised latents, timesteps, text context -> the predicted noise.
+
+Attribute names are those of diffusers' UNet2DConditionModel, so a checkpoint loads without renaming a tensor.
+Shapes in comments are SD-1.5's at 512 px: latents [B,4,64,64], channels 320, 640, 1280, 1280, context [B,77,768].
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spin.blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
+
+#: level types of config.json -> does the level attend to the text?
+DOWN_TYPES = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+UP_TYPES = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+
+
+def timestep_embedding(t: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """Sinusoids of t [B] at geometrically spaced frequencies, 1 to 1/10000: [B,channels] float32."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - freq_shift))
+    angles = t.float()[:, None] * frequencies
+    sin, cos = angles.sin(), angles.cos()
+    return torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=1)
+
+
+class TimestepMLP(nn.Module):
+    def __init__(self, channels: int, temb_channels: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, temb_channels)
+        self.linear_2 = nn.Linear(temb_channels, temb_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        # the middle place is a dropout in diffusers: it has no weights, but it counts
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Tokens attend to each other (attn1), then to the text (attn2), then each is transformed alone (ff)."""
+
+    def __init__(self, channels: int, heads: int, context_channels: int):
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, heads)
+        self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, heads, context_channels)
+        self.norm3, self.ff = nn.LayerNorm(channels), FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nn.Module):
+    """A transformer block over the pixels of a feature map, which are its tokens."""
+
+    def __init__(self, channels: int, heads: int, context_channels: int, groups: int, linear: bool):
+        super().__init__()
+        # a 1x1 convolution (SD-1.x) and a linear layer (SD-2.x) are one map with differently shaped weights
+        projection = nn.Linear if linear else lambda inputs, outputs: nn.Conv2d(inputs, outputs, 1)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = projection(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_channels)])
+        self.proj_out = projection(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B,320,64,64] -> [B,4096,320]
+        tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        tokens = self.transformer_blocks[0](tokens, context)
+        tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + tokens.transpose(1, 2).reshape(x.shape)
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by attention to the text where the level has it."""
+
+    def __init__(self, channels_in: list[int], channels: int, temb_channels: int, norm: tuple[int, float], attention):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock2D(c, channels, *norm, temb_channels) for c in channels_in)
+        if attention is not None:
+            self.attentions = nn.ModuleList(attention() for _ in channels_in)
+
+    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[i](x, temb)
+        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+
+
+class DownLevel(Level):
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
+        """What the way up will read: the output of every layer and of the downsampling, the level's output last."""
+        outputs = []
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, temb, context)
+            outputs.append(x)
+        if hasattr(self, "downsamplers"):
+            outputs.append(self.downsamplers[0](x))
+        return outputs
+
+
+class UpLevel(Level):
+    def forward(self, x: Tensor, skips: list[Tensor], size: torch.Size, temb: Tensor, context: Tensor) -> Tensor:
+        """Reads `skips` from its end, one a layer; `size`: height and width to leave with."""
+        for i, skip in enumerate(reversed(skips)):
+            x = self.layer(i, torch.cat([x, skip], dim=1), temb, context)
+        return self.upsamplers[0](x, size) if hasattr(self, "upsamplers") else x
+
+
+class MidLevel(nn.Module):
+    def __init__(self, channels: int, temb_channels: int, norm: tuple[int, float], attention):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, *norm, temb_channels) for _ in range(2))
+        self.attentions = nn.ModuleList([attention()])
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, temb), context)
+        return self.resnets[1](x, temb)
+
+
+class UNet(nn.Module):
+    """config: diffusers' unet/config.json. Sizes come from it alone. ValueError for a level type it does not know.
+
+    forward(latents [B,4,h,w], timesteps [B] or 0-d, context [B,77,D]) -> [B,4,h,w]
+    `checkpoint_activations = True` recomputes each level in the backward pass instead of storing its activations.
+    """
+
+    checkpoint_activations = False
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = dict(config)
+        channels: list[int] = config["block_out_channels"]
+        depth: int = config.get("layers_per_block", 2)
+        groups, eps = norm = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
+        temb_channels = 4 * channels[0]
+        # "attention_head_dim": 8 in SD-1.x files means 8 heads; SD-2.x gives the number of heads level by level
+        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+        heads = [heads] * len(channels) if isinstance(heads, int) else heads
+
+        def transformer(level: int):
+            context_channels, linear = config["cross_attention_dim"], config.get("use_linear_projection", False)
+            return lambda: Transformer2D(channels[level], heads[level], context_channels, groups, linear)
+
+        self.conv_in = nn.Conv2d(config.get("in_channels", 4), channels[0], 3, padding=1)
+        self.time_embedding = TimestepMLP(channels[0], temb_channels)
+
+        skip_channels = [channels[0]]
+        self.down_blocks = nn.ModuleList()
+        for level, name in enumerate(config["down_block_types"]):
+            width, before = channels[level], channels[max(level - 1, 0)]
+            attention = transformer(level) if attends(name, DOWN_TYPES) else None
+            block = DownLevel([before] + [width] * (depth - 1), width, temb_channels, norm, attention)
+            skip_channels += [width] * depth
+            if level < len(channels) - 1:
+                block.downsamplers = nn.ModuleList([Downsample2D(width, config.get("downsample_padding", 1))])
+                skip_channels.append(width)
+            self.down_blocks.append(block)
+
+        self.mid_block = MidLevel(channels[-1], temb_channels, norm, transformer(-1))
+
+        self.up_blocks = nn.ModuleList()
+        for level, name in zip(reversed(range(len(channels))), config["up_block_types"], strict=True):
+            width, before = channels[level], channels[min(level + 1, len(channels) - 1)]
+            attention = transformer(level) if attends(name, UP_TYPES) else None
+            # one layer more than on the way down: the first level, or the last downsampling, left a skip of its own
+            inputs = [c + skip_channels.pop() for c in [before] + [width] * depth]
+            block = UpLevel(inputs, width, temb_channels, norm, attention)
+            if level > 0:
+                block.upsamplers = nn.ModuleList([Upsample2D(width)])
+            self.up_blocks.append(block)
+
+        self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps)
+        self.conv_out = nn.Conv2d(channels[0], config.get("out_channels", 4), 3, padding=1)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        config = self.config
+        flip, shift = config.get("flip_sin_to_cos", True), config.get("freq_shift", 0)
+        sinusoids = timestep_embedding(timesteps.expand(len(latents)), self.conv_in.out_channels, flip, shift)
+        temb = self.time_embedding(sinusoids.to(latents.dtype))  # [B,1280]
+
+        x = self.conv_in(latents)  # [B,320,64,64]
+        skips = [x]
+        for block in self.down_blocks:  # -> [B,320,32,32] -> [B,640,16,16] -> [B,1280,8,8] -> [B,1280,8,8]
+            skips += self.call(block, skips[-1], temb, context)
+        x = self.call(self.mid_block, skips[-1], temb, context)
+        for block in self.up_blocks:  # -> [B,1280,16,16] -> [B,1280,32,32] -> [B,640,64,64] -> [B,320,64,64]
+            depth = len(block.resnets)
+            mine, skips = skips[-depth:], skips[:-depth]
+            # upsample to the size of the next skip, not simply twice: halving an odd size had lost a row
+            size = skips[-1].shape[-2:] if skips else None
+            x = self.call(block, x, mine, size, temb, context)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def call(self, block: nn.Module, *inputs):
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+def attends(name: str, types: dict[str, bool]) -> bool:
+    if name not in types:
+        raise ValueError(f"level type {name!r}: only {', '.join(types)} are known")
+    return types[name]

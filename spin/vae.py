@@ -1,0 +1,118 @@
+"""AutoencoderKL, Stable Diffusion's picture codec: images in [-1,1] <-> latents a factor f = 8 smaller each way.
+
+Attribute names are those of diffusers' AutoencoderKL. Shapes in comments are SD-1.5's at 512 px.
+Latents here are unscaled: the UNet works on them times `scaling_factor`.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spin.blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
+
+EPS = 1e-6  # of every GroupNorm in the VAE; the UNet's residual blocks have 1e-5
+
+
+class PixelAttention(Attention):
+    """One head over all pixels, with its norm and its residual inside: [B,C,H,W] -> [B,C,H,W]."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__(channels, heads=1, qkv_bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B,512,64,64] -> [B,4096,512]
+        return x + super().forward(tokens).transpose(1, 2).reshape(x.shape)
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution; the caller hangs `downsamplers` or `upsamplers` on it."""
+
+    def __init__(self, channels: int, out_channels: int, depth: int, groups: int):
+        super().__init__()
+        inputs = [channels] + [out_channels] * (depth - 1)
+        self.resnets = nn.ModuleList(ResnetBlock2D(c, out_channels, groups, EPS) for c in inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for sampler in getattr(self, "downsamplers", None) or getattr(self, "upsamplers", ()):
+            x = sampler(x)
+        return x
+
+
+class MidLevel(nn.Module):
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, groups, EPS) for _ in range(2))
+        self.attentions = nn.ModuleList([PixelAttention(channels, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, in_channels: int, latent_channels: int, channels: list[int], depth: int, groups: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for level, width in enumerate(channels):
+            block = Level(channels[max(level - 1, 0)], width, depth, groups)
+            if level < len(channels) - 1:
+                block.downsamplers = nn.ModuleList([Downsample2D(width, padding=0)])
+            self.down_blocks.append(block)
+        self.mid_block = MidLevel(channels[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)  # [B,128,512,512]
+        for block in self.down_blocks:  # -> [B,128,256,256] -> [B,256,128,128] -> [B,512,64,64] -> [B,512,64,64]
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, out_channels: int, latent_channels: int, channels: list[int], depth: int, groups: int):
+        super().__init__()
+        channels = channels[::-1]
+        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidLevel(channels[0], groups)
+        self.up_blocks = nn.ModuleList()
+        for level, width in enumerate(channels):
+            block = Level(channels[max(level - 1, 0)], width, depth + 1, groups)
+            if level < len(channels) - 1:
+                block.upsamplers = nn.ModuleList([Upsample2D(width)])
+            self.up_blocks.append(block)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
+        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(x))  # [B,512,64,64]
+        for block in self.up_blocks:  # -> [B,512,128,128] -> [B,512,256,256] -> [B,256,512,512] -> [B,128,512,512]
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """config: diffusers' vae/config.json. Sizes come from it alone."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = dict(config)
+        channels, depth = config["block_out_channels"], config.get("layers_per_block", 1)
+        latent_channels, groups = config.get("latent_channels", 4), config.get("norm_num_groups", 32)
+        self.scaling_factor: float = config.get("scaling_factor", 0.18215)  # older files lack it and mean this
+        self.downscale = 2 ** (len(channels) - 1)  # f: pixels per latent, each way
+        self.encoder = Encoder(config.get("in_channels", 3), latent_channels, channels, depth, groups)
+        self.decoder = Decoder(config.get("out_channels", 3), latent_channels, channels, depth, groups)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B,3,H,W] in [-1,1] -> mean and log-variance of the latents, [B,4,H/f,W/f] each, unscaled."""
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Unscaled latents [B,4,h,w] -> images [B,3,f h,f w], about [-1,1] but not clamped."""
+        return self.decoder(self.post_quant_conv(latents))

@@ -1,0 +1,114 @@
+"""Picture grids and line charts, drawn with Pillow."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+
+INK, PALE, PAPER = (32, 32, 36), (200, 200, 206), (255, 255, 255)
+COLOURS = [(31, 105, 180), (214, 90, 24), (34, 139, 76), (150, 60, 160), (120, 120, 120)]
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """[3,H,W] in [0,1] -> an 8-bit RGB picture, rounded to the nearest level."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def parameters(prompt: str, negative: str, seed: int, steps: int, sampler: str, guidance: float, shape: Sequence[int], model: str) -> str:
+    """How a picture [3,H,W] was made, in the form that Stable Diffusion programs read from a PNG."""
+    settings = {"Steps": steps, "Sampler": sampler, "CFG scale": guidance, "Seed": seed, "Size": f"{shape[2]}x{shape[1]}", "Model": model}
+    lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
+
+
+def save_png(picture: Image.Image, path, text: str = "") -> None:
+    """`text` goes into the PNG's text chunk "parameters"."""
+    info = PngImagePlugin.PngInfo()
+    if text:
+        info.add_itxt("parameters", text)
+    picture.save(path, format="PNG", pnginfo=info)
+
+
+def wrap(text: str, font, width: int) -> list[str]:
+    """Lines of at most `width` pixels; a single word that is wider stays whole."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], captions: Sequence[str], cell: int = 192) -> Image.Image:
+    """A table of pictures: a title over each column, a caption (a prompt) to the left of each row.
+
+    Pictures larger than `cell` pixels are shrunk to it; smaller ones are enlarged pixel by pixel.
+    """
+    font, gap, margin, line = ImageFont.load_default(15), 6, 190, 19
+    title_height = line + gap if any(columns) else 0
+    width = margin + len(columns) * (cell + gap)
+    sheet = Image.new("RGB", (width, title_height + len(rows) * (cell + gap)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for j, title in enumerate(columns):
+        draw.text((margin + j * (cell + gap) + cell / 2, 2), title, INK, font, anchor="ma")
+    for i, (pictures, caption) in enumerate(zip(rows, captions, strict=True)):
+        top = title_height + i * (cell + gap)
+        lines = wrap(caption, font, margin - 2 * gap)[: cell // line]
+        draw.multiline_text((gap, top + gap), "\n".join(lines), INK, font, spacing=line - 15)
+        for j, picture in enumerate(pictures):
+            scale = cell / max(picture.size)
+            size = tuple(max(1, round(side * scale)) for side in picture.size)
+            shown = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+            sheet.paste(shown, (margin + j * (cell + gap) + (cell - size[0]) // 2, top + (cell - size[1]) // 2))
+    return sheet
+
+
+def line_charts(panels: dict[str, dict[str, Sequence[float]]], marks: Sequence[int] = (), width: int = 460, height: int = 240) -> Image.Image:
+    """One panel beside another, two a row: {panel title: {line name: values over steps 1, 2, ...}}.
+
+    Values that are not finite are left out. `marks`: steps after which a vertical line is drawn (ends of iterations).
+    """
+    columns = min(2, len(panels))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(panels) / columns) * height), PAPER)
+    for i, (title, lines) in enumerate(panels.items()):
+        panel = line_chart(title, lines, marks, width, height)
+        sheet.paste(panel, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def line_chart(title: str, lines: dict[str, Sequence[float]], marks: Sequence[int], width: int, height: int) -> Image.Image:
+    panel, font = Image.new("RGB", (width, height), PAPER), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(panel)
+    left, top, right, bottom = 76, 30, width - 14, height - 26
+    finite = [y for values in lines.values() for y in values if math.isfinite(y)] or [0.0]
+    low, high = min(finite), max(finite)
+    pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    low, high = low - pad, high + pad
+    count = max(2, *(len(values) for values in lines.values()))
+
+    def place(step: int, y: float) -> tuple[float, float]:
+        return left + (step - 1) / (count - 1) * (right - left), bottom - (y - low) / (high - low) * (bottom - top)
+
+    draw.text((left, 6), title, INK, font)
+    for y in (low + pad, (low + high) / 2, high - pad):
+        height_of_y = place(1, y)[1]
+        draw.line([(left, height_of_y), (right, height_of_y)], PALE)
+        draw.text((left - 6, height_of_y), f"{y:.4g}", INK, font, anchor="rm")
+    for mark in marks:
+        draw.line([place(mark, low), place(mark, high)], PALE)
+    draw.text((left, bottom + 6), "step 1", INK, font)
+    draw.text((right, bottom + 6), str(count), INK, font, anchor="ra")
+    legend = right
+    for (name, values), colour in reversed(list(zip(lines.items(), COLOURS))):
+        points = [place(step, y) for step, y in enumerate(values, start=1) if math.isfinite(y)]
+        draw.line(points, colour, 2)
+        if len(points) == 1:
+            draw.ellipse([points[0][0] - 2, points[0][1] - 2, points[0][0] + 2, points[0][1] + 2], colour)
+        if len(lines) > 1:
+            draw.text((legend, 6), name, colour, font, anchor="ra")
+            legend -= font.getlength(name) + 14
+    return panel

@@ -1,0 +1,322 @@
+"""Checkpoints in and out: the folder layout of diffusers, read strictly.
+
+    model_index.json
+    unet/config.json          unet/diffusion_pytorch_model.safetensors
+    vae/config.json           vae/diffusion_pytorch_model.safetensors
+    text_encoder/config.json  text_encoder/model.safetensors
+    tokenizer/                vocab.json + merges.txt, or tokenizer.json; without it, CLIP's own
+    scheduler/scheduler_config.json
+
+Folders of several generations of diffusers and transformers are read; the newest names are written.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spin.run import InputError, read_json, whole_file, write_json
+from spin.scheduler import Scheduler
+from spin.text import EOS, TextEncoder, Tokenizer, from_tower, to_tower
+from spin.unet import UNet
+from spin.vae import AutoencoderKL
+
+# Settings that our networks have built in, and the values they have there. Another value in a config.json means
+# an architecture (SDXL, an inpainting or an upscaling variant, another sampler) that would load and draw nonsense.
+BUILT_IN = {
+    "unet": {
+        "in_channels": (4,),
+        "out_channels": (4,),
+        "act_fn": ("silu",),
+        "center_input_sample": (False,),
+        "mid_block_scale_factor": (1,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "transformer_layers_per_block": (1,),
+        "dual_cross_attention": (False,),
+        "only_cross_attention": (False,),
+        "resnet_time_scale_shift": ("default",),
+        "time_embedding_type": ("positional",),
+        "time_embedding_dim": (None,),
+        "timestep_post_act": (None,),
+        "time_cond_proj_dim": (None,),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "addition_embed_type": (None,),
+        "encoder_hid_dim": (None,),
+        "attention_type": ("default",),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+    },
+    "vae": {
+        "act_fn": ("silu",),
+        "latent_channels": (4,),
+        "mid_block_add_attention": (True,),
+        "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+        "shift_factor": (None,),
+    },
+    "text_encoder": {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)},
+    "scheduler": {
+        "timestep_spacing": ("leading",),
+        "clip_sample": (False,),
+        "thresholding": (False,),
+        "trained_betas": (None,),
+        "rescale_betas_zero_snr": (False,),
+        "use_karras_sigmas": (False,),
+    },
+}
+
+# The published SD-1.5 VAE has the attention names of an older diffusers.
+OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+@dataclass
+class StableDiffusion:
+    """The four parts of a text-to-image model. Networks are in eval mode; callers freeze what they freeze."""
+
+    unet: UNet
+    vae: AutoencoderKL
+    text_encoder: TextEncoder
+    scheduler: Scheduler
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """B prompts -> context [B,77,D]."""
+        return self.text_encoder(prompts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In
+
+
+def load(
+    source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", unet: str | Path | None = None
+) -> StableDiffusion:
+    """Reads a checkpoint folder in the diffusers layout. `unet`: another folder whose UNet is taken instead.
+
+    Raises InputError, one line, where a file is missing, cut short or foreign, a tensor's name or shape is not
+    what config.json says, or config.json describes another architecture.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; a checkpoint is a folder with unet/, vae/, text_encoder/ and scheduler/")
+    return StableDiffusion(
+        unet=load_unet(unet or folder, dtype, device),
+        vae=load_vae(folder, dtype, device),
+        text_encoder=load_text_encoder(folder, dtype, device),
+        scheduler=load_scheduler(folder),
+    )
+
+
+def load_unet(source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> UNet:
+    """The UNet of a checkpoint folder, or of the folder unet/ itself."""
+    folder = Path(source)
+    folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet = build(UNet, read_config(folder / "config.json", "unet"), folder)
+    return fill(unet, read_tensors(folder, "diffusion_pytorch_model"), folder, dtype, device)
+
+
+def load_vae(source: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> AutoencoderKL:
+    folder = source / "vae"
+    vae = build(AutoencoderKL, read_config(folder / "config.json", "vae"), folder)
+    tensors = {}
+    for name, tensor in read_tensors(folder, "diffusion_pytorch_model").items():
+        for old, new in OLD_VAE_NAMES.items():
+            name = name.replace(old, new)
+        tensors[name] = tensor
+    return fill(vae, tensors, folder, dtype, device)
+
+
+def load_text_encoder(source: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TextEncoder:
+    folder = source / "text_encoder"
+    config = read_config(folder / "config.json", "text_encoder")
+    tokenizer = load_tokenizer(source / "tokenizer", config.get("max_position_embeddings", 77))
+    encoder = build(lambda config: TextEncoder(config, tokenizer), config, folder)
+    if len(tokenizer.vocab) > config["vocab_size"]:
+        raise InputError(f"{folder}: {config['vocab_size']} embeddings for a tokenizer of {len(tokenizer.vocab)} tokens")
+
+    tensors = read_tensors(folder, "model")
+    tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    tensors.pop("embeddings.position_ids", None)  # the numbers 0..76, which older transformers stored
+    layers = config["num_hidden_layers"]
+    compare(tensors, from_tower(encoder.tower.state_dict(), layers), folder)
+    fill(encoder.tower, to_tower(tensors, layers), folder, dtype, device)
+    return encoder
+
+
+def load_tokenizer(folder: Path, length: int = 77) -> Tokenizer:
+    """From vocab.json + merges.txt or tokenizer.json; CLIP's own where the folder has neither."""
+    if (folder / "merges.txt").exists():
+        # an empty line, the last one above all, would count as a merge and shift the ids of the special tokens
+        lines = read_text(folder / "merges.txt").split("\n")
+        merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+        vocab = read_json(folder / "vocab.json")
+    elif (folder / "tokenizer.json").exists():
+        model = read_json(folder / "tokenizer.json").get("model", {})
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
+        vocab = model.get("vocab", {})
+    else:
+        merges = vocab = None
+    try:
+        tokenizer = Tokenizer(merges, find_pad_token(folder), length)
+    except ValueError as error:
+        raise InputError(f"{folder}: {error}") from None
+    if vocab is not None and vocab != tokenizer.vocab:
+        odd = sorted(token for token in vocab | tokenizer.vocab if vocab.get(token) != tokenizer.vocab.get(token))
+        raise InputError(f"{folder}: its vocabulary is not the one its merges make, as CLIP's is: {listed(odd)}")
+    return tokenizer
+
+
+def find_pad_token(folder: Path) -> str:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = read_json(folder / name).get("pad_token") if (folder / name).exists() else None
+        if token is not None:
+            return token["content"] if isinstance(token, dict) else token
+    return EOS
+
+
+def load_scheduler(source: Path) -> Scheduler:
+    path = source / "scheduler" / "scheduler_config.json"
+    return build(Scheduler, read_config(path, "scheduler"), path)
+
+
+def read_config(path: Path, part: str) -> dict:
+    config = read_json(path)
+    for key, values in BUILT_IN[part].items():
+        if key in config and config[key] not in values:
+            allowed = " or ".join(map(repr, values))
+            raise InputError(f"{path}: {key} is {config[key]!r}, supported is {allowed}; not a Stable Diffusion 1.x or 2.x {part}")
+    return config
+
+
+def build(make: Callable[[dict], object], config: dict, where: Path):
+    """make(config) without memory for weights, and with one line for what config.json lacks or says wrongly."""
+    try:
+        with torch.device("meta") if make is not Scheduler else torch.device("cpu"):
+            return make(config)
+    except KeyError as error:
+        raise InputError(f"{where}: its config lacks {error}") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: its config does not describe a network ({error})") from None
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as text ({error})") from None
+
+
+def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """Every tensor of folder/stem.safetensors, or of its half-precision twin, still on the disk where possible."""
+    for path in (folder / f"{stem}.safetensors", folder / f"{stem}.fp16.safetensors"):
+        if path.exists():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    return {name: file.get_tensor(name) for name in file.keys()}
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: cut short, or no safetensors file ({error})") from None
+    raise InputError(f"{folder / stem}.safetensors: no such file")
+
+
+def fill(network: nn.Module, tensors: dict[str, Tensor], where: Path, dtype: torch.dtype, device: str) -> nn.Module:
+    """Gives a network built on the meta device its weights, converted one by one into memory of their own."""
+    compare(tensors, network.state_dict(), where)
+    tensors = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
+    network.load_state_dict(tensors, assign=True)
+    return network.eval()
+
+
+def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], where: Path) -> None:
+    """InputError unless names and shapes are the same, with at most five names of each kind of difference."""
+    reshaped = [
+        f"{name} is {list(found[name].shape)}, not {list(wanted[name].shape)}"
+        for name in found.keys() & wanted.keys()
+        if found[name].shape != wanted[name].shape
+    ]
+    differences = {
+        "missing": wanted.keys() - found.keys(),
+        "unexpected": found.keys() - wanted.keys(),
+        "of another shape": reshaped,
+    }
+    found_any = [f"{len(names)} {kind} ({listed(sorted(names))})" for kind, names in differences.items() if names]
+    if found_any:
+        raise InputError(f"{where}: its tensors are not those of its config: {'; '.join(found_any)}")
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+
+
+def save(sd: StableDiffusion, folder: str | Path) -> None:
+    """Writes the diffusers layout; StableDiffusionPipeline.from_pretrained opens it, `load` gives back every bit."""
+    folder = Path(folder)
+    encoder = sd.text_encoder
+    text = from_tower(encoder.tower.state_dict(), encoder.config["num_hidden_layers"])
+    text = {f"text_model.{name}": tensor for name, tensor in text.items()}
+    unet_config = sd.unet.config | {"_class_name": "UNet2DConditionModel"}
+    save_network(folder / "unet", unet_config, "diffusion_pytorch_model", sd.unet.state_dict())
+    vae_config = sd.vae.config | {"_class_name": "AutoencoderKL", "scaling_factor": sd.vae.scaling_factor}
+    save_network(folder / "vae", vae_config, "diffusion_pytorch_model", sd.vae.state_dict())
+    text_config = encoder.config | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    save_network(folder / "text_encoder", text_config, "model", text)
+    save_tokenizer(folder / "tokenizer", encoder.tokenizer)
+    scheduler_class = sd.scheduler.config.get("_class_name", "DDIMScheduler")
+    write_json(folder / "scheduler" / "scheduler_config.json", sd.scheduler.config | {"_class_name": scheduler_class})
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler_class],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / "model_index.json", index)
+
+
+def save_network(folder: Path, config: dict, stem: str, tensors: dict[str, Tensor]) -> None:
+    write_json(folder / "config.json", config)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with whole_file(folder / f"{stem}.safetensors") as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    write_json(folder / "vocab.json", tokenizer.vocab)
+    with whole_file(folder / "merges.txt") as part:
+        part.write_text("\n".join(["#version: 0.2", *tokenizer.merges]), encoding="utf-8")
+    specials = {"bos_token": "<|startoftext|>", "eos_token": EOS, "unk_token": EOS, "pad_token": tokenizer.pad_token}
+    # without model_max_length, diffusers would pad every prompt to 1e30 tokens
+    config = specials | {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.length}
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", specials)
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of files' contents, in order."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def checkpoint_hash(folder: str | Path) -> str:
+    """`fingerprint` of everything a checkpoint folder holds that decides what it draws."""
+    files = (path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
+    return fingerprint(sorted(files))
