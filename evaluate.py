@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     lines += [[form.format(row[name]) for name, form in COLUMNS.items()] for row in rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     folder = Path(args.out or Path(args.run, "evaluation"))
-    with run.whole_file(folder / "log.md") as part:
+    with run.whole(folder / "log.md") as part:
         part.write_text(table + "\n")
     run.write_json(folder / "log.json", rows)
     print(table)

@@ -17,46 +17,43 @@ from spin.run import InputError
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Draw pictures from a Stable Diffusion checkpoint.",
-        usage=argparse.SUPPRESS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="checkpoint folder in the diffusers layout")
-    parser.add_argument("--unet", help="take the UNet from this folder instead; omit to use the model's own")
-    parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
-    parser.add_argument("--prompts", help="file of prompts: .txt (one a line), .json, .jsonl (prompt, text or caption)")
-    parser.add_argument("--negative-prompt", default="", help="what guidance leads away from")
-    parser.add_argument("--num-images", type=int, default=1, help="images a prompt; the i-th of every prompt has seed --seed + i")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first image of every prompt")
-    parser.add_argument("--steps", type=int, default=50, help="network evaluations an image")
-    parser.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance scale; 1: none, half the cost")
-    parser.add_argument("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddim: deterministic at --eta 0; ddpm: ancestral")
-    parser.add_argument("--eta", type=float, default=0.0, help="share of DDPM's noise that DDIM adds in a step, 0 to 1")
-    parser.add_argument("--height", type=int, help="pixels; omitted: what the UNet was trained at")
-    parser.add_argument("--width", type=int, help="pixels; omitted: what the UNet was trained at")
-    parser.add_argument("--batch-size", type=int, default=1, help="images drawn at once")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of weights and computation")
-    parser.add_argument("--out", default="runs/samples", help="folder for the pictures")
+    parser = argparse.ArgumentParser(description="Draw pictures from a checkpoint.", usage=argparse.SUPPRESS)
+    add, whole = parser.add_argument, run.number(int, 1)
+    add("--model", required=True, help="checkpoint folder in the diffusers layout")
+    add("--unet", help="take the UNet from this folder instead (default: the model's own)")
+    add("--prompt", action="append", default=[], help="what to draw; may be given several times")
+    add("--prompts", help="file of prompts: .txt (one a line), .json, .jsonl (prompt, text or caption)")
+    add("--negative-prompt", default="", help="what guidance leads away from (default: the empty prompt)")
+    add("--num-images", type=whole, default=1, help="images a prompt (default: 1)")
+    add("--seed", type=run.number(int, 0), default=0, help="seed of a prompt's first image; the next has the next (0)")
+    add("--steps", type=whole, default=50, help="network evaluations an image (default: 50)")
+    add("--guidance", type=float, default=7.5, help="guidance scale; 1: none, at half the cost (default: 7.5)")
+    add("--sampler", choices=["ddim", "ddpm"], default="ddim", help="deterministic, or ancestral (default: ddim)")
+    add("--eta", type=run.number(float, 0), default=0.0, help="share of DDPM's noise in a DDIM step (default: 0)")
+    add("--height", type=whole, help="pixels (default: what the UNet was trained at)")
+    add("--width", type=whole, help="pixels (default: what the UNet was trained at)")
+    add("--batch-size", type=whole, default=1, help="images drawn at once (default: 1)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default: float32")
+    add("--out", default="runs/samples", help="folder for the pictures (default: runs/samples)")
     args = parser.parse_args(argv)
     args.prompts = args.prompt + (data.read_prompts(args.prompts) if args.prompts else [])
     if not args.prompts:
         parser.error("nothing to draw: give --prompt or --prompts")
-    for name in ("num_images", "steps", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: must be at least 1")
     return args
 
 
 def main(argv: list[str] | None = None) -> list[Path]:
     """Returns the paths of the pictures, prompt by prompt."""
     args = parse(argv)
-    sd = weights.load(args.model, dtype=getattr(torch, args.dtype), device=args.device, unet=args.unet)
+    dtype = getattr(torch, args.dtype)
+    sd = weights.load(args.model, dtype, run.usable(args.device), args.unet)
     seeds = range(args.seed, args.seed + args.num_images)
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
 
     pictures, paths = [], []
+    settings = {"Steps": args.steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Eta": args.eta}
+    settings["Model"] = Path(args.unet or args.model).resolve().name
     bar = tqdm(total=len(jobs), desc="drawing", unit="image")
     for at in range(0, len(jobs), args.batch_size):
         batch = jobs[at : at + args.batch_size]
@@ -69,11 +66,10 @@ def main(argv: list[str] | None = None) -> list[Path]:
         except ValueError as error:
             raise InputError(str(error)) from None
         for (prompt, seed), image in zip(batch, sampler.decode(sd, latents)):
-            model = Path(args.model).resolve().name
-            text = viz.parameters(prompt, args.negative_prompt, seed, args.steps, args.sampler, args.guidance, image.shape, model)
-            paths.append(Path(args.out, f"{len(paths):05d}.png"))
             pictures.append(viz.to_pil(image))
-            with run.whole_file(paths[-1]) as part:
+            paths.append(Path(args.out, f"{len(paths):05d}.png"))
+            text = viz.parameters(prompt, args.negative_prompt, pictures[-1].size, {"Seed": seed, **settings})
+            with run.whole(paths[-1]) as part:
                 viz.save_png(pictures[-1], part, text)
             bar.update()
     bar.close()
@@ -81,7 +77,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     if len(pictures) > 1:
         rows = [pictures[at : at + args.num_images] for at in range(0, len(pictures), args.num_images)]
         columns = [f"seed {seed}" for seed in seeds]
-        with run.whole_file(Path(args.out, "grid.png")) as part:
+        with run.whole(Path(args.out, "grid.png")) as part:
             viz.save_png(viz.grid(rows, columns, args.prompts), part)
     print(f"{len(pictures)} image{'s' if len(pictures) > 1 else ''} in {args.out}")
     return paths

@@ -1,9 +1,9 @@
-"""Self-play fine-tuning of a Stable Diffusion model (SPIN-Diffusion, arXiv 2402.10210, Algorithm 1).
+"""Self-play fine-tuning of a Stable Diffusion model: SPIN-Diffusion (arXiv 2402.10210), Algorithm 1.
 
     python train.py --model FOLDER --data FOLDER
 
-For k = 1..K: generate an image from theta_{k-1} for every prompt the iteration will draw; train theta_k, started
-from theta_{k-1}, to tell the real images from those with the SPIN loss (C.6); promote it to the next opponent.
+For k = 1..K: generate an image from theta_{k-1} for every prompt that the iteration will draw; train theta_k, started
+from theta_{k-1}, to tell the real images from those, with the SPIN loss (C.6); promote it to be the next opponent.
 The same command, given again after an interruption, goes on where it stopped; a finished stage is not repeated.
 """
 
@@ -19,11 +19,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from spin import data, run, sampler, step, viz, weights
+from spin import data, run, sampler, viz, weights
+from spin.loss import LINKS
 from spin.run import InputError
+from spin.step import spin_step
 
-# The paper's table of hyper-parameters (appendix A), one value an iteration where it has three, taken literally:
-# iteration 1's 50 steps end inside the 200 steps of warm-up. Marked (ours): the paper does not say.
+# The paper's hyper-parameters (appendix A), taken literally: iteration 1's 50 steps end inside the 200 of warm-up.
+# Lists have one value an iteration. "assumed": the paper does not say; Diffusion-DPO's public code does it.
 PAPER = {
     "iterations": 3,
     "steps": [50, 500, 200],
@@ -33,205 +35,263 @@ PAPER = {
     "micro_batch": 8,
     "warmup": 200,
     "weight_decay": 1e-2,
-    "clip": 1.0,  # (ours, as Diffusion-DPO's public code)
+    "clip": 1.0,  # assumed
     "resolution": 512,
-    "flip": 0.5,  # (ours, as Diffusion-DPO's public code)
+    "flip": 0.5,  # assumed
     "guidance": 7.5,
-    "sampler": "ddim",  # (ours)
-    "sampler_steps": 50,
+    "sampler": "ddim",  # our choice: the paper does not say
+    "sampler_steps": 50,  # of the authors' demonstration; the paper does not say
     "seed": 5775709,
 }
 PRESETS = {"paper": PAPER}
 
-ENCODE_BATCH = 4  # images a forward of the VAE's encoder
-GRID_SEED = 0  # of every picture in samples/
-
-# A run that was begun with other values of these may go on all the same: they do not change what is computed.
-FREE_TO_CHANGE = ("model", "unet", "data", "out", "save_every")
+ENCODE_BATCH = 4  # images a forward pass of the VAE's encoder
+GRID_SEED = 0  # of the first picture of every model in samples/
+# flags that a run may be continued with other values of: they change nothing that is computed, or the hashes tell
+MAY_CHANGE = ("model", "unet", "data", "out", "save_every")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Self-play fine-tuning of Stable Diffusion (SPIN-Diffusion). Defaults are the paper's.",
-        usage=argparse.SUPPRESS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    whole, from_0 = run.number(int, 1), run.number(float, 0)
 
     def add(flag: str, help: str, **kwargs) -> None:
-        """A flag whose default is the preset's."""
-        name = flag.lstrip("-").replace("-", "_")
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{help} (paper: {PAPER[name]})", **kwargs)
+        """A flag whose default is the preset's, where it has one."""
+        name = flag.strip("-").replace("-", "_")
+        default = PAPER.get(name, kwargs.get("default"))
+        shown = " ".join(f"{x:g}" for x in default) if isinstance(default, list) else default
+        help += "" if default in (None, False) else f" ({'paper' if name in PAPER else 'default'}: {shown})"
+        parser.add_argument(flag, help=help, **({"default": argparse.SUPPRESS} if name in PAPER else {}), **kwargs)
 
-    whole, at_least_0 = number(int, 1), number(float, 0)
-    parser.add_argument("--model", required=True, help="theta_0: a checkpoint folder in the diffusers layout")
-    parser.add_argument("--unet", help="start from this folder's UNet instead of the model's; omit to use the model's")
-    parser.add_argument("--data", required=True, help="folder of images with metadata.jsonl (file_name, text)")
-    parser.add_argument("--out", help="run folder; omitted: runs/<name of the data folder>")
-    parser.add_argument("--preset", choices=list(PRESETS), default="paper", help="where the values not given come from")
-    parser.add_argument("--loss", choices=["spin"], default="spin", help="spin: equation (C.6)")
-    parser.add_argument("--link", choices=["logistic", "hinge", "correlation"], default="logistic", help="l of the loss; the paper's experiments use logistic")
+    add("--model", "theta_0: a checkpoint folder in the diffusers layout", required=True)
+    add("--unet", "a folder whose UNet to start from instead of the model's own")
+    add("--data", "folder of images with metadata.jsonl (file_name, text)", required=True)
+    add("--out", "run folder (default: runs/<name of the data folder>)")
+    add("--preset", "where flags that are not given get their values", choices=list(PRESETS), default="paper")
+    add("--loss", "spin: equation (C.6)", choices=["spin"], default="spin")
+    add("--link", "the convex function l around the margin", choices=list(LINKS), default="logistic")
     add("--iterations", "self-play iterations K; each renews the opponent", type=whole)
-    add("--steps", "optimiser steps an iteration: one value, or one an iteration, the last repeated", type=whole, nargs="+")
-    add("--lr", "AdamW's learning rate after warm-up: one value, or one an iteration", type=at_least_0, nargs="+")
-    add("--beta", "weight of the error difference, in front of the 1/2 and of means over dimensions: one value, or one an iteration", type=at_least_0, nargs="+")
+    add("--steps", "optimiser steps: one value, or one an iteration, the last repeated", type=whole, nargs="+")
+    add("--lr", "AdamW's learning rate after warm-up: one value, or one an iteration", type=from_0, nargs="+")
+    add("--beta", "weight of half the margin, errors being means: one, or one an iteration", type=from_0, nargs="+")
     add("--batch-size", "pairs an optimiser step", type=whole)
-    add("--micro-batch", "pairs a forward pass; the rest of a batch is accumulated", type=whole)
-    add("--warmup", "steps over which the learning rate rises; it then falls linearly to 0; 0: no warm-up", type=number(int, 0))
-    add("--weight-decay", "AdamW's; 0: none", type=at_least_0)
-    add("--clip", "largest norm of the gradient; 0: no clipping", type=at_least_0)
+    add("--micro-batch", "pairs a forward pass; the gradients of a batch are accumulated", type=whole)
+    add("--warmup", "steps in which the learning rate rises; then it falls linearly to 0", type=run.number(int, 0))
+    add("--weight-decay", "AdamW's; 0: none", type=from_0)
+    add("--clip", "norm that longer gradients are cut to; 0: never", type=from_0)
     add("--resolution", "pixels a side", type=whole)
-    add("--flip", "probability that a real image is mirrored; 0: never, for captions that say left or right", type=at_least_0)
+    add("--flip", "probability of mirroring a real image; 0: never, if captions say left and right", type=from_0)
     add("--guidance", "guidance scale of the generated images; 1: none", type=float)
     add("--sampler", "how the opponent draws", choices=["ddim", "ddpm"])
     add("--sampler-steps", "network evaluations a generated image", type=whole)
-    parser.add_argument("--num-prompts", type=whole, help="use only the first N rows of the data; omit to use all")
-    parser.add_argument("--generated", choices=["latents", "images"], default="latents", help="keep what the opponent draws as latents, or pass it through the VAE and 8 bits as the real images were")
-    parser.add_argument("--generation-batch", type=whole, default=16, help="images drawn at once")
-    parser.add_argument("--grid-prompts", type=number(int, 0), default=4, help="prompts of the grid in samples/, drawn by every model; 0: no grid")
-    add("--seed", "of every random choice", type=number(int, 0))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="what the networks compute in, by autocast; weights stay float32. Omitted: bfloat16 on CUDA, float32 elsewhere")
-    parser.add_argument("--compile", action="store_true", help="compile the loss step: minutes at first, faster afterwards on a GPU")
-    parser.add_argument("--save-every", type=number(int, 0), default=50, help="steps between states to resume from; 0: only at an iteration's end")
-    parser.add_argument("--checkpoint-activations", action="store_true", help="recompute activations in the backward pass: less memory, about a quarter more work")
+    add("--num-prompts", "use only the first N rows of the data (default: all)", type=whole)
+    generated = {"choices": ["latents", "images"], "default": "latents"}
+    add("--generated", "keep latents as drawn, or decode, round to 8 bits and encode them", **generated)
+    add("--generation-batch", "images drawn at once", type=whole, default=16)
+    add("--grid-prompts", "prompts that every model draws for samples/; 0: none", type=run.number(int, 0), default=4)
+    add("--seed", "of every random choice", type=run.number(int, 0))
+    add("--device", "cpu, cuda, cuda:1, ...", default="cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = ["float32", "bfloat16"]
+    add("--dtype", "what networks compute in; weights stay float32 (default: bfloat16 on CUDA)", choices=dtypes)
+    add("--compile", "compile the loss step: minutes at the start, faster steps on a GPU", action="store_true")
+    add("--save-every", "steps between states to resume from; 0: at the end only", type=run.number(int, 0), default=50)
+    add("--checkpoint-activations", "store fewer activations: less memory, 1/4 more work", action="store_true")
 
-    args = parser.parse_args(argv)
-    args = argparse.Namespace(**{**PRESETS[args.preset], **vars(args)})
-    args.out = args.out or f"runs/{Path(args.data).resolve().name}"
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    given = vars(parser.parse_args(argv))
+    args = argparse.Namespace(**PRESETS[given["preset"]] | given)
     for name in ("steps", "lr", "beta"):  # one value each iteration
         values = getattr(args, name)
         setattr(args, name, (values + values[-1:] * args.iterations)[: args.iterations])
+    args.out = args.out or f"runs/{Path(args.data).resolve().name}"
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
 
 
-def number(kind: type, low: float):
-    """An argparse type: a finite number, not below `low`."""
-
-    def parse_number(text: str):
-        value = kind(text)
-        if not low <= value < math.inf:
-            raise ValueError
-        return value
-
-    parse_number.__name__ = f"{kind.__name__} from {low} on"  # how argparse names what it wanted
-    return parse_number
-
-
-def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
-    """Of optimiser step 1..steps: rises to `peak` at step `warmup`, falls linearly towards 0 after it."""
-    rise = step / warmup if warmup else 1.0
-    fall = (steps - step + 1) / (steps - warmup) if steps > warmup else 1.0
-    return peak * min(1.0, rise, fall)
-
-
 def main(argv: list[str] | None = None) -> dict:
+    """Returns {"out": run folder, "iterations": [a summary of each iteration's log]}."""
     args = parse(argv)
     this_run = run.Run(args.out)
     with this_run.lock():
         # -------------------------------------------------------------------------------------------------------------
-        # The model and the data
+        # the model and the data
         images = data.CaptionedImages(args.data, args.resolution)
-        sd = weights.load(args.model, device=args.device, unet=args.unet)
-        if args.resolution % sd.vae.downscale:
-            raise InputError(f"--resolution {args.resolution}: must be a multiple of {sd.vae.downscale} for this checkpoint")
+        sd = weights.load(args.model, device=run.usable(args.device), unet=args.unet)
         for network in (sd.unet, sd.vae, sd.text_encoder):
             network.requires_grad_(False)
-        model_hash = weights.checkpoint_hash(args.model) + (weights.checkpoint_hash(args.unet) if args.unet else "")
-        config = {**vars(args), "model_hash": model_hash, "data_hash": weights.fingerprint([images.metadata])}
-        this_run.settle(config | run.provenance(), same=[key for key in config if key not in FREE_TO_CHANGE])
+        if args.resolution % sd.vae.downscale:
+            raise InputError(f"--resolution {args.resolution}: must be a multiple of {sd.vae.downscale}")
+        hashes = {
+            "model_hash": weights.checkpoint_hash(args.model),
+            "unet_hash": weights.checkpoint_hash(args.unet) if args.unet else None,
+            "data_hash": weights.fingerprint([images.metadata]),
+        }
+        fixed = hashes | {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+        this_run.settle(vars(args) | hashes | run.provenance(), same=fixed)
 
         # -------------------------------------------------------------------------------------------------------------
-        # Real images -> latents, once
+        # real images -> latents, once
         count = min(len(images), args.num_prompts or len(images))
         real = data.LatentShards(this_run.folder / "cache", range(count))
         encode_images(args, sd, images, real)
 
         # -------------------------------------------------------------------------------------------------------------
-        # Algorithm 1: for k = 1..K, the player theta_k against its past theta_{k-1}
-        done = [k for k in range(1, args.iterations + 1) if (this_run.iteration(k) / "checkpoint").exists()]
+        # Algorithm 1: the player theta_k against its own past, theta_{k-1}
+        done = this_run.promoted()
         if done:
-            sd.unet = weights.load_unet(this_run.iteration(max(done)) / "checkpoint", device=args.device).requires_grad_(False)
-        for k in range(max(done, default=0) + 1, args.iterations + 1):
-            draw_samples(args, this_run, sd, images.captions, f"spin-{k - 1}" if k > 1 else "base")
+            sd.unet = weights.load_unet(this_run.checkpoint(done), device=args.device).requires_grad_(False)
+        for k in range(done + 1, args.iterations + 1):
+            draw_samples(args, this_run, sd, images.captions, k - 1)
 
-            # generate x'_0 ~ p_theta_{k-1}(. | c) for the prompts this iteration will draw
+            # generate: x'_0 ~ p_theta_{k-1}(. | c) for the prompts that this iteration will draw
             steps = range(1, args.steps[k - 1] + 1)
             drawn = {row for s in steps for row in data.batch_rows(args.seed, k, s, args.batch_size, count)}
             generated = data.LatentShards(this_run.iteration(k) / "generated", sorted(drawn))
             generate(args, sd, images.captions, generated, k)
 
-            # train theta_k, started from theta_{k-1}
-            opponent = sd.unet
-            policy = copy.deepcopy(opponent).requires_grad_(True)
-            train(args, this_run, sd, policy, opponent, images.captions, real, generated, k)
+            # train: theta_k, started from theta_{k-1}, which stays as it is
+            policy = copy.deepcopy(sd.unet).requires_grad_(True)
+            train(args, this_run, sd, policy, images.captions, real, generated, k)
 
-            # promote theta_k: the next opponent
+            # promote: theta_k is the next opponent
             sd = replace(sd, unet=policy.requires_grad_(False))
-            with run.whole_folder(this_run.iteration(k) / "checkpoint") as part:
+            with run.whole(this_run.checkpoint(k)) as part:
                 weights.save(sd, part)
-            this_run.save_state(k, {"step": args.steps[k - 1]})  # the checkpoint has taken the place of the rest
+            this_run.save_state(k, {"step": args.steps[k - 1]})  # its tensors are in the checkpoint now
             draw_curves(this_run)
-        draw_samples(args, this_run, sd, images.captions, f"spin-{args.iterations}")
-        iterations = this_run.summary()
-    for line in iterations:
+        draw_samples(args, this_run, sd, images.captions, args.iterations)
+
+    summary = this_run.summary()
+    for line in summary:
         print("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
-    print(f"{args.out}: iter{args.iterations}/checkpoint is the result; samples/grid.png and curves.png show the run")
-    return {"out": args.out, "iterations": iterations}
+    print(f"result: {this_run.checkpoint(args.iterations)}; see {args.out}/samples/grid.png and {args.out}/curves.png")
+    return {"out": args.out, "iterations": summary}
 
 
 @torch.no_grad()
-def encode_images(args: argparse.Namespace, sd, images: data.CaptionedImages, real: data.LatentShards) -> None:
-    """Stores mean and log-variance of every real image's latent, and of its mirror image where those may be drawn."""
-    orientations = {"": False, "_flipped": True} if args.flip else {"": False}
-    for shard, rows in tqdm(real.missing(), "encoding real images", unit="shard", disable=not real.missing()):
-        tensors = {f"{name}{suffix}": [] for suffix in orientations for name in ("mean", "logvar")}
-        batches = [rows[at : at + ENCODE_BATCH] for at in range(0, len(rows), ENCODE_BATCH)]
-        for batch in tqdm(batches, "shard", unit="batch", leave=False):
-            pixels = torch.stack([images.image(row) for row in batch]).to(args.device)
-            for suffix, flipped in orientations.items():
-                mean, logvar = sd.vae.encode(pixels.flip(3) if flipped else pixels)
-                tensors[f"mean{suffix}"].append(mean)
-                tensors[f"logvar{suffix}"].append(logvar)
-        real.write(shard, {name: torch.cat(parts) for name, parts in tensors.items()})
+def encode_images(args, sd, images: data.CaptionedImages, real: data.LatentShards) -> None:
+    """Stores mean and log-variance of every real image's latent, and of its mirror image's if that may be drawn."""
+    todo = real.missing()
+    with tqdm(total=sum(len(rows) for _, rows in todo), desc="encoding real images", disable=not todo) as bar:
+        for shard, rows in todo:
+            parts = []
+            for at in range(0, len(rows), ENCODE_BATCH):
+                batch = torch.stack([images.image(row) for row in rows[at : at + ENCODE_BATCH]]).to(args.device)
+                encoded = dict(zip(("mean", "logvar"), sd.vae.encode(batch)))
+                if args.flip:
+                    encoded |= dict(zip(("mean_flipped", "logvar_flipped"), sd.vae.encode(batch.flip(3))))
+                parts.append(encoded)
+                bar.update(len(batch))
+            real.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
-def generate(args: argparse.Namespace, sd, captions: list[str], generated: data.LatentShards, k: int) -> None:
-    """Draws and stores the opponent's latent for every row of `generated`; an image's noise depends on its row alone."""
-    todo = [
-        (shard, [rows[at : at + args.generation_batch] for at in range(0, len(rows), args.generation_batch)])
-        for shard, rows in generated.missing()
-    ]
-    evaluations = args.sampler_steps * sum(len(batches) for _, batches in todo)
-    bar = tqdm(total=evaluations, desc=f"iteration {k}: generating", unit="step", disable=not todo)
-    for shard, batches in todo:
-        latents = []
-        for rows in batches:
-            generators = [data.generator(args.seed, k, row) for row in rows]
-            x0 = draw_latents(args, sd, [captions[row] for row in rows], generators, bar)
-            if args.generated == "images":
-                x0 = through_pixels(sd, x0, generators)
-            latents.append(x0)
-        generated.write(shard, {"x0": torch.cat(latents)})
-    bar.close()
+def generate(args, sd, captions: list[str], generated: data.LatentShards, k: int) -> None:
+    """Draws and stores theta_{k-1}'s latent for every row of `generated`; its noise depends on seed, k, row alone."""
+    todo = generated.missing()
+    with tqdm(total=sum(len(rows) for _, rows in todo), desc=f"iteration {k}: generating", disable=not todo) as bar:
+        for shard, rows in todo:
+            parts = []
+            for at in range(0, len(rows), args.generation_batch):
+                batch = rows[at : at + args.generation_batch]
+                generators = [data.generator(args.seed, k, row) for row in batch]
+                x0 = draw_latents(args, sd, [captions[row] for row in batch], generators)
+                parts.append(through_pixels(sd, x0, generators) if args.generated == "images" else x0)
+                bar.update(len(batch))
+            generated.write(shard, {"x0": torch.cat(parts)})
 
 
-def draw_latents(args: argparse.Namespace, sd, prompts: list[str], generators: list[torch.Generator], bar: tqdm) -> torch.Tensor:
-    """Latents [B,4,h,w] as this run draws them, for training and for the grid alike."""
+def train(args, this_run: run.Run, sd, policy, captions: list[str], real, generated, k: int) -> None:
+    """Optimiser steps of iteration k on `policy` against the opponent sd.unet; a line of the log each.
 
-    def progress(timesteps):
-        for t in timesteps:
-            yield t
-            bar.update()
+    Begins after the last saved state, if there is one.
+    """
+    steps, dtype = args.steps[k - 1], getattr(torch, args.dtype)
+    alphas_cumprod = sd.scheduler.alphas_cumprod.to(args.device)
+    beta = torch.tensor(args.beta[k - 1], device=args.device)
+    policy.checkpoint_activations = args.checkpoint_activations
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=args.weight_decay, fused=True)
+    loss_step = spin_step
+    if args.compile:
+        # without the option, rounding differs between the compiled policy and opponent: not log 2 at theta_k
+        loss_step = torch.compile(spin_step, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
 
-    size = {"height": args.resolution, "width": args.resolution}
-    autocast = getattr(torch, args.dtype)
-    return sampler.sample(sd, prompts, args.sampler_steps, args.guidance, generators=generators, sampler=args.sampler, autocast=autocast, progress=progress, **size)
+    state = this_run.load_state(k)
+    if state:
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+    first = state.get("step", 0) + 1
+    this_run.rewind_log(k, first - 1)
+
+    bar = tqdm(range(first, steps + 1), f"iteration {k}: training", unit="step", initial=first - 1, total=steps)
+    for s in bar:
+        began = time.perf_counter()
+        rows = data.batch_rows(args.seed, k, s, args.batch_size, len(real.rows))
+        means: dict[str, torch.Tensor] = {}
+        for at in range(0, args.batch_size, args.micro_batch):
+            micro = rows[at : at + args.micro_batch]
+            pairs = load_pairs(args, sd, real, generated, micro, (k, s, at))
+            with torch.no_grad(), torch.autocast(policy.conv_in.weight.device.type, dtype, dtype != torch.float32):
+                context = sd.encode_prompts([captions[row] for row in micro])
+            loss, metrics = loss_step(
+                policy, sd.unet, **pairs, context=context, alphas_cumprod=alphas_cumprod, beta=beta,
+                prediction_type=sd.scheduler.prediction_type, link=args.link, autocast=dtype,
+            )  # fmt: skip
+            share = len(micro) / args.batch_size
+            (share * loss).backward()
+            for name, value in (metrics | {"loss": loss.detach()}).items():
+                means[name] = means.get(name, 0.0) + share * value.mean()
+
+        lr = learning_rate(args.lr[k - 1], s, steps, args.warmup)
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip or math.inf)
+        line = {"iteration": k, "step": s, "loss": means["loss"].item(), "lr": lr}
+        line |= {name: means[name].item() for name in ("margin", "implicit_accuracy", "delta_data", "delta_gen")}
+        line |= {"grad_norm": grad_norm.item()}
+        if not math.isfinite(line["loss"] + line["grad_norm"]):
+            last = this_run.checkpoint(k - 1) if k > 1 else args.model
+            raise InputError(f"iteration {k}, step {s}: the loss or its gradient is not finite; last good: {last}")
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+
+        this_run.log(line | {"seconds": time.perf_counter() - began})
+        bar.set_postfix(loss=f"{line['loss']:.4f}", accuracy=f"{line['implicit_accuracy']:.2f}")
+        if s == steps or (args.save_every and s % args.save_every == 0):
+            # no random state: every draw is a function of the step
+            this_run.save_state(k, {"step": s, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
+    """Of optimiser step 1..steps: rises to `peak` at step `warmup`, then falls linearly, to 0 after the last."""
+    rise = step / warmup if warmup else 1.0
+    fall = (steps - step + 1) / (steps - warmup) if steps > warmup else 1.0
+    return peak * min(1.0, rise, fall)
+
+
+def load_pairs(args, sd, real: data.LatentShards, generated: data.LatentShards, rows: list[int], when) -> dict:
+    """x0_data, x0_gen, eps [B,4,h,w] and t [B] of some rows of a batch; when: iteration, step, place of the first."""
+    mean, logvar = real.read("mean", rows), real.read("logvar", rows)
+    (k, s, at), timesteps = when, sd.scheduler.num_train_timesteps
+    draws = [data.draw(args.seed, k, s, at + i, mean.shape[1:], timesteps) for i in range(len(rows))]
+    random = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+    if args.flip:
+        flipped = (random["flip"] < args.flip)[:, None, None, None]
+        mean = torch.where(flipped, real.read("mean_flipped", rows), mean)
+        logvar = torch.where(flipped, real.read("logvar_flipped", rows), logvar)
+    x0_data = (mean + (0.5 * logvar).exp() * random["posterior"]) * sd.vae.scaling_factor
+    pairs = {"x0_data": x0_data, "x0_gen": generated.read("x0", rows), "eps": random["eps"], "t": random["t"]}
+    return {name: tensor.to(args.device) for name, tensor in pairs.items()}
+
+
+def draw_latents(args, sd, prompts: list[str], generators: list[torch.Generator]) -> torch.Tensor:
+    """Scaled latents [B,4,h,w], drawn with this run's settings."""
+    side, dtype = args.resolution, getattr(torch, args.dtype)
+    settings = {"height": side, "width": side, "sampler": args.sampler, "autocast": dtype}
+    return sampler.sample(sd, prompts, args.sampler_steps, args.guidance, generators=generators, **settings)
 
 
 @torch.no_grad()
 def through_pixels(sd, x0: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-    """Decodes scaled latents, rounds to 8 bits, encodes again: what happens to an image that is stored as a file."""
+    """Scaled latents -> decoded, rounded to 8 bits, encoded: what becomes of an image that is kept as a file."""
     pictures = (sampler.decode(sd, x0) * 255).round() / 255
     encoded = []
     for picture, generator in zip(pictures.split(1), generators):
@@ -241,109 +301,39 @@ def through_pixels(sd, x0: torch.Tensor, generators: list[torch.Generator]) -> t
     return torch.cat(encoded)
 
 
-def train(args, this_run: run.Run, sd, policy, opponent, captions, real, generated, k: int) -> None:
-    """Iteration k's optimiser steps on `policy`, from the last saved state if there is one; logs a line a step."""
-    steps, device, dtype = args.steps[k - 1], args.device, getattr(torch, args.dtype)
-    policy.checkpoint_activations = args.checkpoint_activations
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=args.weight_decay, fused=True)
-    state = this_run.load_state(k)
-    if state:
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
-    first = state.get("step", 0) + 1
-    this_run.rewind_log(k, first - 1)
-
-    loss_step = step.spin_step
-    if args.compile:
-        # without this, rounding differs between the compiled policy and opponent and the loss at theta_k is not log 2
-        loss_step = torch.compile(loss_step, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
-    alphas_cumprod = sd.scheduler.alphas_cumprod.to(device)
-    beta = torch.tensor(args.beta[k - 1], device=device)
-
-    bar = tqdm(range(first, steps + 1), f"iteration {k}: training", unit="step", initial=first - 1, total=steps)
-    for s in bar:
-        began = time.perf_counter()
-        lr = learning_rate(args.lr[k - 1], s, steps, args.warmup)
-        rows = data.batch_rows(args.seed, k, s, args.batch_size, len(real.rows))
-        sums: dict[str, torch.Tensor] = {}
-        for at in range(0, args.batch_size, args.micro_batch):
-            micro = rows[at : at + args.micro_batch]
-            pairs = load_pairs(args, sd, real, generated, k, s, at, micro)
-            with torch.no_grad(), torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-                context = sd.encode_prompts([captions[row] for row in micro])
-            loss, metrics = loss_step(
-                policy, opponent, **pairs, context=context, alphas_cumprod=alphas_cumprod, beta=beta,
-                prediction_type=sd.scheduler.prediction_type, link=args.link, autocast=dtype,
-            )  # fmt: skip
-            share = len(micro) / args.batch_size
-            (loss * share).backward()
-            for name, value in (metrics | {"loss": loss.detach()}).items():
-                sums[name] = sums.get(name, 0.0) + value.mean() * share
-
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip or math.inf)
-        if not torch.isfinite(sums["loss"] + grad_norm):
-            raise InputError(f"iteration {k}, step {s}: loss {sums['loss']:.4g}, gradient norm {grad_norm:.4g}; lower --lr, and the same command goes on from the last state in {this_run.iteration(k)}")
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-
-        line = {"iteration": k, "step": s, "loss": sums["loss"].item(), "lr": lr}
-        line |= {name: sums[name].item() for name in ("margin", "implicit_accuracy", "delta_data", "delta_gen")}
-        this_run.log(line | {"grad_norm": grad_norm.item(), "seconds": time.perf_counter() - began})
-        bar.set_postfix(loss=f"{line['loss']:.4f}", accuracy=f"{line['implicit_accuracy']:.2f}")
-        if s == steps or (args.save_every and s % args.save_every == 0):
-            # all that is random is a function of the step, so the step is all that resuming needs of it
-            this_run.save_state(k, {"step": s, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()})
-
-
-def load_pairs(args, sd, real: data.LatentShards, generated: data.LatentShards, k: int, s: int, at: int, rows: list[int]) -> dict:
-    """The real and generated latents of some rows of a batch, starting at its place `at`, with their t and eps."""
-    shape = real.read("mean", rows[:1]).shape[1:]
-    draws = [data.draw(args.seed, k, s, at + i, shape, sd.scheduler.num_train_timesteps) for i in range(len(rows))]
-    random = {name: torch.stack([d[name] for d in draws]) for name in draws[0]}
-    mean, logvar = real.read("mean", rows), real.read("logvar", rows)
-    if args.flip:
-        flipped = (random["flip"] < args.flip)[:, None, None, None]
-        mean = torch.where(flipped, real.read("mean_flipped", rows), mean)
-        logvar = torch.where(flipped, real.read("logvar_flipped", rows), logvar)
-    pairs = {
-        "x0_data": (mean + (0.5 * logvar).exp() * random["posterior"]) * sd.vae.scaling_factor,
-        "x0_gen": generated.read("x0", rows),
-        "eps": random["eps"],
-        "t": random["t"],
-    }
-    return {name: tensor.to(args.device) for name, tensor in pairs.items()}
-
-
-def draw_samples(args: argparse.Namespace, this_run: run.Run, sd, captions: list[str], name: str) -> None:
-    """samples/<name>/: the data's first prompts at fixed seeds; samples/grid.png: these, one column a model so far."""
+def draw_samples(args, this_run: run.Run, sd, captions: list[str], k: int) -> None:
+    """samples/<model k>/: the first prompts of the data, at fixed seeds; samples/grid.png: a column a model so far."""
     prompts = list(dict.fromkeys(captions))[: args.grid_prompts]
     folder = this_run.folder / "samples"
-    todo = [i for i in range(len(prompts)) if not (folder / name / f"{i}.png").exists()]
-    with tqdm(total=args.sampler_steps * len(todo), desc=f"samples of {name}", unit="step", disable=not todo) as bar:
-        for i in todo:
-            generator = torch.Generator("cpu").manual_seed(GRID_SEED + i)
-            picture = sampler.decode(sd, draw_latents(args, sd, [prompts[i]], [generator], bar))[0]
-            text = viz.parameters(prompts[i], "", GRID_SEED + i, args.sampler_steps, args.sampler, args.guidance, picture.shape, name)
-            with run.whole_file(folder / name / f"{i}.png") as part:
-                viz.save_png(viz.to_pil(picture), part, text)
+    names = ["base", *(f"spin-{i}" for i in range(1, k + 1))]
+    paths = {name: [folder / name / f"{i}.png" for i in range(len(prompts))] for name in names}
+    todo = [i for i, path in enumerate(paths[names[k]]) if not path.exists()]
+    settings = {"Steps": args.sampler_steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Model": names[k]}
+    for i in tqdm(todo, f"samples of {names[k]}", disable=not todo):
+        generator = torch.Generator("cpu").manual_seed(GRID_SEED + i)
+        picture = viz.to_pil(sampler.decode(sd, draw_latents(args, sd, [prompts[i]], [generator]))[0])
+        text = viz.parameters(prompts[i], "", picture.size, settings | {"Seed": GRID_SEED + i})
+        with run.whole(paths[names[k]][i]) as part:
+            viz.save_png(picture, part, text)
     if prompts:
-        models = ["base", *(f"spin-{k}" for k in range(1, args.iterations + 1))]
-        models = [model for model in models if (folder / model / f"{len(prompts) - 1}.png").exists()]
-        rows = [[Image.open(folder / model / f"{i}.png") for model in models] for i in range(len(prompts))]
-        with run.whole_file(folder / "grid.png") as part:
-            viz.save_png(viz.grid(rows, models, prompts), part)
+        columns = {name: [Image.open(path) for path in paths[name]] for name in names}
+        with run.whole(folder / "grid.png") as part:
+            viz.save_png(viz.grid(list(zip(*columns.values())), names, prompts), part)
 
 
 def draw_curves(this_run: run.Run) -> None:
-    """curves.png: what the log says, step by step through all iterations."""
+    """curves.png: what the log says, over the steps of all iterations."""
     log = this_run.read_log()
-    names = {"loss": ["loss"], "margin": ["margin"], "implicit accuracy": ["implicit_accuracy"], "policy error - opponent error": ["delta_data", "delta_gen"]}
-    panels = {title: {name: [line[name] for line in log] for name in lines} for title, lines in names.items()}
-    ends = [i for i, (line, after) in enumerate(zip(log, log[1:]), start=1) if after["iteration"] > line["iteration"]]
-    with run.whole_file(this_run.folder / "curves.png") as part:
-        viz.save_png(viz.line_charts(panels, ends), part)
+    panels = {
+        "loss": ["loss"],
+        "margin": ["margin"],
+        "implicit accuracy": ["implicit_accuracy"],
+        "policy's error - opponent's error": ["delta_data", "delta_gen"],
+    }
+    values = {title: {name: [line[name] for line in log] for name in names} for title, names in panels.items()}
+    ends = [i for i, (line, next_line) in enumerate(zip(log, log[1:]), start=1) if next_line["step"] == 1]
+    with run.whole(this_run.folder / "curves.png") as part:
+        viz.save_png(viz.line_charts(values, ends), part)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spin.run import InputError, whole_file
+from spin.run import InputError, whole
 
 SHARD = 256  # rows a file of latents holds
 
@@ -39,7 +39,7 @@ class CaptionedImages:
         try:
             lines = self.metadata.read_text(encoding="utf-8").splitlines()
         except OSError:
-            raise InputError(f"{self.metadata}: no such file; put one line {{'file_name': ..., 'text': ...}} an image there") from None
+            raise InputError(f"{self.metadata}: no such file; it has a line for each image: file_name, text") from None
         except UnicodeDecodeError as error:
             raise InputError(f"{self.metadata}: not UTF-8 text ({error})") from None
         for number, line in enumerate(lines, start=1):
@@ -75,8 +75,9 @@ class CaptionedImages:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"{self.files[row]}: not a readable image ({error})") from None
         size, short = self.resolution, min(picture.size)
-        resized = picture.resize([max(size, round(side * size / short)) for side in picture.size], Image.Resampling.BILINEAR)
-        left, top = ((side - size) // 2 for side in resized.size)
+        resized_size = [max(size, round(side * size / short)) for side in picture.size]
+        resized = picture.resize(resized_size, Image.Resampling.BILINEAR)
+        left, top = ((side - size) // 2 for side in resized_size)
         pixels = np.asarray(resized.crop((left, top, left + size, top + size)), dtype=np.float32)
         return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)
 
@@ -106,13 +107,14 @@ def read_prompts(path: str | Path) -> list[str]:
             entries = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
             entries = [line.strip() for line in text.splitlines() if line.strip()]
-        entries = [next(e[k] for k in ("prompt", "text", "caption") if k in e) if isinstance(e, dict) else e for e in entries]
+        keys = ("prompt", "text", "caption")
+        entries = [next(e[key] for key in keys if key in e) if isinstance(e, dict) else e for e in entries]
     except OSError as error:
         raise InputError(f"{path}: not readable ({error.strerror})") from None
     except (ValueError, TypeError, StopIteration) as error:
-        raise InputError(f"{path}: not a list of prompts ({error or 'an object without prompt, text or caption'})") from None
+        raise InputError(f"{path}: not a list of prompts ({error or 'no prompt, text or caption'})") from None
     if not entries or not all(isinstance(entry, str) for entry in entries):
-        raise InputError(f"{path}: holds no prompts" if not entries else f"{path}: holds something that is not a prompt")
+        raise InputError(f"{path}: holds {'no prompts' if not entries else 'something that is not a prompt'}")
     return entries
 
 
@@ -123,7 +125,7 @@ def read_prompts(path: str | Path) -> list[str]:
 class LatentShards:
     """Tensors of many rows in a folder, SHARD rows a file; a file appears whole or not at all.
 
-    rows: the data rows held, in order. They are stored as float16: 32 KB for a latent of 4x64x64.
+    rows: the data rows held, in order. Stored as float16: 32 KB for a latent of 4x64x64.
     """
 
     def __init__(self, folder: Path, rows: Sequence[int]):
@@ -141,7 +143,7 @@ class LatentShards:
 
     def write(self, shard: int, tensors: dict[str, Tensor]) -> None:
         """tensors: [rows of the shard, ...] each."""
-        with whole_file(self.path(shard)) as part:
+        with whole(self.path(shard)) as part:
             save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}, part)
 
     def read(self, name: str, rows: Sequence[int]) -> Tensor:
@@ -166,13 +168,13 @@ def epoch_order(seed: int, iteration: int, epoch: int, count: int) -> np.ndarray
 
 
 def batch_rows(seed: int, iteration: int, step: int, batch_size: int, count: int) -> list[int]:
-    """The data rows, out of `count`, of optimiser step 1, 2, ... of an iteration: every row once, then every row again."""
+    """The data rows, out of `count`, of an iteration's optimiser step 1, 2, ...: every row once, then all again."""
     places = range((step - 1) * batch_size, step * batch_size)
     return [int(epoch_order(seed, iteration, place // count, count)[place % count]) for place in places]
 
 
 def draw(seed: int, iteration: int, step: int, place: int, shape: tuple[int, ...], timesteps: int) -> dict[str, Tensor]:
-    """What is random in one pair of a batch: t (int64), eps [4,h,w], posterior [4,h,w] (standard normal), flip (uniform)."""
+    """What is random in a pair of a batch: t in 0..timesteps-1, flip in [0,1), eps and posterior [*shape] ~ N(0,1)."""
     rng = np.random.default_rng(entropy(seed, DRAW, iteration, step, place))
     return {
         "t": torch.tensor(int(rng.integers(timesteps))),

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -20,37 +20,33 @@ class InputError(ValueError):
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; renames it into place, on the disk for good, if the block succeeds."""
+def whole(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` at which to make a file or a folder; renames it into place if the block succeeds.
+
+    Whatever happens in between, `path` holds what it held before, or all of what it holds after. A file takes the
+    place of an older one; a folder must not exist yet.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.part")
+    remove(part)  # what a killed process left
     try:
-        yield beside
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        sync_folder(path.parent)
+        yield part
+        sync(part)
+        os.replace(part, path)
+        sync(path.parent)  # so that the rename outlives a power cut
     finally:
-        beside.unlink(missing_ok=True)
+        remove(part)
 
 
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder, which must not exist yet. Files inside are written with `whole_file`."""
-    beside = path.with_name(f".{path.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        os.rename(beside, path)
-        sync_folder(path.parent)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes a rename inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -58,7 +54,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    with whole_file(path) as part:
+    with whole(path) as part:
         part.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -75,13 +71,35 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def number(kind: type, low: float):
+    """A type for argparse: a finite number of a kind, int or float, from `low` on."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{kind.__name__} from {low} on"  # argparse says: invalid int from 1 on value: '0'
+    return parse
+
+
+def usable(device: str) -> str:
+    """The device's name if torch can compute there; InputError otherwise."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from None
+    return device
+
+
 def provenance() -> dict:
-    """Versions and the git commit ("unknown" outside a clone, "-dirty" with local changes) that a result depends on."""
+    """What a result depends on beside its flags: the git commit, "-dirty" with local changes, and the versions."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     packages = ("torch", "numpy", "safetensors", "pillow", "open-clip-torch")
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=here, capture_output=True, text=True)
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-    return {"commit": git.stdout.strip() or "unknown", "versions": versions}
+    return {"commit": commit or "unknown: not a git clone", "versions": versions}
 
 
 class Run:
@@ -93,9 +111,19 @@ class Run:
     def iteration(self, k: int) -> Path:
         return self.folder / f"iter{k}"
 
+    def checkpoint(self, k: int) -> Path:
+        return self.iteration(k) / "checkpoint"
+
+    def promoted(self) -> int:
+        """The last iteration whose checkpoint is there; 0 for none. A checkpoint appears whole or not at all."""
+        k = 0
+        while self.checkpoint(k + 1).exists():
+            k += 1
+        return k
+
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held for the block; the system drops it when the process ends, however it ends. InputError if another holds it."""
+        """Held for the block; the system drops it when the process ends, however it ends. InputError if it is held."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = open(self.folder / "lock", "w")
@@ -105,17 +133,18 @@ class Run:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"{self.folder}: another process is working here; wait for it or choose another --out") from None
+                raise InputError(f"{self.folder}: another process works here; wait, or choose another --out") from None
             yield
 
-    def settle(self, config: dict, same: tuple[str, ...]) -> None:
-        """Writes config.json for a new run; for one begun earlier, refuses if one of the keys in `same` has changed."""
+    def settle(self, config: dict, same: Iterable[str]) -> None:
+        """Writes config.json for a new run; for one begun earlier, InputError if a key in `same` has another value."""
         path = self.folder / "config.json"
         if path.exists():
             before = read_json(path)
-            changed = [f"{key} {before.get(key)!r} -> {config[key]!r}" for key in same if before.get(key) != config[key]]
+            changed = [key for key in same if before.get(key) != config[key]]
             if changed:
-                raise InputError(f"{self.folder} was begun otherwise ({'; '.join(changed)}): undo that or choose another --out")
+                difference = "; ".join(f"{key} {before.get(key)!r}, now {config[key]!r}" for key in changed)
+                raise InputError(f"{self.folder}: this run was begun with {difference}. Choose another --out")
         else:
             write_json(path, config)
 
@@ -133,12 +162,12 @@ class Run:
     def rewind_log(self, iteration: int, step: int) -> None:
         """Forgets what was logged after `step` of `iteration`: training goes on from there."""
         kept = [line for line in self.read_log() if (line["iteration"], line["step"]) <= (iteration, step)]
-        with whole_file(self.folder / "log.jsonl") as part:
+        with whole(self.folder / "log.jsonl") as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def save_state(self, k: int, state: dict) -> None:
         """What resuming iteration k needs, tensors and numbers, in the place of what was saved before."""
-        with whole_file(self.iteration(k) / "state" / "state.pt") as part:
+        with whole(self.iteration(k) / "state" / "state.pt") as part:
             torch.save(state, part)
 
     def load_state(self, k: int) -> dict:

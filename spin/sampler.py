@@ -1,6 +1,6 @@
 """Guided sampling: prompts in, latents out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,18 +22,17 @@ def sample(
     width: int | None = None,
     sampler: str = "ddim",
     autocast: torch.dtype = torch.float32,
-    progress: Callable[[Tensor], object] = iter,
 ) -> Tensor:
-    """Draws one latent for each prompt: x0, scaled, [B,4,h,w] float32; `sd.vae.decode(x0 / sd.vae.scaling_factor)` is the picture.
+    """Draws one latent for each prompt: x0, scaled, [B,4,h,w] float32. `decode` makes pictures of them.
 
     sd: `weights.StableDiffusion`, or anything with its unet, vae, scheduler and encode_prompts.
-    guidance: eps = eps_empty + guidance (eps_prompt - eps_empty), arXiv 2207.12598; 1 is no guidance, at half the cost.
+    guidance: eps_empty + guidance (eps_prompt - eps_empty), arXiv 2207.12598; 1: no guidance, at half the cost.
     eta: share of DDPM's noise that DDIM adds in a step, 0 to 1. sampler: "ddim", or "ddpm" (ancestral; ignores eta).
     generators: one on the CPU for each prompt: its first latent and its step noise are drawn from it and from nothing
         else, so an image does not depend on the batch it is drawn in. None: seeds 0, 1, 2, ...
     negative_prompts: what takes the place of the empty prompt, one for all or one for each.
     height, width: pixels, multiples of the VAE's factor; None: the size the UNet was trained at.
-    progress: wraps the iteration over timesteps (tqdm, say). ValueError where an argument is out of range.
+    autocast: dtype the networks compute in. ValueError where an argument is out of range.
     """
     batch, f = len(prompts), sd.vae.downscale
     negative_prompts = [negative_prompts] * batch if isinstance(negative_prompts, str) else list(negative_prompts)
@@ -56,7 +55,7 @@ def sample(
     with torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
         context = sd.encode_prompts([*negative_prompts, *prompts] if guided else list(prompts)).to(dtype)
         x_t = noise()
-        for t in progress(sd.scheduler.timesteps(steps)):
+        for t in sd.scheduler.timesteps(steps):
             inputs = torch.cat([x_t, x_t]) if guided else x_t
             output = sd.unet(inputs.to(dtype), t.to(device), context).float()
             if guided:

@@ -37,11 +37,11 @@ class Scheduler:
         self.final_alpha_cumprod = torch.tensor(1.0) if config.get("set_alpha_to_one", True) else self.alphas_cumprod[0]
 
     def timesteps(self, steps: int) -> Tensor:
-        """int64 [steps], noisiest first, evenly spaced from the clean end ("leading" spacing). ValueError if too many."""
+        """int64 [steps], noisiest first, evenly spaced from the clean end: "leading". ValueError if too many."""
         latest = (steps - 1) * self.stride(steps) + self.steps_offset
         if latest >= self.num_train_timesteps:
-            limit = self.num_train_timesteps - self.steps_offset
-            raise ValueError(f"{steps} sampling steps reach timestep {latest}: this checkpoint allows at most {limit} steps")
+            most = self.num_train_timesteps - self.steps_offset
+            raise ValueError(f"{steps} sampling steps: this checkpoint's schedule has room for {most}")
         return torch.arange(steps).flip(0) * self.stride(steps) + self.steps_offset
 
     def stride(self, steps: int) -> int:

@@ -21,7 +21,8 @@ UP_TYPES = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 def timestep_embedding(t: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
     """Sinusoids of t [B] at geometrically spaced frequencies, 1 to 1/10000: [B,channels] float32."""
     half = channels // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - freq_shift))
+    exponents = torch.arange(half, device=t.device, dtype=torch.float32) / (half - freq_shift)
+    frequencies = torch.exp(-math.log(10000) * exponents)
     angles = t.float()[:, None] * frequencies
     sin, cos = angles.sin(), angles.cos()
     return torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=1)

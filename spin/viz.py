@@ -16,10 +16,10 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def parameters(prompt: str, negative: str, seed: int, steps: int, sampler: str, guidance: float, shape: Sequence[int], model: str) -> str:
-    """How a picture [3,H,W] was made, in the form that Stable Diffusion programs read from a PNG."""
-    settings = {"Steps": steps, "Sampler": sampler, "CFG scale": guidance, "Seed": seed, "Size": f"{shape[2]}x{shape[1]}", "Model": model}
-    lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
+def parameters(prompt: str, negative_prompt: str, size: tuple[int, int], settings: dict) -> str:
+    """How a picture was made, in the three lines that Stable Diffusion programs write to and read from a PNG."""
+    settings = settings | {"Size": f"{size[0]}x{size[1]}"}
+    lines = [prompt, f"Negative prompt: {negative_prompt}"] if negative_prompt else [prompt]
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
 
 
@@ -43,7 +43,9 @@ def wrap(text: str, font, width: int) -> list[str]:
     return lines
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], captions: Sequence[str], cell: int = 192) -> Image.Image:
+def grid(
+    rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], captions: Sequence[str], cell: int = 192
+) -> Image.Image:
     """A table of pictures: a title over each column, a caption (a prompt) to the left of each row.
 
     Pictures larger than `cell` pixels are shrunk to it; smaller ones are enlarged pixel by pixel.
@@ -67,7 +69,9 @@ def grid(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], captions
     return sheet
 
 
-def line_charts(panels: dict[str, dict[str, Sequence[float]]], marks: Sequence[int] = (), width: int = 460, height: int = 240) -> Image.Image:
+def line_charts(
+    panels: dict[str, dict[str, Sequence[float]]], marks: Sequence[int] = (), width: int = 460, height: int = 240
+) -> Image.Image:
     """One panel beside another, two a row: {panel title: {line name: values over steps 1, 2, ...}}.
 
     Values that are not finite are left out. `marks`: steps after which a vertical line is drawn (ends of iterations).
@@ -80,7 +84,9 @@ def line_charts(panels: dict[str, dict[str, Sequence[float]]], marks: Sequence[i
     return sheet
 
 
-def line_chart(title: str, lines: dict[str, Sequence[float]], marks: Sequence[int], width: int, height: int) -> Image.Image:
+def line_chart(
+    title: str, lines: dict[str, Sequence[float]], marks: Sequence[int], width: int, height: int
+) -> Image.Image:
     panel, font = Image.new("RGB", (width, height), PAPER), ImageFont.load_default(13)
     draw = ImageDraw.Draw(panel)
     left, top, right, bottom = 76, 30, width - 14, height - 26

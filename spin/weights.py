@@ -11,7 +11,6 @@ Folders of several generations of diffusers and transformers are read; the newes
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spin.run import InputError, read_json, whole_file, write_json
+from spin.run import InputError, read_json, whole, write_json
 from spin.scheduler import Scheduler
 from spin.text import EOS, TextEncoder, Tokenizer, from_tower, to_tower
 from spin.unet import UNet
@@ -37,7 +36,7 @@ BUILT_IN = {
         "center_input_sample": (False,),
         "mid_block_scale_factor": (1,),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-        "transformer_layers_per_block": (1,),
+        "transformer_layers_per_block": (1, [1, 1, 1, 1]),
         "dual_cross_attention": (False,),
         "only_cross_attention": (False,),
         "resnet_time_scale_shift": ("default",),
@@ -106,7 +105,7 @@ def load(
     """
     folder = Path(source)
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; a checkpoint is a folder with unet/, vae/, text_encoder/ and scheduler/")
+        raise InputError(f"{folder}: no such folder; a checkpoint is one with unet/, vae/, text_encoder/, scheduler/")
     return StableDiffusion(
         unet=load_unet(unet or folder, dtype, device),
         vae=load_vae(folder, dtype, device),
@@ -140,7 +139,7 @@ def load_text_encoder(source: Path, dtype: torch.dtype = torch.float32, device: 
     tokenizer = load_tokenizer(source / "tokenizer", config.get("max_position_embeddings", 77))
     encoder = build(lambda config: TextEncoder(config, tokenizer), config, folder)
     if len(tokenizer.vocab) > config["vocab_size"]:
-        raise InputError(f"{folder}: {config['vocab_size']} embeddings for a tokenizer of {len(tokenizer.vocab)} tokens")
+        raise InputError(f"{folder}: {config['vocab_size']} embeddings for {len(tokenizer.vocab)} tokens")
 
     tensors = read_tensors(folder, "model")
     tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
@@ -184,7 +183,7 @@ def find_pad_token(folder: Path) -> str:
 
 def load_scheduler(source: Path) -> Scheduler:
     path = source / "scheduler" / "scheduler_config.json"
-    return build(Scheduler, read_config(path, "scheduler"), path)
+    return build(Scheduler, read_config(path, "scheduler"), path, device="cpu")
 
 
 def read_config(path: Path, part: str) -> dict:
@@ -192,14 +191,14 @@ def read_config(path: Path, part: str) -> dict:
     for key, values in BUILT_IN[part].items():
         if key in config and config[key] not in values:
             allowed = " or ".join(map(repr, values))
-            raise InputError(f"{path}: {key} is {config[key]!r}, supported is {allowed}; not a Stable Diffusion 1.x or 2.x {part}")
+            raise InputError(f"{path}: {key} is {config[key]!r}, in Stable Diffusion 1.x and 2.x it is {allowed}")
     return config
 
 
-def build(make: Callable[[dict], object], config: dict, where: Path):
-    """make(config) without memory for weights, and with one line for what config.json lacks or says wrongly."""
+def build(make: Callable[[dict], object], config: dict, where: Path, device: str = "meta"):
+    """make(config), without memory for its weights; InputError for what config.json lacks or says wrongly."""
     try:
-        with torch.device("meta") if make is not Scheduler else torch.device("cpu"):
+        with torch.device(device):
             return make(config)
     except KeyError as error:
         raise InputError(f"{where}: its config lacks {error}") from None
@@ -291,13 +290,13 @@ def save(sd: StableDiffusion, folder: str | Path) -> None:
 def save_network(folder: Path, config: dict, stem: str, tensors: dict[str, Tensor]) -> None:
     write_json(folder / "config.json", config)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with whole_file(folder / f"{stem}.safetensors") as part:
+    with whole(folder / f"{stem}.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     write_json(folder / "vocab.json", tokenizer.vocab)
-    with whole_file(folder / "merges.txt") as part:
+    with whole(folder / "merges.txt") as part:
         part.write_text("\n".join(["#version: 0.2", *tokenizer.merges]), encoding="utf-8")
     specials = {"bos_token": "<|startoftext|>", "eos_token": EOS, "unk_token": EOS, "pad_token": tokenizer.pad_token}
     # without model_max_length, diffusers would pad every prompt to 1e30 tokens

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from spin import weights
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """SD-1.x in miniature. Shared by all tests: copy it before you change it."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny2_folder(tmp_path_factory) -> Path:
+    """SD-2.x in miniature: v-prediction, linear projections, padding id 0."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny2") / "model", "tiny2")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    return tiny.write_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="session")
+def sd(tiny_folder) -> weights.StableDiffusion:
+    """The tiny checkpoint, loaded and frozen."""
+    loaded = weights.load(tiny_folder)
+    for network in (loaded.unet, loaded.vae, loaded.text_encoder):
+        network.requires_grad_(False)
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def _global_generator_untouched():
+    """Nothing in the project draws from torch's global generator."""
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,150 @@
+"""Our networks, schedulers, tokenizer and sampler against diffusers and transformers: tests/data/README.md."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import DATA, GOLDEN, MANIFEST, oracle_input
+
+import sample
+from spin import weights
+from spin.scheduler import Scheduler, add_noise, ddim_step, ddpm_step, velocity, x0_and_eps
+from spin.text import TextEncoder, Tokenizer, from_tower
+from spin.unet import UNet
+from spin.vae import AutoencoderKL
+
+GOLDEN_SD2 = load_file(DATA / "golden_sd2.safetensors")
+
+
+def close(actual, expected, atol):
+    torch.testing.assert_close(actual, expected.float(), atol=atol, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# networks
+
+
+@torch.no_grad()
+def test_tiny_unet(sd):
+    out = sd.unet(
+        oracle_input("tiny.sample", (3, 4, 16, 16)),
+        GOLDEN["tiny.unet.timesteps"],
+        oracle_input("tiny.context", (3, 77, 32)),
+    )
+    close(out, GOLDEN["tiny.unet.out"], 1e-4)
+
+
+@torch.no_grad()
+def test_tiny_vae(sd):
+    mean, logvar = sd.vae.encode(oracle_input("tiny.image", (1, 3, 64, 64)).clamp(-1, 1))
+    close(mean, GOLDEN["tiny.vae.mean"], 1e-4)
+    close(logvar, GOLDEN["tiny.vae.logvar_clamped"], 1e-4)
+    close(sd.vae.decode(oracle_input("tiny.latent", (1, 4, 8, 8))), GOLDEN["tiny.vae.decoded"], 1e-4)
+
+
+@torch.no_grad()
+def test_tiny_text(sd):
+    close(sd.text_encoder.encode_ids(GOLDEN["text.ids"]), GOLDEN["tiny.text.out"], 1e-4)
+
+
+@torch.no_grad()
+def test_sd2(tiny2_folder):
+    sd2 = weights.load(tiny2_folder)
+    timesteps, context = GOLDEN_SD2["tiny2.unet.timesteps"], oracle_input("tiny2.context", (2, 77, 64))
+    close(sd2.unet(oracle_input("tiny2.sample", (2, 4, 8, 8)), timesteps, context), GOLDEN_SD2["tiny2.unet.out"], 1e-4)
+    odd = oracle_input("tiny2.odd", (1, 4, 9, 13))
+    close(sd2.unet(odd, timesteps[:1], context[:1]), GOLDEN_SD2["tiny2.unet.odd"], 1e-4)
+    close(sd2.text_encoder.encode_ids(GOLDEN["text.ids"]), GOLDEN_SD2["tiny2.text.out"], 1e-4)
+
+
+@pytest.mark.parametrize("tag", ["tiny", "tiny2", "sd15"])
+def test_every_name_and_shape(tag):
+    """On the meta device: no memory, whatever the size."""
+    config = MANIFEST[f"{tag}.config"]
+    with torch.device("meta"):
+        text = TextEncoder(config["text_encoder"], Tokenizer())
+        states = {"unet": UNet(config["unet"]).state_dict(), "vae": AutoencoderKL(config["vae"]).state_dict()}
+    text_state = from_tower(text.tower.state_dict(), config["text_encoder"]["num_hidden_layers"])
+    states["text_encoder"] = {f"text_model.{name}": tensor for name, tensor in text_state.items()}
+    for part, state in states.items():
+        assert {name: list(tensor.shape) for name, tensor in state.items()} == MANIFEST[tag][part]
+    if tag == "sd15":
+        sizes = {part: sum(tensor.numel() for tensor in state.values()) for part, state in states.items()}
+        assert sizes == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# schedulers
+
+STEP_INPUTS = [oracle_input(f"sched.{name}", (2, 4, 8, 8)) for name in ("x", "eps", "noise")]
+
+
+def scheduler(**changes) -> Scheduler:
+    return Scheduler(tiny.SCHEDULER | changes)
+
+
+def test_noise_schedule():
+    ours = scheduler()
+    x0, _, noise = STEP_INPUTS
+    alpha_bar = ours.alphas_cumprod[[10, 900]]
+    close(ours.alphas_cumprod, GOLDEN["sched.alphas_cumprod"], 1e-5)
+    close(add_noise(x0, noise, alpha_bar), GOLDEN["sched.add_noise"], 1e-5)
+    close(velocity(x0, noise, alpha_bar), GOLDEN["sched.velocity"], 1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in GOLDEN if name.startswith(("sched.ddpm.", "sched.ddim."))))
+def test_sampler_steps(name):
+    _, sampler, *settings = name.split(".", 2)
+    if settings[0].startswith("timesteps"):
+        steps = int(name.split(".")[-1])
+        offset = 0 if steps == 1000 else 1
+        assert torch.equal(scheduler(steps_offset=offset).timesteps(steps), GOLDEN[name])
+        return
+    prediction_type, *middle, i = settings[0].split(".")
+    steps = int(middle[0]) if sampler == "ddpm" else 50
+    ours = scheduler(prediction_type=prediction_type, steps_offset=0 if steps == 1000 else 1)
+    t = ours.timesteps(steps)[int(i)].item()
+    alpha_bar, alpha_bar_prev = ours.alphas_of_step(t, steps, sampler)
+    x, output, noise = STEP_INPUTS
+    x0, eps = x0_and_eps(output, x, alpha_bar, prediction_type)
+    if sampler == "ddpm":
+        result = ddpm_step(x, x0, alpha_bar, alpha_bar_prev, noise)
+    else:
+        eta = float(".".join(middle).removeprefix("eta"))
+        result = ddim_step(x0, eps, alpha_bar, alpha_bar_prev, eta, noise)
+    close(result, GOLDEN[name], 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokens
+
+
+@pytest.mark.parametrize("pad_token, column", [("<|endoftext|>", "sd1_ids"), ("!", "sd2_ids")])
+def test_token_ids(pad_token, column):
+    tokenizer = Tokenizer(pad_token=pad_token)
+    rows = json.loads((DATA / "tokens.json").read_text())
+    assert tokenizer([row["prompt"] for row in rows]).tolist() == [row[column] for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole pictures: sample.py against StableDiffusionPipeline
+
+PICTURES = {
+    "tiny_ddim": ["--prompt", "a red circle, café!", "--negative-prompt", "blurry", "--steps", "12", "--seed", "3"],
+    "tiny_ddim_eta": "--prompt,a red circle,--steps,7,--guidance,3,--eta,0.6,--seed,11,--height,72,--width,104".split(","),
+    "tiny_ddpm": "--prompt,a blue square,--steps,10,--guidance,1,--seed,5,--sampler,ddpm,--height,64,--width,64".split(","),
+    "tiny2_v": "--prompt,wow!! a tall tower!,--steps,10,--guidance,5,--seed,2,--height,64,--width,64".split(","),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_sample_draws_the_pipelines_picture(name, tiny_folder, tiny2_folder, tmp_path):
+    model = tiny2_folder if name.startswith("tiny2") else tiny_folder
+    [path] = sample.main(["--model", str(model), "--device", "cpu", "--out", str(tmp_path), *PICTURES[name]])
+    ours, theirs = (np.asarray(Image.open(p)).astype(int) for p in (path, DATA / f"{name}.png"))
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= 2
