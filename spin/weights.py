@@ -115,9 +115,8 @@ def load(
 
 
 def load_unet(source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> UNet:
-    """The UNet of a checkpoint folder, or of the folder unet/ itself."""
-    folder = Path(source)
-    folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    """The UNet of a checkpoint folder, or of its folder unet/ alone."""
+    folder = Path(source) if Path(source, "config.json").exists() else Path(source, "unet")
     unet = build(UNet, read_config(folder / "config.json", "unet"), folder)
     return fill(unet, read_tensors(folder, "diffusion_pytorch_model"), folder, dtype, device)
 
@@ -147,7 +146,7 @@ def load_text_encoder(source: Path, dtype: torch.dtype = torch.float32, device: 
     layers = config["num_hidden_layers"]
     compare(tensors, from_tower(encoder.tower.state_dict(), layers), folder)
     fill(encoder.tower, to_tower(tensors, layers), folder, dtype, device)
-    return encoder
+    return encoder.eval()
 
 
 def load_tokenizer(folder: Path, length: int = 77) -> Tokenizer:
@@ -203,7 +202,7 @@ def build(make: Callable[[dict], object], config: dict, where: Path, device: str
     except KeyError as error:
         raise InputError(f"{where}: its config lacks {error}") from None
     except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: its config does not describe a network ({error})") from None
+        raise InputError(f"{where}: its config is not usable: {error}") from None
 
 
 def read_text(path: Path) -> str:

@@ -96,27 +96,33 @@ def test_noise_schedule():
     close(velocity(x0, noise, alpha_bar), GOLDEN["sched.velocity"], 1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in GOLDEN if name.startswith(("sched.ddpm.", "sched.ddim."))))
-def test_sampler_steps(name):
-    _, sampler, *settings = name.split(".", 2)
-    if settings[0].startswith("timesteps"):
-        steps = int(name.split(".")[-1])
-        offset = 0 if steps == 1000 else 1
-        assert torch.equal(scheduler(steps_offset=offset).timesteps(steps), GOLDEN[name])
-        return
-    prediction_type, *middle, i = settings[0].split(".")
-    steps = int(middle[0]) if sampler == "ddpm" else 50
-    ours = scheduler(prediction_type=prediction_type, steps_offset=0 if steps == 1000 else 1)
-    t = ours.timesteps(steps)[int(i)].item()
-    alpha_bar, alpha_bar_prev = ours.alphas_of_step(t, steps, sampler)
+@pytest.mark.parametrize("name", sorted(name for name in GOLDEN if ".timesteps." in name))
+def test_timesteps(name):
+    steps = int(name.split(".")[-1])
+    assert torch.equal(scheduler(steps_offset=0 if steps == 1000 else 1).timesteps(steps), GOLDEN[name])
+
+
+@pytest.mark.parametrize("steps, i", [(steps, i) for steps in (1000, 50) for i in (0, steps // 2, steps - 1)])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_ddpm_step(prediction_type, steps, i):
     x, output, noise = STEP_INPUTS
+    ours = scheduler(prediction_type=prediction_type, steps_offset=0 if steps == 1000 else 1)
+    alpha_bar, alpha_bar_prev = ours.alphas_of_step(ours.timesteps(steps)[i].item(), steps, "ddpm")
+    x0, _ = x0_and_eps(output, x, alpha_bar, prediction_type)
+    expected = GOLDEN[f"sched.ddpm.{prediction_type}.{steps}.{i}"]
+    close(ddpm_step(x, x0, alpha_bar, alpha_bar_prev, noise), expected, 1e-5)
+
+
+@pytest.mark.parametrize("i", [0, 25, 49])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_ddim_step(prediction_type, eta, i):
+    x, output, noise = STEP_INPUTS
+    ours = scheduler(prediction_type=prediction_type)
+    alpha_bar, alpha_bar_prev = ours.alphas_of_step(ours.timesteps(50)[i].item(), 50, "ddim")
     x0, eps = x0_and_eps(output, x, alpha_bar, prediction_type)
-    if sampler == "ddpm":
-        result = ddpm_step(x, x0, alpha_bar, alpha_bar_prev, noise)
-    else:
-        eta = float(".".join(middle).removeprefix("eta"))
-        result = ddim_step(x0, eps, alpha_bar, alpha_bar_prev, eta, noise)
-    close(result, GOLDEN[name], 1e-5)
+    expected = GOLDEN[f"sched.ddim.{prediction_type}.eta{eta}.{i}"]
+    close(ddim_step(x0, eps, alpha_bar, alpha_bar_prev, eta, noise), expected, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
