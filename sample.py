@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     pictures, paths = [], []
     settings = {"Steps": args.steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Eta": args.eta}
     settings["Model"] = Path(args.unet or args.model).resolve().name
-    bar = tqdm(total=len(jobs), desc="drawing", unit="image")
+    bar = tqdm(total=len(jobs), desc="drawing", unit="image", delay=0.5)
     for at in range(0, len(jobs), args.batch_size):
         batch = jobs[at : at + args.batch_size]
         generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in batch]

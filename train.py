@@ -120,6 +120,10 @@ def main(argv: list[str] | None = None) -> dict:
             network.requires_grad_(False)
         if args.resolution % sd.vae.downscale:
             raise InputError(f"--resolution {args.resolution}: must be a multiple of {sd.vae.downscale}")
+        try:
+            sd.scheduler.timesteps(args.sampler_steps)
+        except ValueError as error:
+            raise InputError(f"--sampler-steps: {error}") from None
         hashes = {
             "model_hash": weights.checkpoint_hash(args.model),
             "unet_hash": weights.checkpoint_hash(args.unet) if args.unet else None,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 #: l(t), decreasing and convex (section 4). The paper's experiments use logistic.
 LINKS = {
-    "logistic": lambda t: F.softplus(-t),  # log(1 + exp(-t)); l(0) = log 2
+    "logistic": lambda t: -F.logsigmoid(t),  # log(1 + exp(-t)); l(0) = log 2
     "hinge": lambda t: F.relu(1 - t),
     "correlation": lambda t: 1 - t,
 }

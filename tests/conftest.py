@@ -3,8 +3,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from hypothesis import settings
 
 from spin import weights
+
+settings.register_profile("spin", deadline=None, max_examples=30, derandomize=True)
+settings.load_profile("spin")
 
 
 @pytest.fixture(scope="session")

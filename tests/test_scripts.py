@@ -1,0 +1,67 @@
+"""The scripts as a user runs them: pictures, and one clear line with exit status 2 for what cannot be done."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import sample
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_sample_writes_pictures_and_a_grid(tiny_folder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    command = f"--model {tiny_folder} --prompts {prompts} --num-images 2 --seed 5 --steps 2 --height 64 --width 72"
+    paths = sample.main([*command.split(), "--batch-size", "3", "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png", "00003.png"]
+    assert all(Image.open(path).size == (72, 64) for path in paths)
+    text = Image.open(paths[3]).text["parameters"]
+    assert text.splitlines()[0] == "a blue square"
+    assert {"Steps: 2", "Seed: 6", "CFG scale: 7.5", "Sampler: ddim", "Size: 72x64"} <= set(text.splitlines()[1].split(", "))
+    assert Image.open(tmp_path / "out/grid.png").width > 2 * 192
+
+
+def test_a_single_image_has_no_grid(tiny_folder, tmp_path):
+    command = f"--model {tiny_folder} --prompt a --steps 1 --height 64 --width 64 --device cpu --out {tmp_path}"
+    assert len(sample.main(command.split())) == 1
+    assert not (tmp_path / "grid.png").exists()
+
+
+WRONG = {
+    "train.py --nonsense 1": "required: --model, --data",
+    "train.py --model {tiny} --data {tiny}": "metadata.jsonl: no such file",
+    "train.py --model {pictures} --data {pictures}": "unet/config.json: no such file",
+    "train.py --model {tiny} --data {pictures} --nonsense 1": "unrecognized arguments: --nonsense 1",
+    "train.py --model {tiny} --data {pictures} --steps 0": "invalid int from 1 on value: '0'",
+    "train.py --model {tiny} --data {pictures} --lr nan": "invalid float from 0 on value: 'nan'",
+    "train.py --model {tiny} --data {pictures} --resolution 60 --device cpu": "--resolution 60: must be a multiple of 8",
+    "train.py --model {tiny} --data {pictures} --device nonsense": "--device nonsense: cannot be used here",
+    "train.py --model {tiny} --data {pictures} --sampler-steps 1000 --device cpu": "1000 sampling steps",
+    "sample.py --model {tiny}": "nothing to draw: give --prompt or --prompts",
+    "sample.py --model {tiny} --prompts missing.txt": "missing.txt: not readable",
+    "sample.py --model nowhere --prompt a": "nowhere: no such folder",
+    "sample.py --model {tiny} --prompt a --height 60 --device cpu": "must be multiples of 8",
+    "sample.py --model {tiny} --prompt a --steps 2000 --device cpu": "2000 sampling steps",
+    "evaluate.py nowhere": "nowhere: no log.jsonl",
+}
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_a_mistake_is_answered_in_one_line(command, tiny_folder, pictures, tmp_path):
+    script, *arguments = command.format(tiny=tiny_folder, pictures=pictures).split()
+    out = [] if script == "evaluate.py" else ["--out", str(tmp_path / "out")]
+    result = subprocess.run([sys.executable, ROOT / script, *arguments, *out], capture_output=True, text=True, cwd=tmp_path)
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2
+    assert WRONG[command] in lines[-1] and lines[-1].startswith(f"{script}: error:")
+    assert len(lines) == 1, result.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
+def test_help(script):
+    result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+    assert "--out" in result.stdout

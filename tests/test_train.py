@@ -1,0 +1,225 @@
+"""The loop end to end: two tiny iterations, what they must change and what they must not, and going on after a stop."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import evaluate
+import train
+from spin import data, run, weights
+from spin.run import InputError
+from spin.sampler import sample
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def flags(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    tiny = "--resolution 64 --iterations 2 --steps 3 --batch-size 4 --micro-batch 3 --lr 1e-5 --beta 100 --warmup 1"
+    sampling = "--sampler-steps 3 --generation-batch 4 --grid-prompts 2 --device cpu --seed 11"
+    return ["--model", str(model), "--data", str(data), "--out", str(out), *tiny.split(), *sampling.split(), *more]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_folder, pictures) -> dict[Path, dict[str, bytes]]:
+    return {folder: contents(folder) for folder in (tiny_folder, pictures)}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, pictures, inputs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    result = train.main(flags(tiny_folder, pictures, out))
+    assert result["out"] == str(out) and [line["iteration"] for line in result["iterations"]] == [1, 2]
+    return out
+
+
+def test_input_files_are_untouched(finished, inputs):
+    for folder, before in inputs.items():
+        assert contents(folder) == before
+
+
+def test_every_file_of_a_run(finished):
+    for name in ("config.json", "log.jsonl", "cache/shard-00000.safetensors", "samples/grid.png", "curves.png", "lock"):
+        assert (finished / name).is_file(), name
+    for k in (1, 2):
+        for name in ("generated/shard-00000.safetensors", "checkpoint/model_index.json", "state/state.pt"):
+            assert (finished / f"iter{k}" / name).is_file(), name
+    assert not list(finished.rglob("*.part")), "something half written was left"
+    config = json.loads((finished / "config.json").read_text())
+    assert config["seed"] == 11 and config["steps"] == [3, 3] and torch.__version__.startswith(config["versions"]["torch"])
+    assert {"commit", "model_hash", "data_hash", "guidance", "sampler"} <= config.keys()
+
+
+def test_the_log(finished):
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], line["step"]) for line in log] == [(k, s) for k in (1, 2) for s in (1, 2, 3)]
+    for line in log:
+        first = line["step"] == 1
+        assert first == (line["delta_data"] == 0.0) == (line["delta_gen"] == 0.0) == (line["margin"] == 0.0)
+        assert first == (abs(line["loss"] - math.log(2)) < 1e-6)
+        assert line["margin"] == pytest.approx(line["delta_gen"] - line["delta_data"], abs=1e-6)
+        assert 0 <= line["implicit_accuracy"] <= 1 and line["grad_norm"] > 0 and line["seconds"] > 0
+    assert [line["lr"] for line in log[:3]] == pytest.approx([1e-5, 1e-5, 0.5e-5])
+
+
+def test_the_policy_changes_and_nothing_else_does(finished, tiny_folder):
+    theta = [tiny_folder, finished / "iter1/checkpoint", finished / "iter2/checkpoint"]
+    for before, after in zip(theta, theta[1:]):
+        old, new = load_file(before / UNET), load_file(after / UNET)
+        changed = [name for name in old if not torch.equal(old[name], new[name])]
+        assert len(changed) > 0.99 * len(old)
+        assert all((old[name] - new[name]).abs().max() < 4e-5 for name in old)  # three Adam steps of 1e-5
+        a, b = weights.load(before), weights.load(after)
+        for ours, theirs in ((a.vae, b.vae), (a.text_encoder.tower, b.text_encoder.tower)):
+            assert all(torch.equal(ours.state_dict()[name], t) for name, t in theirs.state_dict().items())
+
+
+def test_the_opponent_of_an_iteration_draws_its_images(finished, tiny_folder, pictures):
+    """iter1's generated latents are theta_0's, iter2's theta_1's, each at noise that depends on the row."""
+    captions = [json.loads(line)["text"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    for k, player in ((1, tiny_folder), (2, finished / "iter1/checkpoint")):
+        sd = weights.load(player)
+        rows = sorted({row for s in (1, 2, 3) for row in data.batch_rows(11, k, s, 4, 12)})
+        stored = data.LatentShards(finished / f"iter{k}/generated", rows)
+        for row in rows[::5]:
+            generators = [data.generator(11, k, row)]
+            x0 = sample(sd, [captions[row]], 3, 7.5, generators=generators, height=64, width=64)
+            torch.testing.assert_close(stored.read("x0", [row]), x0, atol=0.02, rtol=2e-3)  # kept in half precision
+
+
+def test_pictures_of_a_run(finished):
+    for model in ("base", "spin-1", "spin-2"):
+        picture = Image.open(finished / f"samples/{model}/1.png")
+        assert picture.size == (64, 64)
+        assert "Seed: 1" in picture.text["parameters"] and f"Model: {model}" in picture.text["parameters"]
+    grid, curves = Image.open(finished / "samples/grid.png"), Image.open(finished / "curves.png")
+    assert grid.width > 3 * 192 and grid.height > 2 * 192 and len(grid.getcolors(1 << 24)) > 1000
+    assert len(curves.getcolors(1 << 24)) > 10
+
+
+def test_two_runs_give_identical_weights(finished, tiny_folder, pictures, tmp_path):
+    train.main(flags(tiny_folder, pictures, tmp_path / "again"))
+    for k in (1, 2):
+        assert contents(tmp_path / f"again/iter{k}/checkpoint") == contents(finished / f"iter{k}/checkpoint")
+
+
+def test_a_finished_run_is_not_repeated(finished, tiny_folder, pictures):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if "iter" in str(path) or "cache" in str(path)}
+    log = (finished / "log.jsonl").read_bytes()
+    train.main(flags(tiny_folder, pictures, finished))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (finished / "log.jsonl").read_bytes() == log
+
+
+@pytest.mark.parametrize(
+    "place, times",
+    [
+        ("cache", 1),
+        ("iter2/generated", 1),
+        ("iter2/state", 1),  # nothing of the iteration is saved yet
+        ("iter2/state", 2),  # step 2 is saved, step 3 is logged and lost
+        ("iter2/checkpoint", 1),
+        ("samples/spin-2", 2),
+    ],
+)
+def test_going_on_after_a_stop_ends_at_the_same_weights(
+    place, times, finished, tiny_folder, pictures, tmp_path, monkeypatch
+):
+    """The process dies as it begins to write into `place` for the `times`-th time; then the command is given again."""
+    out, whole, writes = tmp_path / "stopped", run.whole, []
+    command = flags(tiny_folder, pictures, out, "--save-every", "2")
+
+    class Died(Exception):
+        pass
+
+    def dying(path: Path):
+        writes.append(str(path))
+        if sum(place in write for write in writes) == times and place in str(path):
+            raise Died
+        return whole(path)
+
+    with monkeypatch.context() as patch:
+        for module in ("run", "data", "weights"):
+            patch.setattr(f"spin.{module}.whole", dying)
+        with pytest.raises(Died):
+            train.main(command)
+    train.main(command)
+    for k in (1, 2):
+        assert contents(out / f"iter{k}/checkpoint") == contents(finished / f"iter{k}/checkpoint")
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], line["step"]) for line in log] == [(k, s) for k in (1, 2) for s in (1, 2, 3)]
+    assert contents(out / "samples") == contents(finished / "samples")
+
+
+def test_another_flag_or_another_process_is_refused(finished, tiny_folder, pictures):
+    with pytest.raises(InputError, match=r"begun with lr \[1e-05, 1e-05\], now \[2e-05, 2e-05\]"):
+        train.main(flags(tiny_folder, pictures, finished, "--lr", "2e-5"))
+    with run.Run(finished).lock(), pytest.raises(InputError, match="another process works here"):
+        train.main(flags(tiny_folder, pictures, finished))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--sampler", "ddpm", "--flip", "0", "--link", "hinge"],
+        ["--generated", "images", "--dtype", "bfloat16", "--guidance", "1"],
+        ["--checkpoint-activations", "--num-prompts", "3", "--grid-prompts", "0", "--clip", "0"],
+    ],
+    ids=lambda more: more[0],
+)
+def test_other_settings(more, tiny_folder, pictures, tmp_path):
+    result = train.main(flags(tiny_folder, pictures, tmp_path / "run", *more, "--iterations", "1", "--steps", "2"))
+    [summary] = result["iterations"]
+    assert summary["first_loss"] == pytest.approx(1.0 if "hinge" in more else math.log(2), abs=1e-6)
+    assert summary["margin"] != 0
+
+
+def test_v_prediction(tiny2_folder, pictures, tmp_path):
+    result = train.main(flags(tiny2_folder, pictures, tmp_path / "run", "--iterations", "1", "--steps", "2"))
+    assert result["iterations"][0]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert weights.load(tmp_path / "run/iter1/checkpoint").scheduler.prediction_type == "v_prediction"
+
+
+def test_an_exploding_run_stops_in_one_line(tiny_folder, pictures, tmp_path):
+    with pytest.raises(InputError, match="iteration 1, step [23]: the loss or its gradient is not finite; last good"):
+        train.main(flags(tiny_folder, pictures, tmp_path / "run", "--lr", "1e30"))
+
+
+@pytest.mark.parametrize(
+    "step, expected", [(1, 5e-3), (100, 0.5), (200, 1.0), (201, 1.0), (351, 0.5), (500, 1 / 300)]
+)
+def test_learning_rate_rises_then_falls(step, expected):
+    assert train.learning_rate(1.0, step, 500, 200) == pytest.approx(expected)
+
+
+def test_the_papers_first_iteration_ends_inside_its_warm_up():
+    rates = [train.learning_rate(2e-5, step, 50, 200) for step in range(1, 51)]
+    assert rates[-1] == max(rates) == pytest.approx(5e-6)
+    assert train.learning_rate(2e-5, 1, 50, 0) == 2e-5
+
+
+def test_the_papers_table_is_the_default(tmp_path):
+    args = train.parse(["--model", "m", "--data", "some/pictures"])
+    assert (args.steps, args.beta) == ([50, 500, 200], [2000, 5000, 5000])
+    assert args.lr == [2e-5, 2e-5, 5e-8] and args.batch_size == 2048 and args.out == "runs/pictures"
+    args = train.parse(["--model", "m", "--data", "d", "--iterations", "4", "--lr", "1e-5", "2e-5"])
+    assert args.lr == [1e-5, 2e-5, 2e-5, 2e-5] and args.steps == [50, 500, 200, 200]
+
+
+def test_evaluate_tables_the_log(finished, capsys):
+    rows = evaluate.main([str(finished)])
+    assert [row["steps"] for row in rows] == [3, 3]
+    assert all(row["first_loss"] == pytest.approx(math.log(2), abs=1e-6) for row in rows)
+    table = (finished / "evaluation/log.md").read_text()
+    assert table in capsys.readouterr().out and table.count("\n") == 4
+    assert json.loads((finished / "evaluation/log.json").read_text()) == rows
+    with pytest.raises(InputError, match="no log.jsonl"):
+        evaluate.main([str(finished / "iter1")])
