@@ -1,0 +1,59 @@
+"""Every line of the tutorial: its code runs, its quotes are verbatim, its commands work, the names it gives exist.
+
+    ```python             run, in order, in one namespace a chapter
+    ```python file=PATH   a verbatim piece of that file
+    ```console            its lines "$ python ..." are run
+"""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CHAPTERS = sorted(ROOT.glob("tutorial/*.md"))
+FENCE = re.compile(r"^( *)```(\w+)(?: file=(\S+))?\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+NAME = re.compile(r"`(spin(?:\.\w+)+)`")
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_chapter(chapter, tmp_path, monkeypatch):
+    text = chapter.read_text()
+    for name in ("spin", "tests", "train.py", "sample.py", "evaluate.py"):  # so that runs/ lands in the test's folder
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for fence in FENCE.finditer(text):
+        indent, language, file, body = fence.groups()
+        body = re.sub(f"^{indent}", "", body, flags=re.MULTILINE)  # a fence inside a list is indented
+        line = text.count("\n", 0, fence.start()) + 2
+        where = f"{chapter.name} line {line}"
+        if file:
+            assert body in (ROOT / file).read_text(), f"{where}: not a verbatim piece of {file}"
+        elif language == "python":
+            padded = "\n" * (line - 1) + body  # so that a traceback names the chapter's line
+            exec(compile(padded, str(chapter), "exec"), namespace)
+        elif language == "console":
+            for command in re.findall(r"^\$ python (.*)$", body, re.MULTILINE):
+                result = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
+                assert result.returncode == 0, f"{where}: $ python {command}\n{result.stderr}"
+
+
+@pytest.mark.parametrize("page", [*CHAPTERS, ROOT / "README.md"], ids=lambda path: path.stem)
+def test_names_and_links_exist(page):
+    text = FENCE.sub("", page.read_text())
+    for name in NAME.findall(text):
+        module, _, attribute = name.rpartition(".")
+        if module == "spin":
+            importlib.import_module(name)
+        else:
+            assert hasattr(importlib.import_module(module), attribute), f"{page.name}: there is no {name}"
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), f"{page.name}: {link} is not there"
+
+
+def test_there_is_a_tutorial():
+    assert CHAPTERS and all(FENCE.search(chapter.read_text()) for chapter in CHAPTERS)
