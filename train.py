@@ -25,7 +25,7 @@ from spin.run import InputError
 from spin.step import spin_step
 
 # The paper's hyper-parameters (appendix A), taken literally: iteration 1's 50 steps end inside the 200 of warm-up.
-# Lists have one value an iteration. "assumed": the paper does not say; Diffusion-DPO's public code does it.
+# Lists have one value an iteration.
 PAPER = {
     "iterations": 3,
     "steps": [50, 500, 200],
@@ -35,14 +35,17 @@ PAPER = {
     "micro_batch": 8,
     "warmup": 200,
     "weight_decay": 1e-2,
-    "clip": 1.0,  # assumed
+    "clip": 1.0,
     "resolution": 512,
-    "flip": 0.5,  # assumed
+    "flip": 0.5,
     "guidance": 7.5,
-    "sampler": "ddim",  # our choice: the paper does not say
-    "sampler_steps": 50,  # of the authors' demonstration; the paper does not say
+    "sampler": "ddim",
+    "sampler_steps": 50,
     "seed": 5775709,
 }
+# The paper does not say these. Clipping and mirroring are as in Diffusion-DPO's public code, 50 sampling steps as in
+# the authors' demonstration.
+ASSUMED = ("clip", "flip", "sampler", "sampler_steps")
 PRESETS = {"paper": PAPER}
 
 ENCODE_BATCH = 4  # images a forward pass of the VAE's encoder
@@ -60,7 +63,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         name = flag.strip("-").replace("-", "_")
         default = PAPER.get(name, kwargs.get("default"))
         shown = " ".join(f"{x:g}" for x in default) if isinstance(default, list) else default
-        help += "" if default in (None, False) else f" ({'paper' if name in PAPER else 'default'}: {shown})"
+        source = "assumed" if name in ASSUMED else "paper" if name in PAPER else "default"
+        help += "" if default is None else f" ({source}: {shown})"
         parser.add_argument(flag, help=help, **({"default": argparse.SUPPRESS} if name in PAPER else {}), **kwargs)
 
     add("--model", "theta_0: a checkpoint folder in the diffusers layout", required=True)
@@ -134,6 +138,7 @@ def main(argv: list[str] | None = None) -> dict:
 
         # -------------------------------------------------------------------------------------------------------------
         # real images -> latents, once
+        print(f"{len(images)} images; {args.iterations} iterations; steps {args.steps} of {args.batch_size} pairs")
         count = min(len(images), args.num_prompts or len(images))
         real = data.LatentShards(this_run.folder / "cache", range(count))
         encode_images(args, sd, images, real)
@@ -163,6 +168,7 @@ def main(argv: list[str] | None = None) -> dict:
             this_run.save_state(k, {"step": args.steps[k - 1]})  # its tensors are in the checkpoint now
             draw_curves(this_run)
         draw_samples(args, this_run, sd, images.captions, args.iterations)
+        draw_curves(this_run)
 
     summary = this_run.summary()
     for line in summary:

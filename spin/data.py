@@ -37,7 +37,7 @@ class CaptionedImages:
         self.files: list[Path] = []
         self.captions: list[str] = []
         try:
-            lines = self.metadata.read_text(encoding="utf-8").splitlines()
+            lines = self.metadata.read_text(encoding="utf-8").split("\n")
         except OSError:
             raise InputError(f"{self.metadata}: no such file; it has a line for each image: file_name, text") from None
         except UnicodeDecodeError as error:
@@ -104,9 +104,9 @@ def read_prompts(path: str | Path) -> list[str]:
         if path.suffix == ".json":
             entries = json.loads(text)
         elif path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            entries = [line.strip() for line in text.splitlines() if line.strip()]
+            entries = [line.strip() for line in text.split("\n") if line.strip()]
         keys = ("prompt", "text", "caption")
         entries = [next(e[key] for key in keys if key in e) if isinstance(e, dict) else e for e in entries]
     except OSError as error:

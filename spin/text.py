@@ -67,7 +67,7 @@ def clean(text: str) -> str:
 class TextEncoder(nn.Module):
     """CLIP's text tower up to its final norm. config: transformers' text_encoder/config.json; sizes come from it.
 
-    forward(prompts, B of them) -> context [B,77,D]
+    forward(prompts, B of them) -> context [B,77,D]. ValueError for an activation it does not know.
     """
 
     def __init__(self, config: dict, tokenizer: Tokenizer):
@@ -75,6 +75,10 @@ class TextEncoder(nn.Module):
         from open_clip.transformer import QuickGELU, TextTransformer
 
         self.config, self.tokenizer = dict(config), tokenizer
+        activations = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's tower, and OpenCLIP's in SD-2.x
+        activation = config.get("hidden_act", "quick_gelu")
+        if activation not in activations:
+            raise ValueError(f"hidden_act is {activation!r}: only {' and '.join(activations)} are known")
         self.tower = TextTransformer(
             context_length=config.get("max_position_embeddings", 77),
             vocab_size=config["vocab_size"],
@@ -82,7 +86,7 @@ class TextEncoder(nn.Module):
             heads=config["num_attention_heads"],
             layers=config["num_hidden_layers"],
             mlp_ratio=config["intermediate_size"] / config["hidden_size"],
-            act_layer=QuickGELU if config.get("hidden_act", "quick_gelu") == "quick_gelu" else nn.GELU,
+            act_layer=activations[activation],
             output_dim=None,  # no projection: the UNet reads the tokens themselves
         )
         self.tower.attn_mask = None  # made where it is used: a buffer that no checkpoint holds cannot be loaded

@@ -5,6 +5,7 @@ Shapes in comments are SD-1.5's at 512 px: latents [B,4,64,64], channels 320, 64
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +94,14 @@ class Transformer2D(nn.Module):
         return x + tokens.transpose(1, 2).reshape(x.shape)
 
 
+Norm = tuple[int, float]  # groups and eps
+Attend = Callable[[], Transformer2D] | None  # makes one of a level's transformers; None: the level has none
+
+
 class Level(nn.Module):
     """Residual blocks at one resolution, each followed by attention to the text where the level has it."""
 
-    def __init__(self, channels_in: list[int], channels: int, temb_channels: int, norm: tuple[int, float], attention):
+    def __init__(self, channels_in: list[int], channels: int, temb_channels: int, norm: Norm, attention: Attend):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock2D(c, channels, *norm, temb_channels) for c in channels_in)
         if attention is not None:
@@ -128,7 +133,7 @@ class UpLevel(Level):
 
 
 class MidLevel(nn.Module):
-    def __init__(self, channels: int, temb_channels: int, norm: tuple[int, float], attention):
+    def __init__(self, channels: int, temb_channels: int, norm: Norm, attention: Attend):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, *norm, temb_channels) for _ in range(2))
         self.attentions = nn.ModuleList([attention()])

@@ -26,52 +26,27 @@ from spin.text import EOS, TextEncoder, Tokenizer, from_tower, to_tower
 from spin.unet import UNet
 from spin.vae import AutoencoderKL
 
-# Settings that our networks have built in, and the values they have there. Another value in a config.json means
-# an architecture (SDXL, an inpainting or an upscaling variant, another sampler) that would load and draw nonsense.
+# Settings that our networks and samplers have built in, and the value they have there. Another value in a config.json
+# means another architecture (SDXL, an inpainting model, ...), which might load and would draw nonsense.
 BUILT_IN = {
-    "unet": {
-        "in_channels": (4,),
-        "out_channels": (4,),
-        "act_fn": ("silu",),
-        "center_input_sample": (False,),
-        "mid_block_scale_factor": (1,),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-        "transformer_layers_per_block": (1, [1, 1, 1, 1]),
-        "dual_cross_attention": (False,),
-        "only_cross_attention": (False,),
-        "resnet_time_scale_shift": ("default",),
-        "time_embedding_type": ("positional",),
-        "time_embedding_dim": (None,),
-        "timestep_post_act": (None,),
-        "time_cond_proj_dim": (None,),
-        "class_embed_type": (None,),
-        "num_class_embeds": (None,),
-        "addition_embed_type": (None,),
-        "encoder_hid_dim": (None,),
-        "attention_type": ("default",),
-        "conv_in_kernel": (3,),
-        "conv_out_kernel": (3,),
-    },
-    "vae": {
-        "act_fn": ("silu",),
-        "latent_channels": (4,),
-        "mid_block_add_attention": (True,),
-        "use_quant_conv": (True,),
-        "use_post_quant_conv": (True,),
-        "latents_mean": (None,),
-        "latents_std": (None,),
-        "shift_factor": (None,),
-    },
-    "text_encoder": {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)},
-    "scheduler": {
-        "timestep_spacing": ("leading",),
-        "clip_sample": (False,),
-        "thresholding": (False,),
-        "trained_betas": (None,),
-        "rescale_betas_zero_snr": (False,),
-        "use_karras_sigmas": (False,),
-    },
-}
+    "unet": dict(
+        in_channels=4, out_channels=4, act_fn="silu", center_input_sample=False, mid_block_scale_factor=1,
+        mid_block_type="UNetMidBlock2DCrossAttn", transformer_layers_per_block=1, dual_cross_attention=False,
+        only_cross_attention=False, resnet_time_scale_shift="default", time_embedding_type="positional",
+        time_embedding_dim=None, timestep_post_act=None, time_cond_proj_dim=None, class_embed_type=None,
+        num_class_embeds=None, addition_embed_type=None, encoder_hid_dim=None, attention_type="default",
+        conv_in_kernel=3, conv_out_kernel=3,
+    ),
+    "vae": dict(
+        act_fn="silu", latent_channels=4, mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True,
+        latents_mean=None, latents_std=None, shift_factor=None,
+    ),
+    "text_encoder": dict(layer_norm_eps=1e-5),
+    "scheduler": dict(
+        timestep_spacing="leading", clip_sample=False, thresholding=False, trained_betas=None,
+        rescale_betas_zero_snr=False, use_karras_sigmas=False,
+    ),
+}  # fmt: skip
 
 # The published SD-1.5 VAE has the attention names of an older diffusers.
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -187,10 +162,9 @@ def load_scheduler(source: Path) -> Scheduler:
 
 def read_config(path: Path, part: str) -> dict:
     config = read_json(path)
-    for key, values in BUILT_IN[part].items():
-        if key in config and config[key] not in values:
-            allowed = " or ".join(map(repr, values))
-            raise InputError(f"{path}: {key} is {config[key]!r}, in Stable Diffusion 1.x and 2.x it is {allowed}")
+    for key, value in BUILT_IN[part].items():
+        if config.get(key, value) != value:
+            raise InputError(f"{path}: {key} is {config[key]!r}, in Stable Diffusion 1.x and 2.x it is {value!r}")
     return config
 
 

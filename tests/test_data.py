@@ -172,8 +172,9 @@ def test_a_draw_depends_on_its_place_alone(seed, iteration, step, place):
 
     here = draw(seed, iteration, step, place, (4, 2, 3), 1000)
     assert same(here, draw(seed, iteration, step, place, (4, 2, 3), 1000))
-    others = [(seed + 1, iteration, step, place), (seed, iteration + 1, step, place), (seed, iteration, step + 1, place)]
-    for other in [*others, (seed, iteration, step, place + 1)]:
+    for i in range(4):
+        other = [seed, iteration, step, place]
+        other[i] += 1
         assert not same(here, draw(*other, (4, 2, 3), 1000))
 
 

@@ -139,18 +139,22 @@ def test_token_ids(pad_token, column):
 # ---------------------------------------------------------------------------------------------------------------------
 # whole pictures: sample.py against StableDiffusionPipeline
 
-PICTURES = {
-    "tiny_ddim": ["--prompt", "a red circle, café!", "--negative-prompt", "blurry", "--steps", "12", "--seed", "3"],
-    "tiny_ddim_eta": "--prompt,a red circle,--steps,7,--guidance,3,--eta,0.6,--seed,11,--height,72,--width,104".split(","),
-    "tiny_ddpm": "--prompt,a blue square,--steps,10,--guidance,1,--seed,5,--sampler,ddpm,--height,64,--width,64".split(","),
-    "tiny2_v": "--prompt,wow!! a tall tower!,--steps,10,--guidance,5,--seed,2,--height,64,--width,64".split(","),
+
+
+PICTURES = {  # prompt, other flags
+    "tiny_ddim": ("a red circle, café!", "--negative-prompt blurry --steps 12 --seed 3 --height 128 --width 128"),
+    "tiny_ddim_eta": ("a red circle", "--eta 0.6 --guidance 3 --steps 7 --seed 11 --height 72 --width 104"),
+    "tiny_ddpm": ("a blue square", "--sampler ddpm --guidance 1 --steps 10 --seed 5 --height 64 --width 64"),
+    "tiny2_v": ("wow!! a tall tower!", "--guidance 5 --steps 10 --seed 2 --height 64 --width 64"),
 }
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_sample_draws_the_pipelines_picture(name, tiny_folder, tiny2_folder, tmp_path):
     model = tiny2_folder if name.startswith("tiny2") else tiny_folder
-    [path] = sample.main(["--model", str(model), "--device", "cpu", "--out", str(tmp_path), *PICTURES[name]])
+    prompt, others = PICTURES[name]
+    common = ["--model", str(model), "--out", str(tmp_path), "--device", "cpu", "--prompt", prompt]
+    [path] = sample.main([*common, *others.split()])
     ours, theirs = (np.asarray(Image.open(p)).astype(int) for p in (path, DATA / f"{name}.png"))
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() <= 2

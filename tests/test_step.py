@@ -1,4 +1,4 @@
-"""The loss step on the tiny networks: what a pair shares, where the gradient flows, what a half-finished batch adds to."""
+"""The loss step on the tiny networks: what a pair shares, where the gradient flows, what a batch is the sum of."""
 
 import copy
 import math

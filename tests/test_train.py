@@ -54,7 +54,8 @@ def test_every_file_of_a_run(finished):
             assert (finished / f"iter{k}" / name).is_file(), name
     assert not list(finished.rglob("*.part")), "something half written was left"
     config = json.loads((finished / "config.json").read_text())
-    assert config["seed"] == 11 and config["steps"] == [3, 3] and torch.__version__.startswith(config["versions"]["torch"])
+    assert config["seed"] == 11 and config["steps"] == [3, 3]
+    assert torch.__version__.startswith(config["versions"]["torch"])
     assert {"commit", "model_hash", "data_hash", "guidance", "sampler"} <= config.keys()
 
 
@@ -80,6 +81,27 @@ def test_the_policy_changes_and_nothing_else_does(finished, tiny_folder):
         a, b = weights.load(before), weights.load(after)
         for ours, theirs in ((a.vae, b.vae), (a.text_encoder.tower, b.text_encoder.tower)):
             assert all(torch.equal(ours.state_dict()[name], t) for name, t in theirs.state_dict().items())
+
+
+def test_training_leaves_opponent_vae_and_text_as_they_are(tiny_folder, pictures, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(args, this_run, sd, policy, *rest):
+        frozen = [sd.unet, sd.vae, sd.text_encoder]
+        before = [{name: t.clone() for name, t in network.state_dict().items()} for network in frozen]
+        started = {name: t.clone() for name, t in policy.state_dict().items()}
+        train_iteration(args, this_run, sd, policy, *rest)
+        for network, state in zip(frozen, before):
+            assert all(torch.equal(state[name], t) for name, t in network.state_dict().items())
+            assert all(parameter.grad is None for parameter in network.parameters())
+        assert all(torch.equal(started[name], t) for name, t in before[0].items())  # theta_k starts from theta_{k-1}
+        assert any(not torch.equal(started[name], t) for name, t in policy.state_dict().items())
+        seen.append(policy)
+
+    train_iteration = train.train
+    monkeypatch.setattr(train, "train", watched)
+    train.main(flags(tiny_folder, pictures, tmp_path / "run", "--steps", "2"))
+    assert len(seen) == 2
 
 
 def test_the_opponent_of_an_iteration_draws_its_images(finished, tiny_folder, pictures):
@@ -112,7 +134,8 @@ def test_two_runs_give_identical_weights(finished, tiny_folder, pictures, tmp_pa
 
 
 def test_a_finished_run_is_not_repeated(finished, tiny_folder, pictures):
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if "iter" in str(path) or "cache" in str(path)}
+    stages = [path for folder in ("cache", "iter1", "iter2") for path in (finished / folder).rglob("*")]
+    before = {path: path.stat().st_mtime_ns for path in stages}
     log = (finished / "log.jsonl").read_bytes()
     train.main(flags(tiny_folder, pictures, finished))
     assert {path: path.stat().st_mtime_ns for path in before} == before
