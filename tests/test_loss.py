@@ -68,9 +68,8 @@ def test_per_image_error_is_the_mean_over_an_image(seed, batch):
 
 
 def test_per_image_error_casts_before_it_subtracts():
-    """In bfloat16 both differences would round to 0; the loss multiplies by thousands what they leave."""
-    target = torch.full((1, 8), 1.0).bfloat16()
-    prediction = torch.full((1, 8), 1.0078125).bfloat16()  # the next bfloat16
-    error = per_image_error(prediction, target + 0)
+    """In bfloat16, 1 - 2^-10 would round to 1; the loss multiplies by thousands what such roundings leave."""
+    prediction, target = torch.full((1, 8), 1.0).bfloat16(), torch.full((1, 8), 2.0**-10).bfloat16()
+    error = per_image_error(prediction, target)
     assert error.dtype == torch.float32
-    assert error.item() == 0.0078125**2
+    assert error.item() == (1 - 2.0**-10) ** 2

@@ -61,6 +61,16 @@ def test_sd2(tiny2_folder):
     close(sd2.text_encoder.encode_ids(GOLDEN["text.ids"]), GOLDEN_SD2["tiny2.text.out"], 1e-4)
 
 
+def test_epsilon_of_every_group_norm(sd):
+    """Too small to be seen in an output of unit variance, and wrong in many ports."""
+
+    def epsilons(network, names=""):
+        return {m.eps for name, m in network.named_modules() if isinstance(m, torch.nn.GroupNorm) and names in name}
+
+    assert epsilons(sd.vae) == epsilons(sd.unet, "attentions") == {1e-6}
+    assert epsilons(sd.unet, "resnets") == epsilons(sd.unet, "conv_norm_out") == {1e-5}
+
+
 @pytest.mark.parametrize("tag", ["tiny", "tiny2", "sd15"])
 def test_every_name_and_shape(tag):
     """On the meta device: no memory, whatever the size."""

@@ -117,6 +117,64 @@ def test_the_opponent_of_an_iteration_draws_its_images(finished, tiny_folder, pi
             torch.testing.assert_close(stored.read("x0", [row]), x0, atol=0.02, rtol=2e-3)  # kept in half precision
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_pairs_are_what_they_should_be(flip, sd, pictures, tmp_path):
+    """Row by row from the image files: encoded, mirrored or not, a sample of the posterior, scaled."""
+    args = train.parse(flags(Path("unused"), pictures, tmp_path, "--flip", str(flip)))
+    images = data.CaptionedImages(pictures, 64)
+    real, generated = data.LatentShards(tmp_path / "cache", range(12)), data.LatentShards(tmp_path / "gen", [2, 7, 9])
+    train.encode_images(args, sd, images, real)
+    generated.write(0, {"x0": torch.stack([torch.full((4, 8, 8), float(row)) for row in (2, 7, 9)])})
+    pairs = train.load_pairs(args, sd, real, generated, [9, 2], (3, 5, 6))
+    for i, row in enumerate([9, 2]):
+        drawn = data.draw(11, 3, 5, 6 + i, (4, 8, 8), 1000)
+        image = images.image(row)[None]
+        mean, logvar = sd.vae.encode(image.flip(3) if flip else image)
+        x0 = (mean + (0.5 * logvar).exp() * drawn["posterior"]) * 0.18215
+        torch.testing.assert_close(pairs["x0_data"][i], x0[0], atol=5e-3, rtol=2e-3)  # kept in half precision
+        assert torch.equal(pairs["x0_gen"][i], torch.full((4, 8, 8), float(row)))
+        assert torch.equal(pairs["eps"][i], drawn["eps"]) and pairs["t"][i] == drawn["t"]
+
+
+def test_micro_batches_make_no_difference(tiny_folder, pictures, tmp_path):
+    logs = []
+    for size in ("4", "1"):
+        out = tmp_path / size
+        train.main(flags(tiny_folder, pictures, out, "--micro-batch", size, "--iterations", "1", "--clip", "0"))
+        logs.append(run.Run(out).read_log())
+    for whole, parts in zip(*logs):
+        for name in ("loss", "grad_norm"):
+            assert parts[name] == pytest.approx(whole[name], rel=1e-3), name
+        for name in ("delta_data", "delta_gen", "margin"):
+            assert parts[name] == pytest.approx(whole[name], abs=1e-5), name
+
+
+def change_after_one_step(tiny_folder, pictures, out, *more) -> float:
+    """The largest change of a weight. Adam's first step is the learning rate, whatever the gradient."""
+    one = ["--iterations", "1", "--steps", "1", "--weight-decay", "0", "--grid-prompts", "0", *more]
+    train.main(flags(tiny_folder, pictures, out, *one))
+    old, new = load_file(tiny_folder / UNET), load_file(out / "iter1/checkpoint" / UNET)
+    return max((old[name] - new[name]).abs().max().item() for name in old)
+
+
+def test_the_learning_rate_is_the_schedules(tiny_folder, pictures, tmp_path):
+    change = change_after_one_step(tiny_folder, pictures, tmp_path / "run", "--lr", "4e-4", "--warmup", "4")
+    assert change == pytest.approx(1e-4, rel=0.01)
+
+
+def test_gradients_are_clipped(tiny_folder, pictures, tmp_path):
+    """A gradient of length 1e-12 is lost in Adam's epsilon of 1e-8."""
+    change = change_after_one_step(tiny_folder, pictures, tmp_path / "run", "--lr", "1e-3", "--clip", "1e-12")
+    assert change < 1e-6
+
+
+def test_images_are_generated_only_for_prompts_that_are_drawn(tiny_folder, pictures, tmp_path):
+    train.main(flags(tiny_folder, pictures, tmp_path / "run", "--iterations", "1", "--steps", "2"))
+    [shard] = (tmp_path / "run/iter1/generated").iterdir()
+    assert load_file(shard)["x0"].shape == (8, 4, 8, 8)  # 2 steps of 4 pairs, out of 12 rows
+
+
 def test_pictures_of_a_run(finished):
     for model in ("base", "spin-1", "spin-2"):
         picture = Image.open(finished / f"samples/{model}/1.png")
