@@ -24,16 +24,18 @@ def whole(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` at which to make a file or a folder; renames it into place if the block succeeds.
 
     Whatever happens in between, `path` holds what it held before, or all of what it holds after. A file takes the
-    place of an older one; a folder must not exist yet.
+    place of an older one; a folder must not exist yet. Raises InputError where the disk refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    remove(part)  # what a killed process left
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(part)  # what a killed process left
         yield part
         sync(part)
         os.replace(part, path)
         sync(path.parent)  # so that the rename outlives a power cut
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         remove(part)
 
@@ -41,7 +43,8 @@ def whole(path: Path) -> Iterator[Path]:
 def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+    elif path.exists():
+        path.unlink()
 
 
 def sync(path: Path) -> None:
@@ -96,7 +99,10 @@ def usable(device: str) -> str:
 def provenance() -> dict:
     """What a result depends on beside its flags: the git commit, "-dirty" with local changes, and the versions."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        commit = ""
     packages = ("torch", "numpy", "safetensors", "pillow", "open-clip-torch")
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
     return {"commit": commit or "unknown: not a git clone", "versions": versions}

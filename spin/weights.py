@@ -128,8 +128,8 @@ def load_tokenizer(folder: Path, length: int = 77) -> Tokenizer:
     """From vocab.json + merges.txt or tokenizer.json; CLIP's own where the folder has neither."""
     if (folder / "merges.txt").exists():
         # an empty line, the last one above all, would count as a merge and shift the ids of the special tokens
-        lines = read_text(folder / "merges.txt").split("\n")
-        merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+        first, *lines = read_text(folder / "merges.txt").split("\n")
+        merges = [line for line in ([] if first.startswith("#version") else [first]) + lines if line.strip()]
         vocab = read_json(folder / "vocab.json")
     elif (folder / "tokenizer.json").exists():
         model = read_json(folder / "tokenizer.json").get("model", {})

@@ -150,23 +150,56 @@ def test_micro_batches_make_no_difference(tiny_folder, pictures, tmp_path):
             assert parts[i][name] == pytest.approx(whole[i][name], rel=0.05, abs=1e-5), name
 
 
-def change_after_one_step(tiny_folder, pictures, out, *more) -> float:
-    """The largest change of a weight. Adam's first step is the learning rate, whatever the gradient."""
-    one = ["--iterations", "1", "--steps", "1", "--weight-decay", "0", "--grid-prompts", "0", *more]
-    train.main(flags(tiny_folder, pictures, out, *one))
-    old, new = load_file(tiny_folder / UNET), load_file(out / "iter1/checkpoint" / UNET)
+@torch.no_grad()
+def test_the_loss_sees_each_pair_with_its_own_prompt_and_the_iterations_beta(
+    sd, tiny_folder, pictures, tmp_path, monkeypatch
+):
+    seen = []
+
+    def spy(*networks, **inputs):
+        seen.append(inputs)
+        return loss_step(*networks, **inputs)
+
+    loss_step = train.spin_step
+    monkeypatch.setattr(train, "spin_step", spy)
+    with torch.enable_grad():
+        train.main(flags(tiny_folder, pictures, tmp_path / "run", "--steps", "1", "--beta", "100", "200"))
+    captions = data.CaptionedImages(pictures, 64).captions
+    for k in (1, 2):
+        micro = seen[2 * k - 2 : 2 * k]  # 4 pairs as 3 and 1
+        contexts = torch.cat([inputs["context"] for inputs in micro])
+        rows = data.batch_rows(11, k, 1, 4, 12)
+        assert len({captions[row] for row in rows}) > 1
+        torch.testing.assert_close(contexts, sd.encode_prompts([captions[row] for row in rows]), atol=1e-5, rtol=1e-5)
+        assert all(inputs["beta"].item() == 100 * k for inputs in micro)
+
+
+def one_step(tiny_folder, pictures, out, *more) -> tuple[dict, dict]:
+    """The UNet before and after. Adam's first step is the learning rate, whatever the gradient."""
+    train.main(flags(tiny_folder, pictures, out, *"--iterations 1 --steps 1 --grid-prompts 0".split(), *more))
+    return load_file(tiny_folder / UNET), load_file(out / "iter1/checkpoint" / UNET)
+
+
+def largest_change(old: dict, new: dict) -> float:
     return max((old[name] - new[name]).abs().max().item() for name in old)
 
 
 def test_the_learning_rate_is_the_schedules(tiny_folder, pictures, tmp_path):
-    change = change_after_one_step(tiny_folder, pictures, tmp_path / "run", "--lr", "4e-4", "--warmup", "4")
-    assert change == pytest.approx(1e-4, rel=0.01)
+    quarter = ["--lr", "4e-4", "--warmup", "4", "--weight-decay", "0"]
+    assert largest_change(*one_step(tiny_folder, pictures, tmp_path, *quarter)) == pytest.approx(1e-4, rel=0.01)
 
 
 def test_gradients_are_clipped(tiny_folder, pictures, tmp_path):
     """A gradient of length 1e-12 is lost in Adam's epsilon of 1e-8."""
-    change = change_after_one_step(tiny_folder, pictures, tmp_path / "run", "--lr", "1e-3", "--clip", "1e-12")
-    assert change < 1e-6
+    clipped = ["--lr", "1e-3", "--clip", "1e-12", "--weight-decay", "0"]
+    assert largest_change(*one_step(tiny_folder, pictures, tmp_path, *clipped)) < 1e-6
+
+
+def test_weights_decay(tiny_folder, pictures, tmp_path):
+    old, plain = one_step(tiny_folder, pictures, tmp_path / "a", "--lr", "1e-3", "--weight-decay", "0")
+    _, decayed = one_step(tiny_folder, pictures, tmp_path / "b", "--lr", "1e-3", "--weight-decay", "0.5")
+    for name in old:
+        torch.testing.assert_close(plain[name] - decayed[name], 1e-3 * 0.5 * old[name], atol=1e-6, rtol=1e-3)
 
 
 def test_images_are_generated_only_for_prompts_that_are_drawn(tiny_folder, pictures, tmp_path):
