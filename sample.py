@@ -15,6 +15,8 @@ from tqdm import tqdm
 from spin import data, run, sampler, viz, weights
 from spin.run import InputError
 
+GRID_ROWS = 20  # prompts that grid.png shows at most
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw pictures from a checkpoint.", usage=argparse.SUPPRESS)
@@ -25,11 +27,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompts", help="file of prompts: .txt (one a line), .json, .jsonl (prompt, text or caption)")
     add("--negative-prompt", default="", help="what guidance leads away from (default: the empty prompt)")
     add("--num-images", type=whole, default=1, help="images a prompt (default: 1)")
-    add("--seed", type=run.number(int, 0), default=0, help="seed of a prompt's first image; the next has the next (0)")
+    add("--seed", type=run.SEED, default=0, help="seed of a prompt's first image; the next has the next (0)")
     add("--steps", type=whole, default=50, help="network evaluations an image (default: 50)")
-    add("--guidance", type=float, default=7.5, help="guidance scale; 1: none, at half the cost (default: 7.5)")
+    guidance = "guidance scale; 1: none, at half the cost; 0: the negative prompt alone (default: 7.5)"
+    add("--guidance", type=run.number(float, 0), default=7.5, help=guidance)
     add("--sampler", choices=["ddim", "ddpm"], default="ddim", help="deterministic, or ancestral (default: ddim)")
-    add("--eta", type=run.number(float, 0), default=0.0, help="share of DDPM's noise in a DDIM step (default: 0)")
+    add("--eta", type=run.number(float, 0, 1), default=0.0, help="share of DDPM's noise in a DDIM step (default: 0)")
     add("--height", type=whole, help="pixels (default: what the UNet was trained at)")
     add("--width", type=whole, help="pixels (default: what the UNet was trained at)")
     add("--batch-size", type=whole, default=1, help="images drawn at once (default: 1)")
@@ -51,9 +54,10 @@ def main(argv: list[str] | None = None) -> list[Path]:
     seeds = range(args.seed, args.seed + args.num_images)
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
 
-    pictures, paths = [], []
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    pictures, paths = [], []  # only those pictures are kept that the grid shows
     settings = {"Steps": args.steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Eta": args.eta}
-    settings["Model"] = Path(args.unet or args.model).resolve().name
+    settings["Model"] = "/".join(Path(args.unet or args.model).resolve().parts[-2:])  # iter3/checkpoint, say
     bar = tqdm(total=len(jobs), desc="drawing", unit="image", delay=0.5)
     for at in range(0, len(jobs), args.batch_size):
         batch = jobs[at : at + args.batch_size]
@@ -66,11 +70,13 @@ def main(argv: list[str] | None = None) -> list[Path]:
         except ValueError as error:
             raise InputError(str(error)) from None
         for (prompt, seed), image in zip(batch, sampler.decode(sd, latents)):
-            pictures.append(viz.to_pil(image))
+            picture = viz.to_pil(image)
             paths.append(Path(args.out, f"{len(paths):05d}.png"))
-            text = viz.parameters(prompt, args.negative_prompt, pictures[-1].size, {"Seed": seed, **settings})
+            text = viz.parameters(prompt, args.negative_prompt, picture.size, {"Seed": seed, **settings})
             with run.whole(paths[-1]) as part:
-                viz.save_png(pictures[-1], part, text)
+                viz.save_png(picture, part, text)
+            if len(pictures) < GRID_ROWS * args.num_images:
+                pictures.append(picture)
             bar.update()
     bar.close()
 
@@ -78,14 +84,10 @@ def main(argv: list[str] | None = None) -> list[Path]:
         rows = [pictures[at : at + args.num_images] for at in range(0, len(pictures), args.num_images)]
         columns = [f"seed {seed}" for seed in seeds]
         with run.whole(Path(args.out, "grid.png")) as part:
-            viz.save_png(viz.grid(rows, columns, args.prompts), part)
-    print(f"{len(pictures)} image{'s' if len(pictures) > 1 else ''} in {args.out}")
+            viz.save_png(viz.grid(rows, columns, args.prompts[:GRID_ROWS]), part)
+    print(f"{len(paths)} image{'s' if len(paths) > 1 else ''} in {args.out}")
     return paths
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run.script("sample.py", main))

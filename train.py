@@ -50,13 +50,15 @@ PRESETS = {"paper": PAPER}
 
 ENCODE_BATCH = 4  # images a forward pass of the VAE's encoder
 GRID_SEED = 0  # of the first picture of every model in samples/
-# flags that a run may be continued with other values of: they change nothing that is computed, or the hashes tell
-MAY_CHANGE = ("model", "unet", "data", "out", "save_every")
+# Flags that a run may be continued with other values of: of the first three there are hashes, the others change where
+# and how a step is computed, which can change rounding, but not what is computed.
+MAY_CHANGE = ("model", "unet", "data", "out", "save_every", "device", "compile", "micro_batch", "generation_batch")
+MAY_CHANGE += ("checkpoint_activations",)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    whole, from_0 = run.number(int, 1), run.number(float, 0)
+    whole, from_0, share = run.number(int, 1), run.number(float, 0), run.number(float, 0, 1)
 
     def add(flag: str, help: str, **kwargs) -> None:
         """A flag whose default is the preset's, where it has one."""
@@ -84,8 +86,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weight-decay", "AdamW's; 0: none", type=from_0)
     add("--clip", "norm that longer gradients are cut to; 0: never", type=from_0)
     add("--resolution", "pixels a side", type=whole)
-    add("--flip", "probability of mirroring a real image; 0: never, if captions say left and right", type=from_0)
-    add("--guidance", "guidance scale of the generated images; 1: none", type=float)
+    add("--flip", "probability of mirroring a real image; 0: never, if captions say left and right", type=share)
+    add("--guidance", "guidance scale of the generated images; 1: none", type=from_0)
     add("--sampler", "how the opponent draws", choices=["ddim", "ddpm"])
     add("--sampler-steps", "network evaluations a generated image", type=whole)
     add("--num-prompts", "use only the first N rows of the data (default: all)", type=whole)
@@ -93,7 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--generated", "keep latents as drawn, or decode, round to 8 bits and encode them", **generated)
     add("--generation-batch", "images drawn at once", type=whole, default=16)
     add("--grid-prompts", "prompts that every model draws for samples/; 0: none", type=run.number(int, 0), default=4)
-    add("--seed", "of every random choice", type=run.number(int, 0))
+    add("--seed", "of every random choice in training and generation", type=run.SEED)
     add("--device", "cpu, cuda, cuda:1, ...", default="cuda" if torch.cuda.is_available() else "cpu")
     dtypes = ["float32", "bfloat16"]
     add("--dtype", "what networks compute in; weights stay float32 (default: bfloat16 on CUDA)", choices=dtypes)
@@ -105,6 +107,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = argparse.Namespace(**PRESETS[given["preset"]] | given)
     for name in ("steps", "lr", "beta"):  # one value each iteration
         values = getattr(args, name)
+        if len(given.get(name, ())) > args.iterations:
+            parser.error(f"--{name}: {len(values)} values for {args.iterations} iterations")
         setattr(args, name, (values + values[-1:] * args.iterations)[: args.iterations])
     args.out = args.out or f"runs/{Path(args.data).resolve().name}"
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
@@ -131,7 +135,7 @@ def main(argv: list[str] | None = None) -> dict:
         hashes = {
             "model_hash": weights.checkpoint_hash(args.model),
             "unet_hash": weights.checkpoint_hash(args.unet) if args.unet else None,
-            "data_hash": weights.fingerprint([images.metadata]),
+            "data_hash": images.hash(),
         }
         fixed = hashes | {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
         this_run.settle(vars(args) | hashes | run.provenance(), same=fixed)
@@ -166,7 +170,6 @@ def main(argv: list[str] | None = None) -> dict:
             with run.whole(this_run.checkpoint(k)) as part:
                 weights.save(sd, part)
             this_run.save_state(k, {"step": args.steps[k - 1]})  # its tensors are in the checkpoint now
-            draw_curves(this_run)
         draw_samples(args, this_run, sd, images.captions, args.iterations)
         draw_curves(this_run)
 
@@ -224,15 +227,16 @@ def train(args, this_run: run.Run, sd, policy, captions: list[str], real, genera
         # without the option, rounding differs between the compiled policy and opponent: not log 2 at theta_k
         loss_step = torch.compile(spin_step, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
 
-    state = this_run.load_state(k)
-    if state:
+    first, state = 1, this_run.load_state(k)
+    if "policy" in state:
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
-    first = state.get("step", 0) + 1
+        first = state["step"] + 1
     this_run.rewind_log(k, first - 1)
 
-    bar = tqdm(range(first, steps + 1), f"iteration {k}: training", unit="step", initial=first - 1, total=steps)
-    for s in bar:
+    pairs_done, pairs_all = (first - 1) * args.batch_size, steps * args.batch_size
+    bar = tqdm(desc=f"iteration {k}: training", unit="pair", initial=pairs_done, total=pairs_all)
+    for s in range(first, steps + 1):
         began = time.perf_counter()
         rows = data.batch_rows(args.seed, k, s, args.batch_size, len(real.rows))
         means: dict[str, torch.Tensor] = {}
@@ -249,6 +253,7 @@ def train(args, this_run: run.Run, sd, policy, captions: list[str], real, genera
             (share * loss).backward()
             for name, value in (metrics | {"loss": loss.detach()}).items():
                 means[name] = means.get(name, 0.0) + share * value.mean()
+            bar.update(len(micro))
 
         lr = learning_rate(args.lr[k - 1], s, steps, args.warmup)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip or math.inf)
@@ -264,10 +269,12 @@ def train(args, this_run: run.Run, sd, policy, captions: list[str], real, genera
         optimizer.zero_grad()
 
         this_run.log(line | {"seconds": time.perf_counter() - began})
-        bar.set_postfix(loss=f"{line['loss']:.4f}", accuracy=f"{line['implicit_accuracy']:.2f}")
+        bar.set_postfix(step=s, loss=f"{line['loss']:.4f}", accuracy=f"{line['implicit_accuracy']:.2f}")
         if s == steps or (args.save_every and s % args.save_every == 0):
             # no random state: every draw is a function of the step
             this_run.save_state(k, {"step": s, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()})
+            draw_curves(this_run)
+    bar.close()
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
@@ -296,7 +303,10 @@ def draw_latents(args, sd, prompts: list[str], generators: list[torch.Generator]
     """Scaled latents [B,4,h,w], drawn with this run's settings."""
     side, dtype = args.resolution, getattr(torch, args.dtype)
     settings = {"height": side, "width": side, "sampler": args.sampler, "autocast": dtype}
-    return sampler.sample(sd, prompts, args.sampler_steps, args.guidance, generators=generators, **settings)
+    try:
+        return sampler.sample(sd, prompts, args.sampler_steps, args.guidance, generators=generators, **settings)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 @torch.no_grad()
@@ -326,9 +336,10 @@ def draw_samples(args, this_run: run.Run, sd, captions: list[str], k: int) -> No
         with run.whole(paths[names[k]][i]) as part:
             viz.save_png(picture, part, text)
     if prompts:
-        columns = {name: [Image.open(path) for path in paths[name]] for name in names}
+        names = [name for name in names if all(path.exists() for path in paths[name])]
+        columns = [[Image.open(path) for path in paths[name]] for name in names]
         with run.whole(folder / "grid.png") as part:
-            viz.save_png(viz.grid(list(zip(*columns.values())), names, prompts), part)
+            viz.save_png(viz.grid(list(zip(*columns)), names, prompts), part)
 
 
 def draw_curves(this_run: run.Run) -> None:
@@ -347,8 +358,4 @@ def draw_curves(this_run: run.Run) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run.script("train.py", main))

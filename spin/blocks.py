@@ -30,6 +30,8 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int, context_channels: int | None = None, qkv_bias: bool = False):
         super().__init__()
+        if channels % heads:
+            raise ValueError(f"{channels} channels cannot be shared among {heads} attention heads")
         self.heads = heads
         self.to_q = nn.Linear(channels, channels, bias=qkv_bias)
         self.to_k = nn.Linear(context_channels or channels, channels, bias=qkv_bias)

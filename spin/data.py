@@ -4,6 +4,7 @@ Nothing here keeps a random state: every draw is a function of (seed, iteration,
 that was interrupted, or split into other micro-batches, draws the same samples.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,11 +34,12 @@ class CaptionedImages:
 
     def __init__(self, folder: str | Path, resolution: int):
         self.folder, self.resolution = Path(folder), resolution
+        self.root = self.folder.resolve()
         self.metadata = self.folder / "metadata.jsonl"
         self.files: list[Path] = []
         self.captions: list[str] = []
         try:
-            lines = self.metadata.read_text(encoding="utf-8").split("\n")
+            lines = self.metadata.read_text(encoding="utf-8-sig").split("\n")
         except OSError:
             raise InputError(f"{self.metadata}: no such file; it has a line for each image: file_name, text") from None
         except UnicodeDecodeError as error:
@@ -52,15 +54,20 @@ class CaptionedImages:
         try:
             row = json.loads(line)
             name, caption = row["file_name"], row["text"] if "text" in row else row["caption"]
-        except (ValueError, TypeError, KeyError):
+            f"{name}{caption}".encode()  # a lone surrogate is no text
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise InputError(f"{where}: not a JSON object with file_name and text (or caption)") from None
         if not isinstance(caption, str) or not caption.strip():
             raise InputError(f"{where}: an empty caption")
         path = self.folder / str(name)
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        try:
+            inside, there = path.resolve().is_relative_to(self.root), path.is_file()
+        except (OSError, ValueError):  # too long, or with a character that no name can have
+            inside, there = True, False
+        if not inside:
             raise InputError(f"{where}: {name!r} leaves the folder; images must lie inside it")
-        if not path.is_file():
-            raise InputError(f"{where}: no image {path}")
+        if not there:
+            raise InputError(f"{where}: no image {name!r} in {self.folder}")
         self.files.append(path)
         self.captions.append(caption)
 
@@ -74,18 +81,24 @@ class CaptionedImages:
                 picture = to_rgb(file)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"{self.files[row]}: not a readable image ({error})") from None
-        size, short = self.resolution, min(picture.size)
-        resized_size = [max(size, round(side * size / short)) for side in picture.size]
-        resized = picture.resize(resized_size, Image.Resampling.BILINEAR)
-        left, top = ((side - size) // 2 for side in resized_size)
-        pixels = np.asarray(resized.crop((left, top, left + size, top + size)), dtype=np.float32)
-        return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)
+        (width, height), short = picture.size, min(picture.size)
+        centre = ((width - short) / 2, (height - short) / 2, (width + short) / 2, (height + short) / 2)
+        square = picture.resize((self.resolution, self.resolution), Image.Resampling.BILINEAR, box=centre)
+        return torch.from_numpy(np.asarray(square, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+    def hash(self) -> str:
+        """16 hexadecimal digits over metadata.jsonl and the sizes of the image files; their content is not read."""
+        digest = hashlib.sha256(self.metadata.read_bytes())
+        digest.update(repr([path.stat().st_size for path in self.files]).encode())
+        return digest.hexdigest()[:16]
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode to RGB, turned as its EXIF says; what is transparent lies on white; 16 bits become 8."""
+    """8 and 16 bit modes to RGB, turned as EXIF says, what is transparent on white. ValueError for another mode."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"32 bits a pixel, mode {picture.mode}: what is white in it? Make it 8 or 16 bits")
+    if picture.mode.startswith("I;16"):
         picture = Image.fromarray((np.asarray(picture, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -100,9 +113,11 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             entries = json.loads(text)
+            if not isinstance(entries, list):
+                raise ValueError("the file's outermost value is no list")
         elif path.suffix == ".jsonl":
             entries = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
@@ -148,8 +163,13 @@ class LatentShards:
 
     def read(self, name: str, rows: Sequence[int]) -> Tensor:
         """float32 [len(rows), ...]; the files are mapped into memory, only these rows are read."""
-        places = (divmod(self.place[row], SHARD) for row in rows)
-        return torch.stack([self.open(self.path(shard)).get_slice(name)[i] for shard, i in places]).float()
+        found = []
+        for shard, i in (divmod(self.place[row], SHARD) for row in rows):
+            try:
+                found.append(self.open(self.path(shard)).get_slice(name)[i])
+            except (SafetensorError, OSError):
+                raise InputError(f"{self.path(shard)}: damaged; delete it, and it is made anew") from None
+        return torch.stack(found).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

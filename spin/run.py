@@ -4,10 +4,12 @@ import fcntl
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +33,8 @@ def whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(part)  # what a killed process left
         yield part
+        if part.is_file():
+            part.chmod(0o666 & ~umask())  # safetensors keeps its files to their owner
         sync(part)
         os.replace(part, path)
         sync(path.parent)  # so that the rename outlives a power cut
@@ -38,6 +42,12 @@ def whole(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         remove(part)
+
+
+def umask() -> int:
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 def remove(path: Path) -> None:
@@ -74,23 +84,40 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def number(kind: type, low: float):
-    """A type for argparse: a finite number of a kind, int or float, from `low` on."""
+def script(name: str, main: Callable[[], object]) -> int:
+    """Runs a script's main; the exit status. What the user can mend is answered on one line of stderr, status 2."""
+    try:
+        main()
+        return 0
+    except KeyboardInterrupt:
+        message, status = "stopped; what is finished is kept", 130
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        message, status = f"error: {str(error).splitlines()[0]}", 2
+    sys.stderr.write(f"\r{name}: {message}\n")
+    return status
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """A type for argparse: a finite number of a kind, int or float, from `low` to `high`."""
 
     def parse(text: str):
         value = kind(text)
-        if not low <= value < math.inf:
+        if not low <= value <= high or value == math.inf:
             raise ValueError
         return value
 
-    parse.__name__ = f"{kind.__name__} from {low} on"  # argparse says: invalid int from 1 on value: '0'
+    # argparse says: invalid int from 1 on value: '0'
+    parse.__name__ = f"{kind.__name__} from {low} {'on' if high == math.inf else f'to {high}'}"
     return parse
+
+
+SEED = number(int, 0, 2**62)
 
 
 def usable(device: str) -> str:
     """The device's name if torch can compute there; InputError otherwise."""
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: cannot be used here ({str(error).splitlines()[0]})") from None
     return device
@@ -121,11 +148,8 @@ class Run:
         return self.iteration(k) / "checkpoint"
 
     def promoted(self) -> int:
-        """The last iteration whose checkpoint is there; 0 for none. A checkpoint appears whole or not at all."""
-        k = 0
-        while self.checkpoint(k + 1).exists():
-            k += 1
-        return k
+        """The last iteration whose checkpoint is there; 0 for none. Earlier ones may have been deleted."""
+        return max((int(path.parent.name[4:]) for path in self.folder.glob("iter*/checkpoint")), default=0)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -143,7 +167,7 @@ class Run:
             yield
 
     def settle(self, config: dict, same: Iterable[str]) -> None:
-        """Writes config.json for a new run; for one begun earlier, InputError if a key in `same` has another value."""
+        """Writes config.json; InputError if the run was begun with another value of one of the keys in `same`."""
         path = self.folder / "config.json"
         if path.exists():
             before = read_json(path)
@@ -151,8 +175,7 @@ class Run:
             if changed:
                 difference = "; ".join(f"{key} {before.get(key)!r}, now {config[key]!r}" for key in changed)
                 raise InputError(f"{self.folder}: this run was begun with {difference}. Choose another --out")
-        else:
-            write_json(path, config)
+        write_json(path, config)
 
     def log(self, line: dict) -> None:
         """Appends one line to log.jsonl."""
@@ -163,7 +186,10 @@ class Run:
         """Every whole line of log.jsonl; a last line that a kill cut short is left out."""
         path = self.folder / "log.jsonl"
         lines = path.read_text().split("\n") if path.exists() else [""]
-        return [json.loads(line) for line in lines[:-1]]
+        try:
+            return [json.loads(line) for line in lines[:-1]]
+        except ValueError:
+            raise InputError(f"{path}: holds a line that is not JSON; remove that line") from None
 
     def rewind_log(self, iteration: int, step: int) -> None:
         """Forgets what was logged after `step` of `iteration`: training goes on from there."""
@@ -177,9 +203,12 @@ class Run:
             torch.save(state, part)
 
     def load_state(self, k: int) -> dict:
-        """What `save_state` last wrote for iteration k, on the CPU; {} where it wrote nothing."""
+        """What `save_state` last wrote for iteration k, on the CPU; {} if nothing. InputError if it is damaged."""
         path = self.iteration(k) / "state" / "state.pt"
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        except (pickle.UnpicklingError, RuntimeError, EOFError):
+            raise InputError(f"{path}: damaged; without it, the iteration's training begins anew") from None
 
     def summary(self) -> list[dict]:
         """Per iteration of the log: its steps, seconds and first loss, and means over the last tenth of its steps."""

@@ -26,19 +26,23 @@ def sample(
     """Draws one latent for each prompt: x0, scaled, [B,4,h,w] float32. `decode` makes pictures of them.
 
     sd: `weights.StableDiffusion`, or anything with its unet, vae, scheduler and encode_prompts.
-    guidance: eps_empty + guidance (eps_prompt - eps_empty), arXiv 2207.12598; 1: no guidance, at half the cost.
+    guidance: eps_empty + guidance (eps_prompt - eps_empty), arXiv 2207.12598; 1: no guidance, at half the cost; 0:
+        the empty prompt alone (below 1, diffusers turns guidance off).
     eta: share of DDPM's noise that DDIM adds in a step, 0 to 1. sampler: "ddim", or "ddpm" (ancestral; ignores eta).
     generators: one on the CPU for each prompt: its first latent and its step noise are drawn from it and from nothing
         else, so an image does not depend on the batch it is drawn in. None: seeds 0, 1, 2, ...
     negative_prompts: what takes the place of the empty prompt, one for all or one for each.
     height, width: pixels, multiples of the VAE's factor; None: the size the UNet was trained at.
-    autocast: dtype the networks compute in. ValueError where an argument is out of range.
+    autocast: dtype the networks compute in.
+    Raises ValueError where an argument is out of range, or what was drawn is not finite.
     """
     batch, f = len(prompts), sd.vae.downscale
+    if isinstance(prompts, str) or not batch:
+        raise ValueError("prompts must be a list of at least one prompt")
     negative_prompts = [negative_prompts] * batch if isinstance(negative_prompts, str) else list(negative_prompts)
     generators = [torch.Generator("cpu").manual_seed(i) for i in range(batch)] if generators is None else generators
-    height, width = (size or sd.unet.config.get("sample_size", 64) * f for size in (height, width))
-    if height % f or width % f:
+    height, width = (size or sd.unet.sample_size * f for size in (height, width))
+    if height % f or width % f or min(height, width) < f:
         raise ValueError(f"{height} x {width} pixels: height and width must be multiples of {f}")
     if not len(prompts) == len(generators) == len(negative_prompts):
         raise ValueError(f"{batch} prompts, {len(generators)} generators, {len(negative_prompts)} negative prompts")
@@ -67,6 +71,8 @@ def sample(
                 x_t = ddpm_step(x_t, x0, alpha_bar, alpha_bar_prev, noise())
             else:
                 x_t = ddim_step(x0, eps, alpha_bar, alpha_bar_prev, eta, noise() if eta else x_t)
+    if not x_t.isfinite().all():
+        raise ValueError("what was drawn is not finite: too large a guidance, or a broken checkpoint")
     return x_t
 
 

@@ -14,17 +14,19 @@ from torch import Tensor
 
 
 class Scheduler:
-    """What a checkpoint's scheduler_config.json fixes; missing keys mean what they mean to diffusers' DDIMScheduler.
+    """What a checkpoint's scheduler_config.json fixes.
 
     config: `num_train_timesteps`, `beta_start`, `beta_end`, `beta_schedule` (linear, scaled_linear),
     `prediction_type` (epsilon, v_prediction), `steps_offset`, `set_alpha_to_one`. Raises ValueError on another value.
+    A missing key means what it means to diffusers' DDIMScheduler, but that latents are never clipped. The offset is
+    the config's, where StableDiffusionPipeline would replace one of 0, with a warning, by 1.
     """
 
     def __init__(self, config: dict):
         self.config = dict(config)
-        self.num_train_timesteps: int = config.get("num_train_timesteps", 1000)
+        self.num_train_timesteps = int(config.get("num_train_timesteps", 1000))
         self.prediction_type: str = config.get("prediction_type", "epsilon")
-        self.steps_offset: int = config.get("steps_offset", 0)
+        self.steps_offset = int(config.get("steps_offset", 0))
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type {self.prediction_type!r}: only epsilon and v_prediction are known")
         self.alphas_cumprod = alphas_cumprod(

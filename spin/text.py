@@ -61,7 +61,7 @@ class Tokenizer:
 
 def clean(text: str) -> str:
     """Composed Unicode, single spaces, lower case: what transformers' CLIPTokenizer does before it splits words."""
-    return " ".join(unicodedata.normalize("NFC", text).split()).lower()
+    return "".join(letter.lower() for letter in " ".join(unicodedata.normalize("NFC", text).split()))
 
 
 class TextEncoder(nn.Module):

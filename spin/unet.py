@@ -150,11 +150,11 @@ class UNet(nn.Module):
     `checkpoint_activations = True` recomputes each level in the backward pass instead of storing its activations.
     """
 
-    checkpoint_activations = False
-
     def __init__(self, config: dict):
         super().__init__()
         self.config = dict(config)
+        self.checkpoint_activations = False
+        self.sample_size = int(config.get("sample_size") or 64)  # latent height and width it was trained at
         channels: list[int] = config["block_out_channels"]
         depth: int = config.get("layers_per_block", 2)
         groups, eps = norm = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
@@ -172,7 +172,7 @@ class UNet(nn.Module):
 
         skip_channels = [channels[0]]
         self.down_blocks = nn.ModuleList()
-        for level, name in enumerate(config["down_block_types"]):
+        for level, name in zip(range(len(channels)), config["down_block_types"], strict=True):
             width, before = channels[level], channels[max(level - 1, 0)]
             attention = transformer(level) if attends(name, DOWN_TYPES) else None
             block = DownLevel([before] + [width] * (depth - 1), width, temb_channels, norm, attention)

@@ -94,14 +94,17 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """config: diffusers' vae/config.json. Sizes come from it alone."""
+    """config: diffusers' vae/config.json. Sizes come from it alone. ValueError for a level type it does not know."""
 
     def __init__(self, config: dict):
         super().__init__()
         self.config = dict(config)
         channels, depth = config["block_out_channels"], config.get("layers_per_block", 1)
         latent_channels, groups = config.get("latent_channels", 4), config.get("norm_num_groups", 32)
-        self.scaling_factor: float = config.get("scaling_factor", 0.18215)  # older files lack it and mean this
+        types = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
+        if types - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
+            raise ValueError(f"level types {sorted(types)}: only DownEncoderBlock2D and UpDecoderBlock2D are known")
+        self.scaling_factor: float = config.get("scaling_factor") or 0.18215  # older files lack it and mean this
         self.downscale = 2 ** (len(channels) - 1)  # f: pixels per latent, each way
         self.encoder = Encoder(config.get("in_channels", 3), latent_channels, channels, depth, groups)
         self.decoder = Decoder(config.get("out_channels", 3), latent_channels, channels, depth, groups)

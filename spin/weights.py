@@ -11,7 +11,7 @@ Folders of several generations of diffusers and transformers are read; the newes
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +33,9 @@ BUILT_IN = {
         in_channels=4, out_channels=4, act_fn="silu", center_input_sample=False, mid_block_scale_factor=1,
         mid_block_type="UNetMidBlock2DCrossAttn", transformer_layers_per_block=1, dual_cross_attention=False,
         only_cross_attention=False, resnet_time_scale_shift="default", time_embedding_type="positional",
-        time_embedding_dim=None, timestep_post_act=None, time_cond_proj_dim=None, class_embed_type=None,
-        num_class_embeds=None, addition_embed_type=None, encoder_hid_dim=None, attention_type="default",
-        conv_in_kernel=3, conv_out_kernel=3,
+        time_embedding_dim=None, time_embedding_act_fn=None, resnet_skip_time_act=False, timestep_post_act=None,
+        time_cond_proj_dim=None, class_embed_type=None, num_class_embeds=None, addition_embed_type=None,
+        encoder_hid_dim=None, attention_type="default", conv_in_kernel=3, conv_out_kernel=3,
     ),
     "vae": dict(
         act_fn="silu", latent_channels=4, mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True,
@@ -99,12 +99,13 @@ def load_unet(source: str | Path, dtype: torch.dtype = torch.float32, device: st
 def load_vae(source: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> AutoencoderKL:
     folder = source / "vae"
     vae = build(AutoencoderKL, read_config(folder / "config.json", "vae"), folder)
-    tensors = {}
-    for name, tensor in read_tensors(folder, "diffusion_pytorch_model").items():
+
+    def newer(name: str) -> str:
         for old, new in OLD_VAE_NAMES.items():
             name = name.replace(old, new)
-        tensors[name] = tensor
-    return fill(vae, tensors, folder, dtype, device)
+        return name
+
+    return fill(vae, rename(read_tensors(folder, "diffusion_pytorch_model"), newer, folder), folder, dtype, device)
 
 
 def load_text_encoder(source: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TextEncoder:
@@ -116,7 +117,7 @@ def load_text_encoder(source: Path, dtype: torch.dtype = torch.float32, device: 
         raise InputError(f"{folder}: {config['vocab_size']} embeddings for {len(tokenizer.vocab)} tokens")
 
     tensors = read_tensors(folder, "model")
-    tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    tensors = rename(tensors, lambda name: name.removeprefix("text_model."), folder)
     tensors.pop("embeddings.position_ids", None)  # the numbers 0..76, which older transformers stored
     layers = config["num_hidden_layers"]
     compare(tensors, from_tower(encoder.tower.state_dict(), layers), folder)
@@ -126,21 +127,24 @@ def load_text_encoder(source: Path, dtype: torch.dtype = torch.float32, device: 
 
 def load_tokenizer(folder: Path, length: int = 77) -> Tokenizer:
     """From vocab.json + merges.txt or tokenizer.json; CLIP's own where the folder has neither."""
-    if (folder / "merges.txt").exists():
+    if (folder / "merges.txt").exists() or (folder / "vocab.json").exists():
         # an empty line, the last one above all, would count as a merge and shift the ids of the special tokens
         first, *lines = read_text(folder / "merges.txt").split("\n")
         merges = [line for line in ([] if first.startswith("#version") else [first]) + lines if line.strip()]
         vocab = read_json(folder / "vocab.json")
     elif (folder / "tokenizer.json").exists():
-        model = read_json(folder / "tokenizer.json").get("model", {})
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
-        vocab = model.get("vocab", {})
+        try:
+            model = read_json(folder / "tokenizer.json")["model"]
+            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+            vocab = model["vocab"]
+        except (KeyError, TypeError):
+            raise InputError(f"{folder / 'tokenizer.json'}: no model.vocab and model.merges as CLIP's has") from None
     else:
         merges = vocab = None
     try:
         tokenizer = Tokenizer(merges, find_pad_token(folder), length)
-    except ValueError as error:
-        raise InputError(f"{folder}: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: not a tokenizer like CLIP's: {error}") from None
     if vocab is not None and vocab != tokenizer.vocab:
         odd = sorted(token for token in vocab | tokenizer.vocab if vocab.get(token) != tokenizer.vocab.get(token))
         raise InputError(f"{folder}: its vocabulary is not the one its merges make, as CLIP's is: {listed(odd)}")
@@ -163,8 +167,9 @@ def load_scheduler(source: Path) -> Scheduler:
 def read_config(path: Path, part: str) -> dict:
     config = read_json(path)
     for key, value in BUILT_IN[part].items():
-        if config.get(key, value) != value:
-            raise InputError(f"{path}: {key} is {config[key]!r}, in Stable Diffusion 1.x and 2.x it is {value!r}")
+        found = config.get(key, value)
+        if found != value and not (isinstance(found, list) and all(item == value for item in found)):
+            raise InputError(f"{path}: {key} is {found!r}, in Stable Diffusion 1.x and 2.x it is {value!r}")
     return config
 
 
@@ -175,8 +180,9 @@ def build(make: Callable[[dict], object], config: dict, where: Path, device: str
             return make(config)
     except KeyError as error:
         raise InputError(f"{where}: its config lacks {error}") from None
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: its config is not usable: {error}") from None
+    except (ArithmeticError, AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{where}: its config is not usable: {reason}") from None
 
 
 def read_text(path: Path) -> str:
@@ -195,7 +201,15 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
                     return {name: file.get_tensor(name) for name in file.keys()}
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{path}: cut short, or no safetensors file ({error})") from None
-    raise InputError(f"{folder / stem}.safetensors: no such file")
+    raise InputError(f"{folder / stem}.safetensors: no such file (no other format is read)")
+
+
+def rename(tensors: dict[str, Tensor], new: Callable[[str], str], where: Path) -> dict[str, Tensor]:
+    """Every tensor under its new name; InputError where two would share one."""
+    renamed = {new(name): tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        raise InputError(f"{where}: holds some tensors twice, under an older and a newer name")
+    return renamed
 
 
 def fill(network: nn.Module, tensors: dict[str, Tensor], where: Path, dtype: torch.dtype, device: str) -> nn.Module:
@@ -261,7 +275,8 @@ def save(sd: StableDiffusion, folder: str | Path) -> None:
 
 
 def save_network(folder: Path, config: dict, stem: str, tensors: dict[str, Tensor]) -> None:
-    write_json(folder / "config.json", config)
+    # the type of the file that was read, perhaps; the tensors say their own
+    write_json(folder / "config.json", {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole(folder / f"{stem}.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})
@@ -278,17 +293,15 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     write_json(folder / "special_tokens_map.json", specials)
 
 
-def fingerprint(files: Iterable[Path]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of files' contents, in order."""
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
-
-
 def checkpoint_hash(folder: str | Path) -> str:
-    """`fingerprint` of everything a checkpoint folder holds that decides what it draws."""
-    files = (path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
-    return fingerprint(sorted(files))
+    """16 hexadecimal digits of SHA-256 over everything in a checkpoint folder, or in its unet/ alone, that is read."""
+    parts = [Path(folder, part) for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")]
+    digest = hashlib.sha256()
+    for part in [part for part in parts if part.is_dir()] or [Path(folder)]:
+        for path in sorted(part.iterdir()):
+            if path.suffix in (".safetensors", ".json", ".txt"):
+                digest.update(path.name.encode())
+                with open(path, "rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+    return digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """Images in, latents on disk, and draws that depend on nothing but where they stand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,12 @@ BAD_ROWS = {
     "line 1: an empty caption": '{"file_name": "a.png", "text": "  "}',
     "line 1: '../a.png' leaves the folder": '{"file_name": "../a.png", "text": "a"}',
     "line 1: '/etc/passwd' leaves the folder": '{"file_name": "/etc/passwd", "text": "a"}',
-    "line 1: no image": '{"file_name": "b.png", "text": "a"}',
+    "line 1: no image 'b.png'": '{"file_name": "b.png", "text": "a"}',
+    "line 1: no image 'a\\nb'": '{"file_name": "a\\nb", "text": "a"}',
+    "line 1: no image '\\x00'": '{"file_name": "\\u0000", "text": "a"}',
+    "line 1: no image 'xxx": '{"file_name": "' + "x" * 5000 + '", "text": "a"}',
+    "line 1: not a JSON object with": '{"file_name": "a.png", "text": "\\ud800"}',
+    "line 1: not a JSON object": "[" * 100_000,
 }
 
 
@@ -109,10 +115,27 @@ def test_a_broken_image_is_named(tmp_path):
         CaptionedImages(folder, 8).image(0)
 
 
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_modes_without_a_white(mode, tmp_path):
+    Image.new(mode, (8, 8)).save(tmp_path / "a.tiff")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.tiff", "text": "a"}')
+    with pytest.raises(InputError, match=r"a\.tiff: not a readable image \(32 bits a pixel"):
+        CaptionedImages(tmp_path, 8).image(0)
+
+
+def test_the_hash_tells_data_apart(pictures, tmp_path):
+    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    before = CaptionedImages(folder, 8).hash()
+    assert before == CaptionedImages(pictures, 64).hash()
+    Image.new("RGB", (9, 9)).save(folder / "0.jpg")
+    assert before != CaptionedImages(folder, 8).hash()
+
+
 @pytest.mark.parametrize(
     "name, text",
     [
         ("p.txt", "one\n\n two \n"),
+        ("p.txt", "\ufeffone\ntwo"),
         ("p.json", '["one", {"prompt": "two"}]'),
         ("p.jsonl", '{"text": "one"}\n{"caption": "two", "id": 3}\n'),
     ],
@@ -123,7 +146,15 @@ def test_prompt_files(name, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, text", [("p.txt", "\n"), ("p.json", "[1]"), ("p.jsonl", '{"words": "one"}'), ("p.json", "{")]
+    "name, text",
+    [
+        ("p.txt", "\n"),
+        ("p.json", "[1]"),
+        ("p.jsonl", '{"words": "one"}'),
+        ("p.json", "{"),
+        ("p.json", '"a cat"'),
+        ("p.json", '{"prompt": "a cat"}'),
+    ],
 )
 def test_prompt_files_without_prompts(name, text, tmp_path):
     (tmp_path / name).write_text(text)
@@ -149,6 +180,9 @@ def test_shards_hold_what_was_written_and_know_what_is_missing(tmp_path, monkeyp
     read = shards.read("x0", [41, 3, 8])
     assert read.dtype == torch.float32
     assert torch.equal(read, torch.stack([values[row].half().float() for row in (41, 3, 8)]))
+    shards.path(0).write_bytes(b"damaged")
+    with pytest.raises(InputError, match="shard-00000.safetensors: damaged; delete it"):
+        LatentShards(tmp_path / "latents", rows).read("x0", [3])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -150,7 +150,6 @@ def test_token_ids(pad_token, column):
 # whole pictures: sample.py against StableDiffusionPipeline
 
 
-
 PICTURES = {  # prompt, other flags
     "tiny_ddim": ("a red circle, café!", "--negative-prompt blurry --steps 12 --seed 3 --height 128 --width 128"),
     "tiny_ddim_eta": ("a red circle", "--eta 0.6 --guidance 3 --steps 7 --seed 11 --height 72 --width 104"),

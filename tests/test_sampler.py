@@ -71,7 +71,9 @@ def test_decode_is_a_picture(sd):
     "settings, message",
     [
         ({"height": 60, "width": 64}, "multiples of 8"),
+        ({"height": -64, "width": 64}, "multiples of 8"),
         ({"sampler": "euler"}, "sampler 'euler'"),
+        ({"guidance": 1e38}, "not finite"),
         ({"steps": 1000}, "1000 sampling steps"),
         ({"generators": generators(1)}, "2 prompts, 1 generators"),
         ({"negative_prompts": ["a"]}, "1 negative prompts"),
@@ -80,3 +82,9 @@ def test_decode_is_a_picture(sd):
 def test_arguments_out_of_range(sd, settings, message):
     with pytest.raises(ValueError, match=message):
         sample(sd, ["a", "b"], **{"steps": 2} | settings)
+
+
+@pytest.mark.parametrize("prompts", ["a red circle", []])
+def test_prompts_are_a_list(sd, prompts):
+    with pytest.raises(ValueError, match="list of at least one prompt"):
+        sample(sd, prompts, steps=1)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import sample
+from spin import run
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +40,12 @@ WRONG = {
     "train.py --model {tiny} --data {pictures} --nonsense 1": "unrecognized arguments: --nonsense 1",
     "train.py --model {tiny} --data {pictures} --steps 0": "invalid int from 1 on value: '0'",
     "train.py --model {tiny} --data {pictures} --lr nan": "invalid float from 0 on value: 'nan'",
+    "train.py --model {tiny} --data {pictures} --flip 2": "invalid float from 0 to 1 value: '2'",
+    "train.py --model {tiny} --data {pictures} --iterations 1 --lr 1 2": "--lr: 2 values for 1 iterations",
+    "train.py --model {tiny} --data {pictures} --device meta": "--device meta: cannot be used here",
+    "sample.py --model {tiny} --prompt a --guidance inf": "invalid float from 0 on value: 'inf'",
+    "sample.py --model {tiny} --prompt a --seed 99999999999999999999": "invalid int from 0 to",
+    "sample.py --model {tiny} --prompt a --out {pictures}/metadata.jsonl/x": "error: [Errno 20] Not a directory",
     "train.py --model {tiny} --data {pictures} --resolution 60 --device cpu": "--resolution 60: must be a multiple",
     "train.py --model {tiny} --data {pictures} --device nonsense": "--device nonsense: cannot be used here",
     "train.py --model {tiny} --data {pictures} --sampler-steps 1000 --device cpu": "1000 sampling steps",
@@ -54,13 +61,21 @@ WRONG = {
 @pytest.mark.parametrize("command, expected", WRONG.items())
 def test_a_mistake_is_answered_in_one_line(command, expected, tiny_folder, pictures, tmp_path):
     script, *arguments = command.format(tiny=tiny_folder, pictures=pictures).split()
-    out = [] if script == "evaluate.py" else ["--out", str(tmp_path / "out")]
+    out = [] if script == "evaluate.py" or "--out" in arguments else ["--out", str(tmp_path / "out")]
     command = [sys.executable, ROOT / script, *arguments, *out]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 2
     assert expected in lines[-1] and lines[-1].startswith(f"{script}: error:")
     assert len(lines) == 1, result.stderr
+
+
+def test_ctrl_c_is_answered_in_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert run.script("train.py", interrupted) == 130
+    assert capsys.readouterr().err.strip() == "train.py: stopped; what is finished is kept"
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])

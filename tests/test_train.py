@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,40 @@ def test_another_flag_or_another_process_is_refused(finished, tiny_folder, pictu
         train.main(flags(tiny_folder, pictures, finished, "--lr", "2e-5"))
     with run.Run(finished).lock(), pytest.raises(InputError, match="another process works here"):
         train.main(flags(tiny_folder, pictures, finished))
+
+
+def test_flags_that_only_change_rounding_may_change(finished, tiny_folder, pictures):
+    train.main(flags(tiny_folder, pictures, finished, "--micro-batch", "1", "--checkpoint-activations"))
+    assert json.loads((finished / "config.json").read_text())["micro_batch"] == 1
+
+
+def test_a_finished_run_may_lose_its_first_iteration(finished, tiny_folder, pictures, tmp_path):
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(out / "iter1")
+    train.main(flags(tiny_folder, pictures, out))
+    assert not (out / "iter1").exists() and contents(out / "iter2") == contents(finished / "iter2")
+    shutil.rmtree(out / "iter2/checkpoint")  # its state is there, but holds no weights any more
+    shutil.copytree(finished / "iter1", out / "iter1")
+    train.main(flags(tiny_folder, pictures, out))
+    assert contents(out / "iter2/checkpoint") == contents(finished / "iter2/checkpoint")
+
+
+def test_damaged_files_of_a_run_are_named(finished, tiny_folder, pictures, tmp_path):
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(out / "iter2/checkpoint")
+    (out / "iter2/state/state.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"state\.pt: damaged"):
+        train.main(flags(tiny_folder, pictures, out))
+    (out / "log.jsonl").write_text("nonsense\n")
+    with pytest.raises(InputError, match=r"log\.jsonl: holds a line that is not JSON"):
+        evaluate.main([str(out)])
+
+
+def test_other_pictures_are_refused(finished, tiny_folder, pictures, tmp_path):
+    other = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    Image.new("RGB", (40, 40)).save(other / "0.jpg")
+    with pytest.raises(InputError, match="begun with data_hash"):
+        train.main(flags(tiny_folder, other, finished))
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,20 @@ def test_networks_come_back_in_eval_mode_and_trainable(tiny_folder):
         assert all(parameter.requires_grad for parameter in network.parameters())
 
 
+def test_a_half_precision_label_is_not_handed_on(copy, tmp_path):
+    """Our weights are float32: diffusers would load the text encoder in half and fail on the first picture."""
+    edit_json(copy / "text_encoder/config.json", torch_dtype="float16")
+    weights.save(weights.load(copy), tmp_path / "saved")
+    assert "torch_dtype" not in json.loads((tmp_path / "saved/text_encoder/config.json").read_text())
+
+
+def test_saved_files_are_readable_as_the_umask_says(sd, tmp_path):
+    weights.save(sd, tmp_path)
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_another_unet(tiny_folder, copy):
     edit_tensors(copy / UNET, lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()})
     for source in (copy, copy / "unet"):
@@ -257,6 +271,64 @@ def test_refusals_are_one_line_that_names_the_file(case, copy):
     assert message.count(".weight") + message.count(".bias") <= 15  # five names of each kind
 
 
+CONFIGS = {  # one wrong value each; the answer is a line, not a traceback
+    "unet/config.json": [
+        {"block_out_channels": []},
+        {"block_out_channels": [-32, 64, 64, 64]},
+        {"attention_head_dim": [8, 8]},
+        {"attention_head_dim": "8"},
+        {"attention_head_dim": 5},
+        {"attention_head_dim": 0},
+        {"norm_num_groups": 0},
+        {"down_block_types": ["DownBlock2D"]},
+        {"up_block_types": ["UpBlock2D"] * 5},
+        {"sample_size": [8, 8]},
+    ],
+    "text_encoder/config.json": [{"num_attention_heads": 3}, {"hidden_size": 0}, {"num_hidden_layers": 0}],
+    "vae/config.json": [{"block_out_channels": None}, {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}],
+    "scheduler/scheduler_config.json": [{"num_train_timesteps": 0}, {"steps_offset": None}, {"beta_start": "a"}],
+}
+
+
+@pytest.mark.parametrize("file, change", [(file, change) for file, changes in CONFIGS.items() for change in changes])
+def test_impossible_configs(file, change, copy):
+    edit_json(copy / file, **change)
+    with pytest.raises(InputError) as error:
+        weights.load(copy)
+    assert str(copy / file.split("/")[0]) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_values_that_mean_the_default(copy, sd):
+    edit_json(copy / "unet/config.json", only_cross_attention=[False] * 4, transformer_layers_per_block=[1] * 4)
+    edit_json(copy / "vae/config.json", scaling_factor=None)
+    assert_same(weights.load(copy), sd)
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("tokenizer.json", {"model": None}),
+        ("tokenizer.json", {"model": {"vocab": {}, "merges": [1, 2]}}),
+        ("tokenizer_config.json", {"pad_token": {}}),
+        ("tokenizer_config.json", {"pad_token": ["!"]}),
+        ("tokenizer_config.json", {"pad_token": "no such token"}),
+        ("vocab.json", {"a": 0}),  # without its merges
+    ],
+)
+def test_impossible_tokenizers(file, content, tmp_path):
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(InputError) as error:
+        weights.load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tensor_under_two_names(copy):
+    twice = {"final_layer_norm.bias": torch.zeros(32)}
+    edit_tensors(copy / TEXT, lambda tensors: tensors | twice)
+    with pytest.raises(InputError, match="holds some tensors twice"):
+        weights.load(copy)
+
+
 def test_vocabulary_that_its_merges_do_not_make(tmp_path):
     (tmp_path / "merges.txt").write_text("\n".join(SMALL))
     (tmp_path / "vocab.json").write_text(json.dumps(small_vocabulary() | {"re": 900}))
@@ -273,3 +345,9 @@ def test_hash_tells_checkpoints_apart(copy, tiny_folder):
     assert weights.checkpoint_hash(copy) == weights.checkpoint_hash(tiny_folder)
     edit_tensors(copy / UNET, lambda tensors: tensors | {"conv_in.bias": tensors["conv_in.bias"] + 1e-6})
     assert weights.checkpoint_hash(copy) != weights.checkpoint_hash(tiny_folder)
+    assert weights.checkpoint_hash(copy / "unet") != weights.checkpoint_hash(tiny_folder / "unet")
+
+
+def test_hash_follows_links(tiny_folder, tmp_path):
+    (tmp_path / "unet").symlink_to(tiny_folder / "unet")
+    assert weights.checkpoint_hash(tmp_path) == weights.checkpoint_hash(tiny_folder / "unet")
