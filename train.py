@@ -261,6 +261,7 @@ def train(args, this_run: run.Run, sd, policy, captions: list[str], real, genera
         line |= {name: means[name].item() for name in ("margin", "implicit_accuracy", "delta_data", "delta_gen")}
         line |= {"grad_norm": grad_norm.item()}
         if not math.isfinite(line["loss"] + line["grad_norm"]):
+            bar.close()
             last = this_run.checkpoint(k - 1) if k > 1 else args.model
             raise InputError(f"iteration {k}, step {s}: the loss or its gradient is not finite; last good: {last}")
         for group in optimizer.param_groups:

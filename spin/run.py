@@ -90,11 +90,11 @@ def script(name: str, main: Callable[[], object]) -> int:
         main()
         return 0
     except KeyboardInterrupt:
-        message, status = "stopped; what is finished is kept", 130
+        sys.stderr.write(f"\n{name}: stopped; what is finished is kept\n")  # a progress bar's line comes before it
+        return 130
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        message, status = f"error: {str(error).splitlines()[0]}", 2
-    sys.stderr.write(f"\r{name}: {message}\n")
-    return status
+        sys.stderr.write(f"{name}: error: {str(error).splitlines()[0]}\n")
+        return 2
 
 
 def number(kind: type, low: float, high: float = math.inf):

@@ -64,7 +64,7 @@ def test_a_mistake_is_answered_in_one_line(command, expected, tiny_folder, pictu
     out = [] if script == "evaluate.py" or "--out" in arguments else ["--out", str(tmp_path / "out")]
     command = [sys.executable, ROOT / script, *arguments, *out]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    lines = result.stderr.strip().splitlines()
+    lines = result.stderr.splitlines()
     assert result.returncode == 2
     assert expected in lines[-1] and lines[-1].startswith(f"{script}: error:")
     assert len(lines) == 1, result.stderr
