@@ -75,7 +75,7 @@ class CaptionedImages:
         return len(self.files)
 
     def image(self, row: int) -> Tensor:
-        """[3,resolution,resolution] in [-1,1]: the short side resized (bilinear), the centre cut out."""
+        """[3,resolution,resolution] in [-1,1]: the square in the middle of the picture, resized (bilinear)."""
         try:
             with Image.open(self.files[row]) as file:
                 picture = to_rgb(file)

@@ -208,7 +208,7 @@ class Run:
         try:
             return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
         except (pickle.UnpicklingError, RuntimeError, EOFError):
-            raise InputError(f"{path}: damaged; without it, the iteration's training begins anew") from None
+            raise InputError(f"{path}: damaged; delete it, and the iteration's training begins anew") from None
 
     def summary(self) -> list[dict]:
         """Per iteration of the log: its steps, seconds and first loss, and means over the last tenth of its steps."""
