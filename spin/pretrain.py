@@ -1,0 +1,238 @@
+"""How the miniature world's base checkpoint was made: a tiny Stable Diffusion, trained from nothing.
+
+    python -m spin.pretrain --out runs/base        (about an hour on one CPU core)
+
+Four stages, each a folder of OUT in the diffusers layout; one that is there is not made again:
+
+    vae        the autoencoder, on web pictures (its UNet has not learned anything)
+    web        UNet and text tower, on web pictures with their careless captions
+    theta_0    the same, fine-tuned (SFT) on the curated set to its plateau: spin/toy_base is this folder
+
+OUT/pretrain.json says how long each took and what the checkpoints score on the validation prompts.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spin import run, sampler, toy, weights
+from spin.scheduler import Scheduler, add_noise
+from spin.text import TextEncoder, Tokenizer
+from spin.unet import UNet
+from spin.vae import AutoencoderKL
+
+VAE = {
+    "sample_size": toy.SIDE,
+    "block_out_channels": [16, 32, 48],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "act_fn": "silu",
+}
+UNET = {
+    "sample_size": toy.SIDE // 4,
+    "block_out_channels": [32, 64],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "cross_attention_dim": 64,
+    "attention_head_dim": 2,  # two heads: the name in SD-1.x's configs
+    "norm_num_groups": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "act_fn": "silu",
+}
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 77,
+    "projection_dim": 64,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
+KL_WEIGHT = 1e-5  # of the latents' KL divergence from N(0,1), beside the mean squared error of pixels
+PROMPT_DROPOUT = 0.1  # captions replaced by "", so that guidance has an unconditional model
+SAMPLING = {"steps": 20, "guidance": 3.0}  # for the scores
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Returns what pretrain.json holds: {stage: {"seconds", "steps", "loss", scores}}."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    whole = run.number(int, 1)
+
+    def add(flag: str, help: str, **kwargs) -> None:
+        parser.add_argument(flag, help=f"{help} (default: {kwargs['default']})", **kwargs)
+
+    add("--out", "folder for the stages", default="runs/base")
+    add("--pictures", "web pictures to train on", type=whole, default=40_000)
+    add("--vae-steps", "optimiser steps of the autoencoder, 16 pictures each", type=whole, default=6000)
+    add("--web-steps", "optimiser steps on the web pictures, 64 each", type=whole, default=9000)
+    add("--sft-steps", "optimiser steps on the curated set, 64 each", type=whole, default=600)
+    add("--seed", "of weights, pictures and noise", type=run.SEED, default=0)
+    args = parser.parse_args(argv)
+    out, report = Path(args.out), {"flags": vars(args), "threads": torch.get_num_threads()} | run.provenance()
+    if (out / "pretrain.json").exists():
+        report |= run.read_json(out / "pretrain.json")
+
+    def stage(name: str, make: Callable[[], tuple[weights.StableDiffusion, dict]]) -> weights.StableDiffusion:
+        if not (out / name).exists():
+            began = time.perf_counter()
+            sd, facts = make()
+            with run.whole(out / name) as part:
+                weights.save(sd, part)
+            report[name] = {"seconds": round(time.perf_counter() - began)} | facts
+            run.write_json(out / "pretrain.json", report)
+        print(name, report.get(name, "was there"))
+        return weights.load(out / name)
+
+    rng = np.random.default_rng(args.seed)
+    scenes = [toy.SCENES[i] for i in rng.integers(len(toy.SCENES), size=args.pictures)]
+    pictures = to_tensor([toy.web(scene, rng) for scene in scenes])
+    captions = [toy.careless_caption(scene, rng) for scene in scenes]
+    sd = stage("vae", lambda: make_vae(pictures, args.vae_steps, args.seed))
+    latents = encode(sd, pictures)
+    sd = stage("web", lambda: make_unet(sd, latents, captions, args.web_steps, 1e-3, args.seed + 1))
+
+    scenes = toy.split()["train"]
+    latents = encode(sd, to_tensor([toy.curated(scene, rng) for scene in scenes]))
+    captions = [scene.caption for scene in scenes]
+    stage("theta_0", lambda: make_unet(sd, latents, captions, args.sft_steps, 1e-4, args.seed + 2))
+    return report
+
+
+def make_vae(pictures: Tensor, steps: int, seed: int) -> tuple[weights.StableDiffusion, dict]:
+    """All four parts with fresh weights, the VAE trained; its scaling_factor makes latents of unit variance."""
+    with torch.random.fork_rng():  # modules draw their weights from the global generator, which is left as it was
+        torch.manual_seed(seed)
+        tokenizer = small_tokenizer()
+        text_encoder = TextEncoder(TEXT | {"vocab_size": len(tokenizer.vocab)}, tokenizer)
+        sd = weights.StableDiffusion(UNet(UNET), AutoencoderKL(VAE), text_encoder, Scheduler(SCHEDULER))
+
+    def losses(draw: torch.Generator) -> Iterator[Tensor]:
+        while True:
+            x = pictures[torch.randint(len(pictures), (16,), generator=draw)]
+            mean, logvar = sd.vae.encode(x)
+            z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=draw)
+            kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+            yield F.mse_loss(sd.vae.decode(z), x) + KL_WEIGHT * kl
+
+    loss = optimise([sd.vae], losses(torch.Generator().manual_seed(seed)), steps, 2e-3, "vae")
+    mean, logvar = encode(sd, pictures[:4096])
+    config = VAE | {"scaling_factor": float((mean.var() + logvar.exp().mean()).rsqrt())}
+    trained, sd.vae = sd.vae, AutoencoderKL(config)
+    sd.vae.load_state_dict(trained.state_dict())
+    return sd, {"steps": steps, "loss": loss} | ceiling(sd)
+
+
+def make_unet(sd, latents: tuple[Tensor, Tensor], captions: list[str], steps: int, lr: float, seed: int):
+    """`sd` with UNet and text tower trained to predict the noise (equation 3.3), and its scores."""
+    mean, logvar = latents
+    alphas_cumprod = sd.scheduler.alphas_cumprod
+
+    def losses(draw: torch.Generator) -> Iterator[Tensor]:
+        while True:
+            rows = torch.randint(len(mean), (64,), generator=draw)
+            posterior, eps = torch.randn((2, len(rows), *mean.shape[1:]), generator=draw)
+            x0 = (mean[rows] + (0.5 * logvar[rows]).exp() * posterior) * sd.vae.scaling_factor
+            t = torch.randint(len(alphas_cumprod), (len(rows),), generator=draw)
+            empty = torch.rand(len(rows), generator=draw) < PROMPT_DROPOUT
+            context = sd.encode_prompts(["" if e else captions[row] for row, e in zip(rows, empty)])
+            yield F.mse_loss(sd.unet(add_noise(x0, eps, alphas_cumprod[t]), t, context), eps)
+
+    draw = torch.Generator().manual_seed(seed)
+    loss = optimise([sd.unet, sd.text_encoder], losses(draw), steps, lr, f"{len(captions)} captions")
+    return sd, {"steps": steps, "loss": loss} | scores(sd)
+
+
+def optimise(networks: list[nn.Module], losses: Iterator[Tensor], steps: int, lr: float, name: str) -> float:
+    """AdamW with 100 steps of warm-up and a cosine's fall to 0; the mean loss over the last tenth of the steps."""
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)
+    last = []
+    for step in tqdm(range(1, steps + 1), name, mininterval=10):
+        loss = next(losses)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.param_groups[0]["lr"] = lr * min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.step()
+        optimizer.zero_grad()
+        last = last[-math.ceil(steps / 10) + 1 :] + [loss.item()]
+    return sum(last) / len(last)
+
+
+@torch.no_grad()
+def encode(sd, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """[N,3,32,32] in [-1,1] -> mean and log-variance, unscaled, [N,4,8,8] each."""
+    means, logvars = zip(*(sd.vae.encode(batch) for batch in pictures.split(256)))
+    return torch.cat(means), torch.cat(logvars)
+
+
+@torch.no_grad()
+def ceiling(sd) -> dict:
+    """What the ideal pictures score once they have been through the VAE: no UNet can draw better."""
+    scenes = toy.split()["validation"]
+    mean, _ = encode(sd, to_tensor([toy.ideal(scene) for scene in scenes]))
+    pictures = (sd.vae.decode(mean) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return {"ceiling": average(toy.score(pictures, [scene.caption for scene in scenes]))}
+
+
+def scores(sd) -> dict:
+    """What pictures for the validation prompts score."""
+    prompts = [scene.caption for scene in toy.split()["validation"]]
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    pictures = sampler.decode(sd, sampler.sample(sd, prompts, **SAMPLING, generators=generators))
+    return average(toy.score(pictures.permute(0, 2, 3, 1).numpy(), prompts))
+
+
+def average(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: round(float(values.mean()), 4) for name, values in metrics.items()}
+
+
+def to_tensor(pictures: list[np.ndarray]) -> Tensor:
+    """Pictures [32,32,3] in [0,1] -> [N,3,32,32] in [-1,1]."""
+    return torch.from_numpy(np.stack(pictures).astype(np.float32)).permute(0, 3, 1, 2).contiguous() * 2 - 1
+
+
+def small_tokenizer() -> Tokenizer:
+    """CLIP's byte-pair encoding with only those of its 48,894 merges that the captions' words need."""
+    clip = Tokenizer()
+    ranks, needed = {merge: rank for rank, merge in enumerate(clip.merges)}, set()
+    for word in sorted({word for scene in toy.SCENES for word in scene.caption.split()}):
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pairs = [f"{a} {b}" for a, b in zip(parts, parts[1:])]
+            best = min(pairs, key=lambda pair: ranks.get(pair, math.inf))
+            needed.add(best)
+            at = pairs.index(best)
+            parts[at : at + 2] = [best.replace(" ", "")]
+    return Tokenizer(sorted(needed, key=ranks.__getitem__))
+
+
+if __name__ == "__main__":
+    sys.exit(run.script("pretrain", main))
