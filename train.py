@@ -1,9 +1,11 @@
 """Self-play fine-tuning of a Stable Diffusion model: SPIN-Diffusion (arXiv 2402.10210), Algorithm 1.
 
-    python train.py --model FOLDER --data FOLDER
+    python train.py                                     the miniature world, its baselines and scores: minutes on a CPU
+    python train.py --model FOLDER --data FOLDER        the paper's settings on a model and images of yours
 
 For k = 1..K: generate an image from theta_{k-1} for every prompt that the iteration will draw; train theta_k, started
 from theta_{k-1}, to tell the real images from those, with the SPIN loss (C.6); promote it to be the next opponent.
+The baselines, SFT and Diffusion-DPO, start from theta_0 and see the same real images in the same batches.
 The same command, given again after an interruption, goes on where it stopped; a finished stage is not repeated.
 """
 
@@ -12,17 +14,18 @@ import copy
 import math
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from spin import data, run, sampler, viz, weights
+from spin import data, report, run, sampler, toy, viz, weights
 from spin.loss import LINKS
 from spin.run import InputError
-from spin.step import spin_step
+from spin.step import sft_step, spin_step
 
 # The paper's hyper-parameters (appendix A), taken literally: iteration 1's 50 steps end inside the 200 of warm-up.
 # Lists have one value an iteration.
@@ -31,6 +34,9 @@ PAPER = {
     "steps": [50, 500, 200],
     "lr": [2e-5, 2e-5, 5e-8],
     "beta": [2000.0, 5000.0, 5000.0],
+    "sft_lr": 1e-5,
+    "dpo_lr": 2e-5,
+    "dpo_beta": 2000.0,
     "batch_size": 2048,
     "micro_batch": 8,
     "warmup": 200,
@@ -41,15 +47,43 @@ PAPER = {
     "guidance": 7.5,
     "sampler": "ddim",
     "sampler_steps": 50,
+    "generation_batch": 16,
+    "grid_prompts": 4,
     "seed": 5775709,
 }
 # The paper does not say these. Clipping and mirroring are as in Diffusion-DPO's public code, 50 sampling steps as in
 # the authors' demonstration.
-ASSUMED = ("clip", "flip", "sampler", "sampler_steps")
-PRESETS = {"paper": PAPER}
+ASSUMED = ("clip", "flip", "sampler", "sampler_steps", "micro_batch", "generation_batch", "grid_prompts")
+# The miniature world's. Captions there say left and right, so nothing is mirrored.
+TOY = {
+    "iterations": 3,
+    "steps": [100],
+    "lr": [1e-5],
+    "beta": [10000.0],
+    "sft_lr": 1e-4,
+    "dpo_lr": 1e-5,
+    "dpo_beta": 5000.0,
+    "batch_size": 16,
+    "micro_batch": 16,
+    "warmup": 10,
+    "weight_decay": 1e-2,
+    "clip": 1.0,
+    "resolution": toy.SIDE,
+    "flip": 0.0,
+    "guidance": 3.0,
+    "sampler": "ddim",
+    "sampler_steps": 20,
+    "generation_batch": 64,
+    "grid_prompts": 6,
+    "seed": 0,
+}
+# Found on the validation prompts by tutorial/tuning.py, with as many trials for each method.
+TUNED = ("lr", "beta", "sft_lr", "dpo_lr", "dpo_beta")
+PRESETS = {"toy": TOY, "paper": PAPER}
 
 ENCODE_BATCH = 4  # images a forward pass of the VAE's encoder
 GRID_SEED = 0  # of the first picture of every model in samples/
+SCORE_SEED = 1_000_000  # of the first of the pictures that are scored: the same noise for every model
 # Flags that a run may be continued with other values of: of the first three there are hashes, the others change where
 # and how a step is computed, which can change rounding, but not what is computed.
 MAY_CHANGE = ("model", "unet", "data", "out", "save_every", "device", "compile", "micro_batch", "generation_batch")
@@ -63,23 +97,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     def add(flag: str, help: str, **kwargs) -> None:
         """A flag whose default is the preset's, where it has one."""
         name = flag.strip("-").replace("-", "_")
-        default = PAPER.get(name, kwargs.get("default"))
-        shown = " ".join(f"{x:g}" for x in default) if isinstance(default, list) else default
-        source = "assumed" if name in ASSUMED else "paper" if name in PAPER else "default"
-        help += "" if default is None else f" ({source}: {shown})"
+        defaults = []
+        for preset, values in PRESETS.items() if name in PAPER else [("default", kwargs)]:
+            value = values.get(name, values.get("default"))
+            shown = " ".join(f"{x:g}" if isinstance(x, float) else f"{x}" for x in np.atleast_1d(value).tolist())
+            source = {"toy": ", tuned" * (name in TUNED), "paper": ", assumed" * (name in ASSUMED)}.get(preset, "")
+            defaults += [] if value is None else [f"{preset}: {shown}{source}"]
+        help += f" ({'; '.join(defaults)})" if defaults else ""
         parser.add_argument(flag, help=help, **({"default": argparse.SUPPRESS} if name in PAPER else {}), **kwargs)
 
-    add("--model", "theta_0: a checkpoint folder in the diffusers layout", required=True)
+    add("--model", "theta_0: a checkpoint folder in the diffusers layout (default: the miniature world's base)")
     add("--unet", "a folder whose UNet to start from instead of the model's own")
-    add("--data", "folder of images with metadata.jsonl (file_name, text)", required=True)
-    add("--out", "run folder (default: runs/<name of the data folder>)")
-    add("--preset", "where flags that are not given get their values", choices=list(PRESETS), default="paper")
-    add("--loss", "spin: equation (C.6)", choices=["spin"], default="spin")
+    add("--data", "folder of images with metadata.jsonl: file_name, text (default: the miniature world's curated set)")
+    add("--out", "run folder (default: runs/toy, or runs/<name of the data folder>)")
+    presets = "where flags that are not given get their values (default: toy without --model, paper with it)"
+    add("--preset", presets, choices=list(PRESETS))
+    losses = "self-play by equation (C.6), a baseline, or all three (default: all without --data, spin with it)"
+    add("--loss", losses, choices=["all", "spin", "sft", "dpo"])
     add("--link", "the convex function l around the margin", choices=list(LINKS), default="logistic")
     add("--iterations", "self-play iterations K; each renews the opponent", type=whole)
     add("--steps", "optimiser steps: one value, or one an iteration, the last repeated", type=whole, nargs="+")
     add("--lr", "AdamW's learning rate after warm-up: one value, or one an iteration", type=from_0, nargs="+")
     add("--beta", "weight of half the margin, errors being means: one, or one an iteration", type=from_0, nargs="+")
+    add("--sft-lr", "SFT's learning rate; it takes the steps of all iterations", type=from_0)
+    add("--dpo-lr", "Diffusion-DPO's learning rate; it takes the steps of all iterations", type=from_0)
+    add("--dpo-beta", "Diffusion-DPO's beta", type=from_0)
     add("--batch-size", "pairs an optimiser step", type=whole)
     add("--micro-batch", "pairs a forward pass; the gradients of a batch are accumulated", type=whole)
     add("--warmup", "steps in which the learning rate rises; then it falls linearly to 0", type=run.number(int, 0))
@@ -93,8 +135,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--num-prompts", "use only the first N rows of the data (default: all)", type=whole)
     generated = {"choices": ["latents", "images"], "default": "latents"}
     add("--generated", "keep latents as drawn, or decode, round to 8 bits and encode them", **generated)
-    add("--generation-batch", "images drawn at once", type=whole, default=16)
-    add("--grid-prompts", "prompts that every model draws for samples/; 0: none", type=run.number(int, 0), default=4)
+    add("--generation-batch", "images drawn at once", type=whole)
+    add("--grid-prompts", "prompts that every model draws for samples/; 0: none", type=run.number(int, 0))
+    splits = {"choices": ["test", "validation", "none"], "default": "test"}
+    add("--score", "the miniature world's prompts that models are scored on at the end", **splits)
+    add("--score-images", "pictures a prompt and model for the scores", type=whole, default=2)
     add("--seed", "of every random choice in training and generation", type=run.SEED)
     add("--device", "cpu, cuda, cuda:1, ...", default="cuda" if torch.cuda.is_available() else "cpu")
     dtypes = ["float32", "bfloat16"]
@@ -104,32 +149,65 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint-activations", "store fewer activations: less memory, 1/4 more work", action="store_true")
 
     given = vars(parser.parse_args(argv))
+    given["preset"] = given["preset"] or ("paper" if given["model"] else "toy")
     args = argparse.Namespace(**PRESETS[given["preset"]] | given)
+    if args.preset == "paper" and not args.data:
+        parser.error("--data is needed: a folder of images with metadata.jsonl")
+    args.world = args.data is None  # the miniature one
+    args.loss = args.loss or ("all" if args.world else "spin")
     for name in ("steps", "lr", "beta"):  # one value each iteration
         values = getattr(args, name)
         if len(given.get(name, ())) > args.iterations:
             parser.error(f"--{name}: {len(values)} values for {args.iterations} iterations")
+        if name in given and name != "steps" and args.loss in ("sft", "dpo"):
+            parser.error(f"--{name} is self-play's; for --loss {args.loss} see --{args.loss}-lr in --help")
         setattr(args, name, (values + values[-1:] * args.iterations)[: args.iterations])
-    args.out = args.out or f"runs/{Path(args.data).resolve().name}"
+    args.out = args.out or ("runs/toy" if args.world else f"runs/{Path(args.data).resolve().name}")
+    args.data = args.data or f"{args.out}/curated"
+    args.model = args.model or str(toy.BASE)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
 
 
+@dataclass
+class Stage:
+    """One model to train, from the opponent it is trained against."""
+
+    model: str  # spin-1, spin-2, ..., sft, dpo
+    loss: str
+    batches: list[tuple[int, int]]  # (iteration, step) of each optimiser step: the draws' key
+    lr: float
+    beta: float = 0.0
+
+    @classmethod
+    def of(cls, model: str, args) -> "Stage":
+        every = [(k, s) for k in range(1, args.iterations + 1) for s in range(1, args.steps[k - 1] + 1)]
+        if model == "sft":
+            return cls(model, "sft", every, args.sft_lr)
+        if model == "dpo":
+            return cls(model, "dpo", every, args.dpo_lr, args.dpo_beta)
+        k = int(model.removeprefix("spin-"))
+        return cls(model, "spin", [(i, s) for i, s in every if i == k], args.lr[k - 1], args.beta[k - 1])
+
+
 def main(argv: list[str] | None = None) -> dict:
-    """Returns {"out": run folder, "iterations": [a summary of each iteration's log]}."""
+    """Returns {"out": run folder, "models": a summary of each model's log, "results": results.json or None}."""
     args = parse(argv)
     this_run = run.Run(args.out)
     with this_run.lock():
         # -------------------------------------------------------------------------------------------------------------
         # the model and the data
-        images = data.CaptionedImages(args.data, args.resolution)
-        sd = weights.load(args.model, device=run.usable(args.device), unet=args.unet)
-        for network in (sd.unet, sd.vae, sd.text_encoder):
+        if args.world and not Path(args.data).exists():
+            with run.whole(Path(args.data)) as part:
+                toy.write_curated(part)
+        images = data.CaptionedImages(args.data, args.resolution, pairs=args.loss in ("all", "dpo"))
+        theta_0 = weights.load(args.model, device=run.usable(args.device), unet=args.unet)
+        for network in (theta_0.unet, theta_0.vae, theta_0.text_encoder):
             network.requires_grad_(False)
-        if args.resolution % sd.vae.downscale:
-            raise InputError(f"--resolution {args.resolution}: must be a multiple of {sd.vae.downscale}")
+        if args.resolution % theta_0.vae.downscale:
+            raise InputError(f"--resolution {args.resolution}: must be a multiple of {theta_0.vae.downscale}")
         try:
-            sd.scheduler.timesteps(args.sampler_steps)
+            theta_0.scheduler.timesteps(args.sampler_steps)
         except ValueError as error:
             raise InputError(f"--sampler-steps: {error}") from None
         hashes = {
@@ -145,53 +223,72 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"{len(images)} images; {args.iterations} iterations; steps {args.steps} of {args.batch_size} pairs")
         count = min(len(images), args.num_prompts or len(images))
         real = data.LatentShards(this_run.folder / "cache", range(count))
-        encode_images(args, sd, images, real)
+        encode_images(args, theta_0, images, real)
+        draw_samples(args, this_run, theta_0, images.captions, "base")
 
         # -------------------------------------------------------------------------------------------------------------
         # Algorithm 1: the player theta_k against its own past, theta_{k-1}
         done = this_run.promoted()
-        if done:
-            sd.unet = weights.load_unet(this_run.checkpoint(done), device=args.device).requires_grad_(False)
-        for k in range(done + 1, args.iterations + 1):
-            draw_samples(args, this_run, sd, images.captions, k - 1)
-
+        opponent = player(this_run, theta_0, f"spin-{done}" if done else "base")
+        for k in range(done + 1, args.iterations + 1) if args.loss in ("all", "spin") else ():
             # generate: x'_0 ~ p_theta_{k-1}(. | c) for the prompts that this iteration will draw
-            steps = range(1, args.steps[k - 1] + 1)
-            drawn = {row for s in steps for row in data.batch_rows(args.seed, k, s, args.batch_size, count)}
-            generated = data.LatentShards(this_run.iteration(k) / "generated", sorted(drawn))
-            generate(args, sd, images.captions, generated, k)
+            stage = Stage.of(f"spin-{k}", args)
+            drawn = {row for _, s in stage.batches for row in data.batch_rows(args.seed, k, s, args.batch_size, count)}
+            generated = data.LatentShards(this_run.place(stage.model) / "generated", sorted(drawn))
+            generate(args, opponent, images.captions, generated, k)
 
-            # train: theta_k, started from theta_{k-1}, which stays as it is
-            policy = copy.deepcopy(sd.unet).requires_grad_(True)
-            train(args, this_run, sd, policy, images.captions, real, generated, k)
+            # train: theta_k, started from theta_{k-1}, which stays as it is; then promote: it is the next opponent
+            opponent = train(args, this_run, opponent, stage, images.captions, real, generated)
 
-            # promote: theta_k is the next opponent
-            sd = replace(sd, unet=policy.requires_grad_(False))
-            with run.whole(this_run.checkpoint(k)) as part:
-                weights.save(sd, part)
-            this_run.save_state(k, {"step": args.steps[k - 1]})  # its tensors are in the checkpoint now
-        draw_samples(args, this_run, sd, images.captions, args.iterations)
+        # -------------------------------------------------------------------------------------------------------------
+        # the baselines, from theta_0
+        for model in ("sft", "dpo"):
+            if args.loss in ("all", model) and not this_run.checkpoint(model).exists():
+                train(args, this_run, theta_0, Stage.of(model, args), images.captions, real, None)
+
+        # -------------------------------------------------------------------------------------------------------------
+        # what came of it
         draw_curves(this_run)
+        summary = this_run.summary()
+        for line in summary:
+            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+        results = judge(args, this_run, theta_0) if args.world and args.score != "none" else None
+        if results:
+            print("\n" + (this_run.folder / "results.md").read_text())
+    print(f"{args.out}: grids in samples/grid.png, the log in curves.png, models in iter*/checkpoint")
+    return {"out": args.out, "models": summary, "results": results}
 
-    summary = this_run.summary()
-    for line in summary:
-        print("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
-    print(f"result: {this_run.checkpoint(args.iterations)}; see {args.out}/samples/grid.png and {args.out}/curves.png")
-    return {"out": args.out, "iterations": summary}
+
+def player(this_run: run.Run, theta_0, model: str):
+    """theta_0, with the UNet of one of the run's models in its place unless that is "base"."""
+    if model == "base":
+        return theta_0
+    unet = weights.load_unet(this_run.checkpoint(model), device=theta_0.unet.conv_in.weight.device)
+    return replace(theta_0, unet=unet.requires_grad_(False))
+
+
+def models_of(args, this_run: run.Run) -> list[str]:
+    """Those that there are, baselines first."""
+    names = ["sft", "dpo", *(f"spin-{k}" for k in range(1, args.iterations + 1))]
+    return ["base", *(name for name in names if this_run.checkpoint(name).exists())]
 
 
 @torch.no_grad()
 def encode_images(args, sd, images: data.CaptionedImages, real: data.LatentShards) -> None:
-    """Stores mean and log-variance of every real image's latent, and of its mirror image's if that may be drawn."""
+    """Stores mean and log-variance of every image's latent, and of its mirror image's if that may be drawn."""
     todo = real.missing()
+    kinds = {"": images.image} | ({"rejected_": images.rejected_image} if images.pairs else {})
     with tqdm(total=sum(len(rows) for _, rows in todo), desc="encoding real images", disable=not todo) as bar:
         for shard, rows in todo:
             parts = []
             for at in range(0, len(rows), ENCODE_BATCH):
-                batch = torch.stack([images.image(row) for row in rows[at : at + ENCODE_BATCH]]).to(args.device)
-                encoded = dict(zip(("mean", "logvar"), sd.vae.encode(batch)))
-                if args.flip:
-                    encoded |= dict(zip(("mean_flipped", "logvar_flipped"), sd.vae.encode(batch.flip(3))))
+                encoded = {}
+                for kind, image in kinds.items():
+                    batch = torch.stack([image(row) for row in rows[at : at + ENCODE_BATCH]]).to(args.device)
+                    encoded |= dict(zip((f"{kind}mean", f"{kind}logvar"), sd.vae.encode(batch)))
+                    if args.flip:
+                        names = (f"{kind}mean_flipped", f"{kind}logvar_flipped")
+                        encoded |= dict(zip(names, sd.vae.encode(batch.flip(3))))
                 parts.append(encoded)
                 bar.update(len(batch))
             real.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
@@ -212,70 +309,82 @@ def generate(args, sd, captions: list[str], generated: data.LatentShards, k: int
             generated.write(shard, {"x0": torch.cat(parts)})
 
 
-def train(args, this_run: run.Run, sd, policy, captions: list[str], real, generated, k: int) -> None:
-    """Optimiser steps of iteration k on `policy` against the opponent sd.unet; a line of the log each.
+def train(args, this_run: run.Run, sd, stage: Stage, captions: list[str], real, generated):
+    """Trains a copy of sd.unet, with sd.unet as its opponent, a line of the log each step; returns sd with the copy.
 
-    Begins after the last saved state, if there is one.
+    Begins after the last saved state, if there is one. generated: the opponent's latents, for self-play.
     """
-    steps, dtype = args.steps[k - 1], getattr(torch, args.dtype)
-    alphas_cumprod = sd.scheduler.alphas_cumprod.to(args.device)
-    beta = torch.tensor(args.beta[k - 1], device=args.device)
+    steps, dtype = len(stage.batches), getattr(torch, args.dtype)
+    policy = copy.deepcopy(sd.unet).requires_grad_(True)
     policy.checkpoint_activations = args.checkpoint_activations
+    alphas_cumprod = sd.scheduler.alphas_cumprod.to(args.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=args.weight_decay, fused=True)
-    loss_step = spin_step
+    if stage.loss == "sft":
+        loss_step, players, game = sft_step, (policy,), {}
+    else:
+        beta = torch.tensor(stage.beta, device=args.device)
+        loss_step, players, game = spin_step, (policy, sd.unet), {"beta": beta, "link": args.link}
     if args.compile:
         # without the option, rounding differs between the compiled policy and opponent: not log 2 at theta_k
-        loss_step = torch.compile(spin_step, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
+        loss_step = torch.compile(loss_step, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
 
-    first, state = 1, this_run.load_state(k)
+    first, state = 1, this_run.load_state(stage.model)
     if "policy" in state:
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"] + 1
-    this_run.rewind_log(k, first - 1)
+    this_run.rewind_log(stage.model, first - 1)
 
     pairs_done, pairs_all = (first - 1) * args.batch_size, steps * args.batch_size
-    bar = tqdm(desc=f"iteration {k}: training", unit="pair", initial=pairs_done, total=pairs_all)
-    for s in range(first, steps + 1):
+    bar = tqdm(desc=f"training {stage.model}", unit="pair", initial=pairs_done, total=pairs_all)
+    for step, (k, s) in enumerate(stage.batches[first - 1 :], start=first):
         began = time.perf_counter()
         rows = data.batch_rows(args.seed, k, s, args.batch_size, len(real.rows))
         means: dict[str, torch.Tensor] = {}
         for at in range(0, args.batch_size, args.micro_batch):
             micro = rows[at : at + args.micro_batch]
-            pairs = load_pairs(args, sd, real, generated, micro, (k, s, at))
+            pairs = load_pairs(args, sd, stage, real, generated, micro, (k, s, at))
             with torch.no_grad(), torch.autocast(policy.conv_in.weight.device.type, dtype, dtype != torch.float32):
                 context = sd.encode_prompts([captions[row] for row in micro])
             loss, metrics = loss_step(
-                policy, sd.unet, **pairs, context=context, alphas_cumprod=alphas_cumprod, beta=beta,
-                prediction_type=sd.scheduler.prediction_type, link=args.link, autocast=dtype,
+                *players, **pairs, **game, context=context, alphas_cumprod=alphas_cumprod,
+                prediction_type=sd.scheduler.prediction_type, autocast=dtype,
             )  # fmt: skip
             share = len(micro) / args.batch_size
             (share * loss).backward()
-            for name, value in (metrics | {"loss": loss.detach()}).items():
+            for name, value in ({"loss": loss.detach()} | metrics).items():
                 means[name] = means.get(name, 0.0) + share * value.mean()
             bar.update(len(micro))
 
-        lr = learning_rate(args.lr[k - 1], s, steps, args.warmup)
+        lr = learning_rate(stage.lr, step, steps, args.warmup)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip or math.inf)
-        line = {"iteration": k, "step": s, "loss": means["loss"].item(), "lr": lr}
-        line |= {name: means[name].item() for name in ("margin", "implicit_accuracy", "delta_data", "delta_gen")}
-        line |= {"grad_norm": grad_norm.item()}
+        line = {"model": stage.model, "iteration": k, "step": s} | {name: mean.item() for name, mean in means.items()}
+        line |= {"lr": lr, "grad_norm": grad_norm.item()}
         if not math.isfinite(line["loss"] + line["grad_norm"]):
             bar.close()
-            last = this_run.checkpoint(k - 1) if k > 1 else args.model
-            raise InputError(f"iteration {k}, step {s}: the loss or its gradient is not finite; last good: {last}")
+            before = [*models_of(args, this_run), args.model]
+            last = this_run.checkpoint(f"spin-{k - 1}") if f"spin-{k - 1}" in before else args.model
+            raise InputError(f"{stage.model}, step {step}: the loss or its gradient is not finite; last good: {last}")
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 
         this_run.log(line | {"seconds": time.perf_counter() - began})
-        bar.set_postfix(step=s, loss=f"{line['loss']:.4f}", accuracy=f"{line['implicit_accuracy']:.2f}")
-        if s == steps or (args.save_every and s % args.save_every == 0):
+        bar.set_postfix(step=step, loss=f"{line['loss']:.4f}")
+        if step == steps or (args.save_every and step % args.save_every == 0):
             # no random state: every draw is a function of the step
-            this_run.save_state(k, {"step": s, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()})
+            state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
+            this_run.save_state(stage.model, state)
             draw_curves(this_run)
     bar.close()
+
+    sd = replace(sd, unet=policy.requires_grad_(False))
+    with run.whole(this_run.checkpoint(stage.model)) as part:
+        weights.save(sd, part)
+    this_run.save_state(stage.model, {"step": steps})  # its tensors are in the checkpoint now
+    draw_samples(args, this_run, sd, captions, stage.model)
+    return sd
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
@@ -285,18 +394,29 @@ def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
     return peak * min(1.0, rise, fall)
 
 
-def load_pairs(args, sd, real: data.LatentShards, generated: data.LatentShards, rows: list[int], when) -> dict:
-    """x0_data, x0_gen, eps [B,4,h,w] and t [B] of some rows of a batch; when: iteration, step, place of the first."""
-    mean, logvar = real.read("mean", rows), real.read("logvar", rows)
+def load_pairs(args, sd, stage: Stage, real, generated, rows: list[int], when: tuple[int, int, int]) -> dict:
+    """x0_data, eps [B,4,h,w] and t [B] of some rows of a batch, x0_gen too if there is a game; all on the device.
+
+    real, generated: `data.LatentShards`. when: iteration, step, and the place in the batch of the first row.
+    """
     (k, s, at), timesteps = when, sd.scheduler.num_train_timesteps
-    draws = [data.draw(args.seed, k, s, at + i, mean.shape[1:], timesteps) for i in range(len(rows))]
+    shape = real.read("mean", rows[:1]).shape[1:]
+    draws = [data.draw(args.seed, k, s, at + i, shape, timesteps) for i in range(len(rows))]
     random = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
-    if args.flip:
-        flipped = (random["flip"] < args.flip)[:, None, None, None]
-        mean = torch.where(flipped, real.read("mean_flipped", rows), mean)
-        logvar = torch.where(flipped, real.read("logvar_flipped", rows), logvar)
-    x0_data = (mean + (0.5 * logvar).exp() * random["posterior"]) * sd.vae.scaling_factor
-    pairs = {"x0_data": x0_data, "x0_gen": generated.read("x0", rows), "eps": random["eps"], "t": random["t"]}
+
+    def encoded(kind: str) -> torch.Tensor:
+        mean, logvar = real.read(f"{kind}mean", rows), real.read(f"{kind}logvar", rows)
+        if args.flip:
+            flipped = (random["flip"] < args.flip)[:, None, None, None]
+            mean = torch.where(flipped, real.read(f"{kind}mean_flipped", rows), mean)
+            logvar = torch.where(flipped, real.read(f"{kind}logvar_flipped", rows), logvar)
+        return (mean + (0.5 * logvar).exp() * random["posterior"]) * sd.vae.scaling_factor
+
+    pairs = {"x0_data": encoded(""), "eps": random["eps"], "t": random["t"]}
+    if stage.loss == "spin":
+        pairs["x0_gen"] = generated.read("x0", rows)
+    elif stage.loss == "dpo":
+        pairs["x0_gen"] = encoded("rejected_")
     return {name: tensor.to(args.device) for name, tensor in pairs.items()}
 
 
@@ -322,40 +442,85 @@ def through_pixels(sd, x0: torch.Tensor, generators: list[torch.Generator]) -> t
     return torch.cat(encoded)
 
 
-def draw_samples(args, this_run: run.Run, sd, captions: list[str], k: int) -> None:
-    """samples/<model k>/: the first prompts of the data, at fixed seeds; samples/grid.png: a column a model so far."""
-    prompts = list(dict.fromkeys(captions))[: args.grid_prompts]
+def draw_samples(args, this_run: run.Run, sd, captions: list[str], model: str) -> None:
+    """samples/<model>/: pictures for a few prompts, at fixed seeds; samples/grid.png: a column a model so far.
+
+    The prompts are the data's first, or on the miniature world of those to be scored, with the ideal picture last.
+    """
+    scenes = toy.split()["test" if args.score == "none" else args.score][: args.grid_prompts] if args.world else []
+    prompts = [scene.caption for scene in scenes] or list(dict.fromkeys(captions))[: args.grid_prompts]
     folder = this_run.folder / "samples"
-    names = ["base", *(f"spin-{i}" for i in range(1, k + 1))]
-    paths = {name: [folder / name / f"{i}.png" for i in range(len(prompts))] for name in names}
-    todo = [i for i, path in enumerate(paths[names[k]]) if not path.exists()]
-    settings = {"Steps": args.sampler_steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Model": names[k]}
-    for i in tqdm(todo, f"samples of {names[k]}", disable=not todo):
+    todo = [i for i in range(len(prompts)) if not (folder / model / f"{i}.png").exists()]
+    settings = {"Steps": args.sampler_steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Model": model}
+    for i in tqdm(todo, f"samples of {model}", disable=not todo):
         generator = torch.Generator("cpu").manual_seed(GRID_SEED + i)
         picture = viz.to_pil(sampler.decode(sd, draw_latents(args, sd, [prompts[i]], [generator]))[0])
         text = viz.parameters(prompts[i], "", picture.size, settings | {"Seed": GRID_SEED + i})
-        with run.whole(paths[names[k]][i]) as part:
+        with run.whole(folder / model / f"{i}.png") as part:
             viz.save_png(picture, part, text)
     if prompts:
-        names = [name for name in names if all(path.exists() for path in paths[name])]
-        columns = [[Image.open(path) for path in paths[name]] for name in names]
+        columns = {}
+        for name in dict.fromkeys([*models_of(args, this_run), model]):
+            paths = [folder / name / f"{i}.png" for i in range(len(prompts))]
+            if all(path.exists() for path in paths):
+                columns[name] = [Image.open(path) for path in paths]
+        if scenes:
+            columns["ideal"] = [toy.to_pil(toy.ideal(scene)) for scene in scenes]
         with run.whole(folder / "grid.png") as part:
-            viz.save_png(viz.grid(list(zip(*columns)), names, prompts), part)
+            viz.save_png(viz.grid(list(zip(*columns.values())), list(columns), prompts), part)
 
 
 def draw_curves(this_run: run.Run) -> None:
-    """curves.png: what the log says, over the steps of all iterations."""
+    """curves.png: what the log says, over the steps of self-play's iterations and of each baseline."""
     log = this_run.read_log()
-    panels = {
-        "loss": ["loss"],
-        "margin": ["margin"],
-        "implicit accuracy": ["implicit_accuracy"],
-        "policy's error - opponent's error": ["delta_data", "delta_gen"],
-    }
-    values = {title: {name: [line[name] for line in log] for name in names} for title, names in panels.items()}
-    ends = [i for i, (line, next_line) in enumerate(zip(log, log[1:]), start=1) if next_line["step"] == 1]
+    panels, ends = {}, []
+    for who in ("spin", "sft", "dpo"):
+        lines = [line for line in log if line["model"].startswith(who)]
+        ends += [i for i, (line, after) in enumerate(zip(lines, lines[1:]), start=1) if after["step"] == 1]
+        titles = {
+            "loss": ["loss"],
+            "margin": ["margin"],
+            "implicit accuracy": ["implicit_accuracy"],
+            "policy's error - opponent's error": ["delta_data", "delta_gen"],
+        }
+        for title, names in titles.items() if lines else ():
+            if names[0] in lines[0]:
+                panels[f"{who}: {title}"] = {name: [line[name] for line in lines] for name in names}
     with run.whole(this_run.folder / "curves.png") as part:
-        viz.save_png(viz.line_charts(values, ends), part)
+        viz.save_png(viz.line_charts(panels, sorted(set(ends))), part)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The miniature world's exact score
+
+
+def judge(args, this_run: run.Run, theta_0) -> dict:
+    """Scores every model on prompts that fine-tuning never saw; writes results.json, .md and .png.
+
+    Every model draws from the same noise, at the guidance that the opponents' images were drawn with.
+    """
+    if not (this_run.folder / "results.json").exists():
+        prompts = [scene.caption for scene in toy.split()[args.score]]
+        names = models_of(args, this_run)
+        with tqdm(total=len(names) * len(prompts) * args.score_images, desc="scoring", unit="image") as bar:
+            scores = {name: score(args, player(this_run, theta_0, name), prompts, bar) for name in names}
+        title = f"{len(prompts)} {args.score} prompts, {args.score_images} pictures each, guidance {args.guidance:g}"
+        report.write(this_run.folder, title, scores, run.read_json(this_run.folder / "config.json"))
+    return run.read_json(this_run.folder / "results.json")
+
+
+def score(args, sd, prompts: list[str], bar: tqdm) -> dict[str, np.ndarray]:
+    """`toy.score` of each prompt [N], the mean over its pictures."""
+    jobs = [prompt for prompt in prompts for _ in range(args.score_images)]
+    parts = []
+    for at in range(0, len(jobs), args.generation_batch):
+        batch = jobs[at : at + args.generation_batch]
+        generators = [torch.Generator("cpu").manual_seed(SCORE_SEED + at + i) for i in range(len(batch))]
+        pictures = sampler.decode(sd, draw_latents(args, sd, batch, generators))
+        parts.append(toy.score(pictures.permute(0, 2, 3, 1).cpu().numpy(), batch))
+        bar.update(len(batch))
+    metrics = {name: np.concatenate([part[name] for part in parts]) for name in toy.METRICS}
+    return {name: values.reshape(len(prompts), -1).mean(1) for name, values in metrics.items()}
 
 
 if __name__ == "__main__":

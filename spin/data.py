@@ -29,14 +29,16 @@ SHARD = 256  # rows a file of latents holds
 class CaptionedImages:
     """A folder of images with metadata.jsonl: one object a line, `file_name` and `text` (or `caption`).
 
-    `captions[i]` and `image(i)` are row i. Raises InputError for a row that names no file in the folder or no caption.
+    `captions[i]` and `image(i)` are row i. With `pairs`, each line also has a `rejected_file_name`, the image that DPO
+    is to like less: `rejected_image(i)`. Raises InputError for a row that names no file in the folder or no caption.
     """
 
-    def __init__(self, folder: str | Path, resolution: int):
-        self.folder, self.resolution = Path(folder), resolution
+    def __init__(self, folder: str | Path, resolution: int, pairs: bool = False):
+        self.folder, self.resolution, self.pairs = Path(folder), resolution, pairs
         self.root = self.folder.resolve()
         self.metadata = self.folder / "metadata.jsonl"
         self.files: list[Path] = []
+        self.rejected: list[Path] = []
         self.captions: list[str] = []
         try:
             lines = self.metadata.read_text(encoding="utf-8-sig").split("\n")
@@ -59,6 +61,14 @@ class CaptionedImages:
             raise InputError(f"{where}: not a JSON object with file_name and text (or caption)") from None
         if not isinstance(caption, str) or not caption.strip():
             raise InputError(f"{where}: an empty caption")
+        if self.pairs and not row.get("rejected_file_name"):
+            raise InputError(f"{where}: no rejected_file_name, which DPO needs")
+        self.files.append(self.locate(name, where))
+        self.captions.append(caption)
+        if self.pairs:
+            self.rejected.append(self.locate(row["rejected_file_name"], where))
+
+    def locate(self, name, where: str) -> Path:
         path = self.folder / str(name)
         try:
             inside, there = path.resolve().is_relative_to(self.root), path.is_file()
@@ -68,19 +78,24 @@ class CaptionedImages:
             raise InputError(f"{where}: {name!r} leaves the folder; images must lie inside it")
         if not there:
             raise InputError(f"{where}: no image {name!r} in {self.folder}")
-        self.files.append(path)
-        self.captions.append(caption)
+        return path
 
     def __len__(self) -> int:
         return len(self.files)
 
     def image(self, row: int) -> Tensor:
         """[3,resolution,resolution] in [-1,1]: the square in the middle of the picture, resized (bilinear)."""
+        return self.read(self.files[row])
+
+    def rejected_image(self, row: int) -> Tensor:
+        return self.read(self.rejected[row])
+
+    def read(self, path: Path) -> Tensor:
         try:
-            with Image.open(self.files[row]) as file:
+            with Image.open(path) as file:
                 picture = to_rgb(file)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"{self.files[row]}: not a readable image ({error})") from None
+            raise InputError(f"{path}: not a readable image ({error})") from None
         (width, height), short = picture.size, min(picture.size)
         centre = ((width - short) / 2, (height - short) / 2, (width + short) / 2, (height + short) / 2)
         square = picture.resize((self.resolution, self.resolution), Image.Resampling.BILINEAR, box=centre)
@@ -89,7 +104,7 @@ class CaptionedImages:
     def hash(self) -> str:
         """16 hexadecimal digits over metadata.jsonl and the sizes of the image files; their content is not read."""
         digest = hashlib.sha256(self.metadata.read_bytes())
-        digest.update(repr([path.stat().st_size for path in self.files]).encode())
+        digest.update(repr([path.stat().st_size for path in self.files + self.rejected]).encode())
         return digest.hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""The SPIN objective: pure functions of tensors. No model, no randomness, no configuration inside.
+"""The objectives, SPIN's and its baselines': pure functions of tensors. No model, no randomness, no configuration.
 
 Everything is said with four numbers a pair of images: the squared error of two players (the policy being
 trained, theta, and the frozen opponent, theta_k) on two noised images (a real one, and one the opponent
@@ -58,3 +58,19 @@ def spin_loss(
         "implicit_accuracy": 0.5 * (1 + torch.sign(margin)),
     }
     return losses, metrics
+
+
+def dpo_loss(
+    err_win: Tensor, err_lose: Tensor, ref_err_win: Tensor, ref_err_lose: Tensor, beta: float | Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Diffusion-DPO (arXiv 2311.12908): -log sigmoid of the same logit as SPIN's, on a preference pair.
+
+    The preferred image has the place of the real one, the rejected image that of the opponent's, and the frozen
+    reference, theta_0 throughout, that of the opponent. [B] each; returns what `spin_loss` returns.
+    """
+    return spin_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta)
+
+
+def sft_loss(err_data: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Supervised fine-tuning, equation (3.3) with gamma_t = 1: the error on the real image itself. [B] -> [B], {}."""
+    return err_data, {}

@@ -119,9 +119,8 @@ def main(argv: list[str] | None = None) -> dict:
     latents = encode(sd, pictures)
     sd = stage("web", lambda: make_unet(sd, latents, captions, args.web_steps, 1e-3, args.seed + 1))
 
-    scenes = toy.split()["train"]
-    latents = encode(sd, to_tensor([toy.curated(scene, rng) for scene in scenes]))
-    captions = [scene.caption for scene in scenes]
+    captions, pictures, _ = zip(*toy.curated_set())
+    latents = encode(sd, to_tensor(pictures))
     stage("theta_0", lambda: make_unet(sd, latents, captions, args.sft_steps, 1e-4, args.seed + 2))
     return report
 

@@ -141,14 +141,15 @@ class Run:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def iteration(self, k: int) -> Path:
-        return self.folder / f"iter{k}"
+    def place(self, model: str) -> Path:
+        """The folder of a model: iter2/ of "spin-2", the second player of self-play; sft/, dpo/ of the baselines."""
+        return self.folder / model.replace("spin-", "iter")
 
-    def checkpoint(self, k: int) -> Path:
-        return self.iteration(k) / "checkpoint"
+    def checkpoint(self, model: str) -> Path:
+        return self.place(model) / "checkpoint"
 
     def promoted(self) -> int:
-        """The last iteration whose checkpoint is there; 0 for none. Earlier ones may have been deleted."""
+        """The last self-play iteration whose checkpoint is there; 0 for none. Earlier ones may have been deleted."""
         return max((int(path.parent.name[4:]) for path in self.folder.glob("iter*/checkpoint")), default=0)
 
     @contextmanager
@@ -191,34 +192,37 @@ class Run:
         except ValueError:
             raise InputError(f"{path}: holds a line that is not JSON; remove that line") from None
 
-    def rewind_log(self, iteration: int, step: int) -> None:
-        """Forgets what was logged after `step` of `iteration`: training goes on from there."""
-        kept = [line for line in self.read_log() if (line["iteration"], line["step"]) <= (iteration, step)]
+    def rewind_log(self, model: str, steps: int) -> None:
+        """Forgets what was logged of a model after its first `steps` steps: training goes on from there."""
+        log = self.read_log()
+        own = [line for line in log if line["model"] == model][:steps]
+        kept = [line for line in log if line["model"] != model] + own
         with whole(self.folder / "log.jsonl") as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
-    def save_state(self, k: int, state: dict) -> None:
-        """What resuming iteration k needs, tensors and numbers, in the place of what was saved before."""
-        with whole(self.iteration(k) / "state" / "state.pt") as part:
+    def save_state(self, model: str, state: dict) -> None:
+        """What resuming a model's training needs, tensors and numbers, in the place of what was saved before."""
+        with whole(self.place(model) / "state" / "state.pt") as part:
             torch.save(state, part)
 
-    def load_state(self, k: int) -> dict:
-        """What `save_state` last wrote for iteration k, on the CPU; {} if nothing. InputError if it is damaged."""
-        path = self.iteration(k) / "state" / "state.pt"
+    def load_state(self, model: str) -> dict:
+        """What `save_state` last wrote for a model, on the CPU; {} if nothing. InputError if it is damaged."""
+        path = self.place(model) / "state" / "state.pt"
         try:
             return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
         except (pickle.UnpicklingError, RuntimeError, EOFError):
-            raise InputError(f"{path}: damaged; delete it, and the iteration's training begins anew") from None
+            raise InputError(f"{path}: damaged; delete it, and this model's training begins anew") from None
 
     def summary(self) -> list[dict]:
-        """Per iteration of the log: its steps, seconds and first loss, and means over the last tenth of its steps."""
+        """Per model of the log: its steps, seconds and first loss, and means over the last tenth of its steps."""
         rows, log = [], self.read_log()
-        for k in sorted({line["iteration"] for line in log}):
-            lines = [line for line in log if line["iteration"] == k]
+        for model in dict.fromkeys(line["model"] for line in log):
+            lines = [line for line in log if line["model"] == model]
             last = lines[-math.ceil(len(lines) / 10) :]
-            row = {"iteration": k, "steps": len(lines), "seconds": sum(line["seconds"] for line in lines)}
+            row = {"model": model, "steps": len(lines), "seconds": sum(line["seconds"] for line in lines)}
             row["first_loss"] = lines[0]["loss"]
             for name in ("loss", "margin", "implicit_accuracy", "delta_data", "delta_gen", "grad_norm"):
-                row[name] = sum(line[name] for line in last) / len(last)
+                if name in last[0]:  # SFT has no opponent
+                    row[name] = sum(line[name] for line in last) / len(last)
             rows.append(row)
         return rows

@@ -78,7 +78,11 @@ def sample(
 
 @torch.no_grad()
 def decode(sd, latents: Tensor) -> Tensor:
-    """Scaled latents [B,4,h,w] -> pictures [B,3,H,W] float32 in [0,1]; one by one, the decoder's memory is large."""
+    """Scaled latents [B,4,h,w] -> pictures [B,3,H,W] float32 in [0,1].
+
+    One by one at 512 px, since the decoder's memory is large; smaller ones as many at once as have that many pixels.
+    """
     dtype = next(sd.vae.parameters()).dtype
-    images = [sd.vae.decode(x0.to(dtype) / sd.vae.scaling_factor) for x0 in latents.split(1)]
+    at_once = max(1, 64 * 64 // latents[0, 0].numel())
+    images = [sd.vae.decode(x0.to(dtype) / sd.vae.scaling_factor) for x0 in latents.split(at_once)]
     return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 SIDE = 32
+BASE = Path(__file__).parent / "toy_base"  # the checkpoint that `python -m spin.pretrain` made
 COLOURS = {
     "red": (0.86, 0.16, 0.16),
     "green": (0.16, 0.66, 0.24),
@@ -153,16 +154,20 @@ def careless_caption(scene: Scene, rng: np.random.Generator) -> str:
     return replace(told, **dict.fromkeys(drop)).caption
 
 
-def write_curated(folder: Path, seed: int = 0) -> None:
-    """The curated set as train.py reads it: a PNG for each scene of "train", a rejected one for DPO, metadata.jsonl."""
+def curated_set(seed: int = 0) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(caption, picture, rejected picture) of each scene of "train"."""
+    rngs = [np.random.default_rng([seed, i]) for i in range(len(SCENES))]
+    return [(scene.caption, curated(scene, rng), loser(scene, rng)) for scene, rng in zip(split()["train"], rngs)]
+
+
+def write_curated(folder: Path) -> None:
+    """The curated set as train.py reads it: PNGs, for each a rejected one in rejected/, and metadata.jsonl."""
+    (folder / "rejected").mkdir(parents=True)
     rows = []
-    for i, scene in enumerate(split()["train"]):
-        row = {"file_name": f"{i:03d}.png", "text": scene.caption, "rejected_file_name": f"rejected/{i:03d}.png"}
-        rng = np.random.default_rng([seed, i])
-        for name, picture in ((row["file_name"], curated(scene, rng)), (row["rejected_file_name"], loser(scene, rng))):
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            to_pil(picture).save(path)
+    for i, (caption, picture, rejected) in enumerate(curated_set()):
+        row = {"file_name": f"{i:03d}.png", "text": caption, "rejected_file_name": f"rejected/{i:03d}.png"}
+        to_pil(picture).save(folder / row["file_name"])
+        to_pil(rejected).save(folder / row["rejected_file_name"])
         rows.append(json.dumps(row))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
 
@@ -179,7 +184,7 @@ METRICS = ("aligned", "clean", "reward", "palette")
 
 @cache
 def templates() -> tuple[list[tuple[str, str, str]], np.ndarray]:
-    """Every (size, shape, place), shifted by up to 2 pixels each way: names of K = 750 masks, and the masks [K,1024]."""
+    """Every (size, shape, place), shifted by up to 2 pixels each way: K = 750 names, and their masks [K,1024]."""
     names, masks = [], []
     for (size, radius), shape, (place, (x, y)) in product(SIZES.items(), SHAPES, PLACES.items()):
         for dx, dy in product((-2, -1, 0, 1, 2), repeat=2):

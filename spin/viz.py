@@ -76,10 +76,20 @@ def line_charts(
 
     Values that are not finite are left out. `marks`: steps after which a vertical line is drawn (ends of iterations).
     """
-    columns = min(2, len(panels))
+    return two_a_row([line_chart(title, lines, marks, width, height) for title, lines in panels.items()])
+
+
+def interval_charts(models: dict[str, dict[str, dict[str, float]]], width: int = 460, height: int = 240) -> Image.Image:
+    """A panel for each metric, a point with its interval for each model: {model: {metric: mean, low, high}}."""
+    metrics = next(iter(models.values()))
+    of_metric = {metric: {name: of[metric] for name, of in models.items()} for metric in metrics}
+    return two_a_row([interval_chart(metric, points, width, height) for metric, points in of_metric.items()])
+
+
+def two_a_row(panels: Sequence[Image.Image]) -> Image.Image:
+    (width, height), columns = panels[0].size, min(2, len(panels))
     sheet = Image.new("RGB", (columns * width, math.ceil(len(panels) / columns) * height), PAPER)
-    for i, (title, lines) in enumerate(panels.items()):
-        panel = line_chart(title, lines, marks, width, height)
+    for i, panel in enumerate(panels):
         sheet.paste(panel, (i % columns * width, i // columns * height))
     return sheet
 
@@ -117,4 +127,29 @@ def line_chart(
         if len(lines) > 1:
             draw.text((legend, 6), name, colour, font, anchor="ra")
             legend -= font.getlength(name) + 14
+    return panel
+
+
+def interval_chart(title: str, points: dict[str, dict[str, float]], width: int, height: int) -> Image.Image:
+    panel, font = Image.new("RGB", (width, height), PAPER), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(panel)
+    left, top, right, bottom = 76, 34, width - 14, height - 30
+    low, high = min(point["low"] for point in points.values()), max(point["high"] for point in points.values())
+    pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+
+    def place(y: float) -> float:
+        return bottom - (y - low + pad) / (high - low + 2 * pad) * (bottom - top)
+
+    draw.text((left, 6), f"{title}, mean and 95 % interval", INK, font)
+    for y in (low, (low + high) / 2, high):
+        draw.line([(left, place(y)), (right, place(y))], PALE)
+        draw.text((left - 6, place(y)), f"{y:.4g}", INK, font, anchor="rm")
+    for i, (name, point) in enumerate(points.items()):
+        x = left + (i + 0.5) * (right - left) / len(points)
+        draw.line([(x, place(point["low"])), (x, place(point["high"]))], COLOURS[0], 3)
+        for end in ("low", "high"):
+            draw.line([(x - 6, place(point[end])), (x + 6, place(point[end]))], COLOURS[0], 2)
+        middle = place(point["mean"])
+        draw.ellipse([x - 5, middle - 5, x + 5, middle + 5], COLOURS[1])
+        draw.text((x, bottom + 8), name, INK, font, anchor="ma")
     return panel

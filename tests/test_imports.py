@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     ["scheduler", "loss", "blocks", "toy", "stats", "viz", "run", "blip"],
-    ["unet", "vae", "text", "data"],
+    ["unet", "vae", "text", "data", "report"],
     ["weights", "rewards", "sampler", "step"],
     ["pretrain"],
     ["train", "sample", "evaluate"],
