@@ -1,4 +1,4 @@
-"""Tables what a run of train.py logged: how each iteration began and ended.
+"""Tables what a run of train.py logged: how each model's training began and ended.
 
     python evaluate.py runs/NAME
 
@@ -13,7 +13,7 @@ from spin import run
 from spin.run import InputError
 
 COLUMNS = {
-    "iteration": "{:.0f}",
+    "model": "{}",
     "steps": "{:.0f}",
     "seconds": "{:.1f}",
     "first_loss": "{:.6f}",
@@ -37,14 +37,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
         raise InputError(f"{args.run}: no log.jsonl with a whole line in it; is it the --out of a train.py run?")
 
     lines = [list(COLUMNS), ["---:"] * len(COLUMNS)]
-    lines += [[form.format(row[name]) for name, form in COLUMNS.items()] for row in rows]
+    lines += [[form.format(row[name]) if name in row else "" for name, form in COLUMNS.items()] for row in rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     folder = Path(args.out or Path(args.run, "evaluation"))
     with run.whole(folder / "log.md") as part:
         part.write_text(table + "\n")
     run.write_json(folder / "log.json", rows)
     print(table)
-    print("loss and what stands to its right: means over the last tenth of an iteration's steps")
+    print("loss and what stands to its right: means over the last tenth of a model's steps")
     return rows
 
 

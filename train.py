@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> dict:
         count = min(len(images), args.num_prompts or len(images))
         real = data.LatentShards(this_run.folder / "cache", range(count))
         encode_images(args, theta_0, images, real)
-        draw_samples(args, this_run, theta_0, images.captions, "base")
+        draw_samples(args, this_run, theta_0, images.captions)
 
         # -------------------------------------------------------------------------------------------------------------
         # Algorithm 1: the player theta_k against its own past, theta_{k-1}
@@ -239,12 +239,14 @@ def main(argv: list[str] | None = None) -> dict:
 
             # train: theta_k, started from theta_{k-1}, which stays as it is; then promote: it is the next opponent
             opponent = train(args, this_run, opponent, stage, images.captions, real, generated)
+            draw_samples(args, this_run, theta_0, images.captions)
 
         # -------------------------------------------------------------------------------------------------------------
         # the baselines, from theta_0
         for model in ("sft", "dpo"):
             if args.loss in ("all", model) and not this_run.checkpoint(model).exists():
                 train(args, this_run, theta_0, Stage.of(model, args), images.captions, real, None)
+                draw_samples(args, this_run, theta_0, images.captions)
 
         # -------------------------------------------------------------------------------------------------------------
         # what came of it
@@ -268,7 +270,7 @@ def player(this_run: run.Run, theta_0, model: str):
 
 
 def models_of(args, this_run: run.Run) -> list[str]:
-    """Those that there are, baselines first."""
+    """Those whose checkpoints are there; the baselines come first."""
     names = ["sft", "dpo", *(f"spin-{k}" for k in range(1, args.iterations + 1))]
     return ["base", *(name for name in names if this_run.checkpoint(name).exists())]
 
@@ -362,8 +364,7 @@ def train(args, this_run: run.Run, sd, stage: Stage, captions: list[str], real, 
         line |= {"lr": lr, "grad_norm": grad_norm.item()}
         if not math.isfinite(line["loss"] + line["grad_norm"]):
             bar.close()
-            before = [*models_of(args, this_run), args.model]
-            last = this_run.checkpoint(f"spin-{k - 1}") if f"spin-{k - 1}" in before else args.model
+            last = this_run.checkpoint(f"spin-{k - 1}") if stage.loss == "spin" and k > 1 else args.model
             raise InputError(f"{stage.model}, step {step}: the loss or its gradient is not finite; last good: {last}")
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -383,7 +384,6 @@ def train(args, this_run: run.Run, sd, stage: Stage, captions: list[str], real, 
     with run.whole(this_run.checkpoint(stage.model)) as part:
         weights.save(sd, part)
     this_run.save_state(stage.model, {"step": steps})  # its tensors are in the checkpoint now
-    draw_samples(args, this_run, sd, captions, stage.model)
     return sd
 
 
@@ -442,30 +442,29 @@ def through_pixels(sd, x0: torch.Tensor, generators: list[torch.Generator]) -> t
     return torch.cat(encoded)
 
 
-def draw_samples(args, this_run: run.Run, sd, captions: list[str], model: str) -> None:
-    """samples/<model>/: pictures for a few prompts, at fixed seeds; samples/grid.png: a column a model so far.
+def draw_samples(args, this_run: run.Run, theta_0, captions: list[str]) -> None:
+    """samples/<model>/: what each model draws for a few prompts, at fixed seeds; samples/grid.png: a column a model.
 
     The prompts are the data's first, or on the miniature world of those to be scored, with the ideal picture last.
     """
     scenes = toy.split()["test" if args.score == "none" else args.score][: args.grid_prompts] if args.world else []
     prompts = [scene.caption for scene in scenes] or list(dict.fromkeys(captions))[: args.grid_prompts]
-    folder = this_run.folder / "samples"
-    todo = [i for i in range(len(prompts)) if not (folder / model / f"{i}.png").exists()]
-    settings = {"Steps": args.sampler_steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Model": model}
-    for i in tqdm(todo, f"samples of {model}", disable=not todo):
-        generator = torch.Generator("cpu").manual_seed(GRID_SEED + i)
-        picture = viz.to_pil(sampler.decode(sd, draw_latents(args, sd, [prompts[i]], [generator]))[0])
-        text = viz.parameters(prompts[i], "", picture.size, settings | {"Seed": GRID_SEED + i})
-        with run.whole(folder / model / f"{i}.png") as part:
-            viz.save_png(picture, part, text)
+    folder, columns = this_run.folder / "samples", {}
+    for model in models_of(args, this_run):
+        paths = [folder / model / f"{i}.png" for i in range(len(prompts))]
+        todo = [i for i, path in enumerate(paths) if not path.exists()]
+        sd = player(this_run, theta_0, model) if todo else None
+        settings = {"Steps": args.sampler_steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Model": model}
+        for i in tqdm(todo, f"samples of {model}", disable=not todo):
+            generator = torch.Generator("cpu").manual_seed(GRID_SEED + i)
+            picture = viz.to_pil(sampler.decode(sd, draw_latents(args, sd, [prompts[i]], [generator]))[0])
+            text = viz.parameters(prompts[i], "", picture.size, settings | {"Seed": GRID_SEED + i})
+            with run.whole(paths[i]) as part:
+                viz.save_png(picture, part, text)
+        columns[model] = [Image.open(path) for path in paths]
+    if scenes:
+        columns["ideal"] = [toy.to_pil(toy.ideal(scene)) for scene in scenes]
     if prompts:
-        columns = {}
-        for name in dict.fromkeys([*models_of(args, this_run), model]):
-            paths = [folder / name / f"{i}.png" for i in range(len(prompts))]
-            if all(path.exists() for path in paths):
-                columns[name] = [Image.open(path) for path in paths]
-        if scenes:
-            columns["ideal"] = [toy.to_pil(toy.ideal(scene)) for scene in scenes]
         with run.whole(folder / "grid.png") as part:
             viz.save_png(viz.grid(list(zip(*columns.values())), list(columns), prompts), part)
 

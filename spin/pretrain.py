@@ -143,9 +143,7 @@ def make_vae(pictures: Tensor, steps: int, seed: int) -> tuple[weights.StableDif
 
     loss = optimise([sd.vae], losses(torch.Generator().manual_seed(seed)), steps, 2e-3, "vae")
     mean, logvar = encode(sd, pictures[:4096])
-    config = VAE | {"scaling_factor": float((mean.var() + logvar.exp().mean()).rsqrt())}
-    trained, sd.vae = sd.vae, AutoencoderKL(config)
-    sd.vae.load_state_dict(trained.state_dict())
+    sd.vae.scaling_factor = float((mean.var() + logvar.exp().mean()).rsqrt())
     return sd, {"steps": steps, "loss": loss} | ceiling(sd)
 
 

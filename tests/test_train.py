@@ -38,7 +38,7 @@ def inputs(tiny_folder, pictures) -> dict[Path, dict[str, bytes]]:
 def finished(tiny_folder, pictures, inputs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "finished"
     result = train.main(flags(tiny_folder, pictures, out))
-    assert result["out"] == str(out) and [line["iteration"] for line in result["iterations"]] == [1, 2]
+    assert result["out"] == str(out) and [line["model"] for line in result["models"]] == ["spin-1", "spin-2"]
     return out
 
 
@@ -87,22 +87,29 @@ def test_the_policy_changes_and_nothing_else_does(finished, tiny_folder):
 def test_training_leaves_opponent_vae_and_text_as_they_are(tiny_folder, pictures, tmp_path, monkeypatch):
     seen = []
 
-    def watched(args, this_run, sd, policy, *rest):
+    def watched(args, this_run, sd, *rest):
         frozen = [sd.unet, sd.vae, sd.text_encoder]
         before = [{name: t.clone() for name, t in network.state_dict().items()} for network in frozen]
-        started = {name: t.clone() for name, t in policy.state_dict().items()}
-        train_iteration(args, this_run, sd, policy, *rest)
+        trained = train_one(args, this_run, sd, *rest)
         for network, state in zip(frozen, before):
             assert all(torch.equal(state[name], t) for name, t in network.state_dict().items())
             assert all(parameter.grad is None for parameter in network.parameters())
-        assert all(torch.equal(started[name], t) for name, t in before[0].items())  # theta_k starts from theta_{k-1}
-        assert any(not torch.equal(started[name], t) for name, t in policy.state_dict().items())
-        seen.append(policy)
+        assert any(not torch.equal(before[0][name], t) for name, t in trained.unet.state_dict().items())
+        seen.append(trained)
+        return trained
 
-    train_iteration = train.train
+    train_one = train.train
     monkeypatch.setattr(train, "train", watched)
     train.main(flags(tiny_folder, pictures, tmp_path / "run", "--steps", "2"))
     assert len(seen) == 2
+
+
+def test_each_player_starts_from_the_one_before(tiny_folder, pictures, tmp_path):
+    """With a learning rate of 0 nothing moves: all models are theta_0, but for the order of the tensors' bytes."""
+    train.main(flags(tiny_folder, pictures, tmp_path / "run", "--steps", "1", "--lr", "0"))
+    for k in (1, 2):
+        theta = load_file(tmp_path / f"run/iter{k}/checkpoint" / UNET)
+        assert all(torch.equal(theta[name], tensor) for name, tensor in load_file(tiny_folder / UNET).items())
 
 
 def test_the_opponent_of_an_iteration_draws_its_images(finished, tiny_folder, pictures):
@@ -127,7 +134,7 @@ def test_pairs_are_what_they_should_be(flip, sd, pictures, tmp_path):
     real, generated = data.LatentShards(tmp_path / "cache", range(12)), data.LatentShards(tmp_path / "gen", [2, 7, 9])
     train.encode_images(args, sd, images, real)
     generated.write(0, {"x0": torch.stack([torch.full((4, 8, 8), float(row)) for row in (2, 7, 9)])})
-    pairs = train.load_pairs(args, sd, real, generated, [9, 2], (3, 5, 6))
+    pairs = train.load_pairs(args, sd, train.Stage.of("spin-2", args), real, generated, [9, 2], (3, 5, 6))
     for i, row in enumerate([9, 2]):
         drawn = data.draw(11, 3, 5, 6 + i, (4, 8, 8), 1000)
         image = images.image(row)[None]
@@ -326,19 +333,19 @@ def test_other_pictures_are_refused(finished, tiny_folder, pictures, tmp_path):
 )
 def test_other_settings(more, tiny_folder, pictures, tmp_path):
     result = train.main(flags(tiny_folder, pictures, tmp_path / "run", *more, "--iterations", "1", "--steps", "2"))
-    [summary] = result["iterations"]
+    [summary] = result["models"]
     assert summary["first_loss"] == pytest.approx(1.0 if "hinge" in more else math.log(2), abs=1e-6)
     assert summary["margin"] != 0
 
 
 def test_v_prediction(tiny2_folder, pictures, tmp_path):
     result = train.main(flags(tiny2_folder, pictures, tmp_path / "run", "--iterations", "1", "--steps", "2"))
-    assert result["iterations"][0]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert result["models"][0]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert weights.load(tmp_path / "run/iter1/checkpoint").scheduler.prediction_type == "v_prediction"
 
 
 def test_an_exploding_run_stops_in_one_line(tiny_folder, pictures, tmp_path):
-    with pytest.raises(InputError, match="iteration 1, step [23]: the loss or its gradient is not finite; last good"):
+    with pytest.raises(InputError, match="spin-1, step [23]: the loss or its gradient is not finite; last good"):
         train.main(flags(tiny_folder, pictures, tmp_path / "run", "--lr", "1e30"))
 
 

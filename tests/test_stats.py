@@ -1,0 +1,116 @@
+"""Intervals that cover what they should, pairing, win rates, and the verdicts drawn from them."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spin import report, stats
+from spin.stats import compare, interval, resolved, wins
+
+seeds = st.integers(0, 2**32)
+
+
+def sample(seed: int, count: int = 40) -> np.ndarray:
+    return np.random.default_rng(seed).exponential(size=count)
+
+
+@given(seeds)
+def test_an_interval_holds_the_mean_and_ignores_the_order(seed):
+    values = sample(seed)
+    found = interval(values)
+    assert found["mean"] == pytest.approx(values.mean()) and found["n"] == 40
+    assert found["low"] < found["mean"] < found["high"]
+    assert interval(values * 3 + 1)["low"] == pytest.approx(3 * found["low"] + 1)
+    wider = interval(values, level=0.99)
+    assert wider["low"] < found["low"] and wider["high"] > found["high"]
+    other = interval(np.random.default_rng(seed).permutation(values))
+    assert other["low"] == pytest.approx(found["low"], abs=0.03) and other["mean"] == pytest.approx(found["mean"])
+
+
+def test_an_interval_is_that_of_a_normal_mean():
+    values = np.random.default_rng(0).standard_normal(1000)
+    found = interval(values)
+    half = 1.96 * values.std() / np.sqrt(1000)
+    assert found["low"] == pytest.approx(values.mean() - half, abs=0.003)
+    assert found["high"] == pytest.approx(values.mean() + half, abs=0.003)
+
+
+def test_ninety_five_of_a_hundred_intervals_cover():
+    covered = [f["low"] < 1 < f["high"] for f in (interval(sample(seed, 200)) for seed in range(400))]
+    assert 0.91 < np.mean(covered) < 0.975  # the mean of 400 has a standard deviation of 0.011
+
+
+def test_no_values_are_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        interval(np.array([]))
+
+
+@given(seeds)
+def test_win_rates_of_both_sides_make_one(seed):
+    a, b = np.random.default_rng(seed).integers(0, 4, size=(2, 30))
+    assert np.mean(wins(a, b)) + np.mean(wins(b, a)) == pytest.approx(1)
+    assert list(wins([1, 2, 2], [2, 1, 2])) == [0, 1, 0.5]
+
+
+def test_differences_are_paired():
+    """Two models that agree but for 0.1 on prompts that differ widely: resolved only because pairs are compared."""
+    hard = 10 * sample(0, 50)
+    noise = 0.01 * np.random.default_rng(1).standard_normal(50)
+    result = compare({"base": {"reward": hard}, "new": {"reward": hard + 0.1 + noise}})
+    low, high = result["models"]["base"]["reward"]["low"], result["models"]["base"]["reward"]["high"]
+    assert low < result["models"]["new"]["reward"]["mean"] < high
+    difference = result["differences"]["new - base"]["reward"]
+    assert difference["mean"] == pytest.approx(0.1, abs=0.01) and resolved(difference) == 1
+    assert difference["win_rate"]["mean"] == 1
+    assert resolved(compare({"a": {"r": hard}, "b": {"r": hard - 1}})["differences"]["b - a"]["r"]) == -1
+
+
+def test_equal_models_are_seldom_resolved():
+    found = []
+    for seed in range(200):
+        a, b = np.random.default_rng(seed).standard_normal((2, 100))
+        found.append(resolved(interval(a - b)) != 0)
+    assert np.mean(found) < 0.1  # 5 % is the nominal rate
+
+
+def rewards(**means: float) -> report.Scores:
+    spread = 0.01 * np.random.default_rng(0).standard_normal((len(means), 60))
+    return {n.replace("_", "-"): {"reward": m + noise} for (n, m), noise in zip(means.items(), spread)}
+
+
+STORY = {"base": 7.0, "sft": 7.01, "dpo": 7.02, "spin_1": 7.1, "spin_2": 7.2, "spin_3": 7.3}
+
+
+@pytest.mark.parametrize(
+    "changed, verdicts",
+    [
+        ({}, ["holds", "holds", "holds", "holds"]),
+        ({"sft": 7.12}, ["fails", "holds", "holds", "holds"]),
+        ({"dpo": 7.2}, ["holds", "is not resolved", "holds", "holds"]),
+        ({"sft": 7.25}, ["fails", "holds", "fails", "holds"]),
+        ({"spin_3": 7.05}, ["holds", "holds", "holds", "fails"]),
+    ],
+)
+def test_claims(changed, verdicts):
+    assert [found["verdict"] for found in report.claims(rewards(**STORY | changed))] == verdicts
+
+
+def test_claims_need_their_models():
+    found = report.claims(rewards(base=7.0, sft=7.0, spin_1=7.1))
+    assert [line["claim"] for line in found] == [
+        "SPIN-1 beats SFT",
+        "SFT plateaus, gaining less than half of what SPIN-1 does",
+    ]
+    assert report.claims(rewards(base=7.0)) == []
+
+
+def test_the_report_says_what_the_numbers_say(tmp_path):
+    report.write(tmp_path, "a title", rewards(**STORY), {"seed": 3})
+    text = (tmp_path / "results.md").read_text()
+    assert text.startswith("# a title\n")
+    assert "SPIN-1 beats SFT: holds (+0.0" in text
+    [line] = [line for line in text.splitlines() if line.startswith("| spin-3 - base ")]
+    assert "| +0.299 [+0.29" in line and line.endswith("| +1.000 [+1.000, +1.000] |")
+    assert (tmp_path / "results.png").stat().st_size > 1000
+    assert stats.markdown({"m": {"r": interval(np.full(4, 2.0))}}, 1).splitlines()[-1] == "| m | 2.0 [2.0, 2.0] |"
