@@ -38,6 +38,24 @@ def test_pictures_of_all_sizes_and_modes(pictures):
         assert image[:, 0, 0].min() > 0.9  # and stands on white, also where the file is transparent
 
 
+def test_preference_pairs(tmp_path):
+    folder = folder_of(tmp_path, Image.new("RGB", (8, 8), "white"), rejected_file_name="bad.png")
+    assert CaptionedImages(folder, 8).rejected == []  # not asked for, not looked at
+    with pytest.raises(InputError, match="line 1: no image 'bad.png'"):
+        CaptionedImages(folder, 8, pairs=True)
+    Image.new("RGB", (8, 8), "black").save(folder / "bad.png")
+    images = CaptionedImages(folder, 8, pairs=True)
+    assert images.image(0).min() == 1 and images.rejected_image(0).max() == -1
+    before = images.hash()
+    Image.new("RGB", (9, 90), "black").save(folder / "bad.png")
+    assert images.hash() != before != CaptionedImages(folder, 8).hash()
+    with pytest.raises(InputError, match="line 1: no rejected_file_name, which DPO needs"):
+        CaptionedImages(folder_of(tmp_path, Image.new("RGB", (8, 8))), 8, pairs=True)
+    with pytest.raises(InputError, match="leaves the folder"):
+        row = folder_of(tmp_path, Image.new("RGB", (8, 8)), rejected_file_name="../out.png")
+        CaptionedImages(row, 8, pairs=True)
+
+
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (20, 20), (31, 20)])
 def test_the_centre_of_the_short_side_is_kept(size, tmp_path):
     """A picture whose two ends are red has none left once the square in its middle is cut out."""

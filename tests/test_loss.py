@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spin.loss import LINKS, per_image_error, spin_loss
+from spin.loss import LINKS, dpo_loss, per_image_error, sft_loss, spin_loss
 
 seeds = st.integers(0, 2**32 - 1)
 betas = st.floats(1.0, 5000.0)
@@ -52,6 +52,22 @@ def test_the_gradient_lowers_the_error_on_data_and_raises_it_on_generated(seed, 
     torch.testing.assert_close(err_data.grad, 0.5 * beta * weight)
     torch.testing.assert_close(err_gen.grad, -0.5 * beta * weight)
     assert opp_data.grad is None and opp_gen.grad is None
+
+
+@given(seeds, betas)
+def test_dpo_is_the_published_formula(seed, beta):
+    win, lose, ref_win, ref_lose = (e.numpy() for e in errors(seed))
+    expected = np.logaddexp(0, 0.5 * beta * ((win - lose) - (ref_win - ref_lose)))  # -log s(-0.5 beta (D_w - D_l))
+    losses, metrics = dpo_loss(*errors(seed), beta)
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(metrics["delta_data"].numpy(), win - ref_win, rtol=1e-12)
+
+
+@given(seeds)
+def test_sft_is_the_error_itself(seed):
+    err_data = errors(seed)[0]
+    losses, metrics = sft_loss(err_data)
+    assert torch.equal(losses, err_data) and metrics == {}
 
 
 def test_an_unknown_link():

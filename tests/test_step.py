@@ -8,7 +8,7 @@ import torch
 
 from spin.loss import per_image_error, spin_loss
 from spin.scheduler import add_noise, velocity
-from spin.step import spin_step
+from spin.step import sft_step, spin_step
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +112,14 @@ def test_one_graph_without_breaks(policy, opponent, pairs):
     loss, _ = compiled(policy, opponent, **pairs)
     expected, _ = spin_step(policy, opponent, **pairs)
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_sft_is_the_mean_squared_error_on_real_images(policy, pairs, prediction_type):
+    x0, eps, t, context = (pairs[name] for name in ("x0_data", "eps", "t", "context"))
+    alpha_bar = pairs["alphas_cumprod"][t]
+    loss, metrics = sft_step(policy, x0, eps, t, context, pairs["alphas_cumprod"], prediction_type)
+    wanted = velocity(x0, eps, alpha_bar) if prediction_type == "v_prediction" else eps
+    answer = policy(add_noise(x0, eps, alpha_bar), t, context)
+    torch.testing.assert_close(loss, torch.nn.functional.mse_loss(answer, wanted))
+    assert loss.requires_grad and metrics == {}
