@@ -151,8 +151,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given = vars(parser.parse_args(argv))
     given["preset"] = given["preset"] or ("paper" if given["model"] else "toy")
     args = argparse.Namespace(**PRESETS[given["preset"]] | given)
-    if args.preset == "paper" and not args.data:
-        parser.error("--data is needed: a folder of images with metadata.jsonl")
+    if args.preset == "paper" and not (args.model and args.data):
+        parser.error("--preset paper, the default with --model, needs both --model and --data")
     args.world = args.data is None  # the miniature one
     args.loss = args.loss or ("all" if args.world else "spin")
     for name in ("steps", "lr", "beta"):  # one value each iteration
@@ -230,7 +230,8 @@ def main(argv: list[str] | None = None) -> dict:
         # Algorithm 1: the player theta_k against its own past, theta_{k-1}
         done = this_run.promoted()
         opponent = player(this_run, theta_0, f"spin-{done}" if done else "base")
-        for k in range(done + 1, args.iterations + 1) if args.loss in ("all", "spin") else ():
+        iterations = range(done + 1, args.iterations + 1) if args.loss in ("all", "spin") else []
+        for k in iterations:
             # generate: x'_0 ~ p_theta_{k-1}(. | c) for the prompts that this iteration will draw
             stage = Stage.of(f"spin-{k}", args)
             drawn = {row for _, s in stage.batches for row in data.batch_rows(args.seed, k, s, args.batch_size, count)}
@@ -256,8 +257,9 @@ def main(argv: list[str] | None = None) -> dict:
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
         results = judge(args, this_run, theta_0) if args.world and args.score != "none" else None
         if results:
-            print("\n" + (this_run.folder / "results.md").read_text())
-    print(f"{args.out}: grids in samples/grid.png, the log in curves.png, models in iter*/checkpoint")
+            print("\n" + report.markdown(results, brief=True))
+    files = "samples/grid.png, curves.png, " + "results.png, results.md, " * bool(results) + "*/checkpoint"
+    print(f"{args.out}: see {files}")
     return {"out": args.out, "models": summary, "results": results}
 
 

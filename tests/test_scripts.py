@@ -35,7 +35,8 @@ def test_a_single_image_has_no_grid(tiny_folder, tmp_path):
 
 WRONG = {
     "train.py --nonsense 1": "unrecognized arguments: --nonsense 1",
-    "train.py --model {tiny}": "--data is needed",
+    "train.py --model {tiny}": "needs both --model and --data",
+    "train.py --preset paper --data {pictures}": "needs both --model and --data",
     "train.py --loss sft --beta 3": "--beta is self-play's",
     "train.py --model {tiny} --data {pictures} --loss dpo": "metadata.jsonl line 1: no rejected_file_name",
     "train.py --model {tiny} --data {tiny}": "metadata.jsonl: no such file",
