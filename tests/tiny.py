@@ -1,13 +1,10 @@
-"""A tiny Stable Diffusion with weights from names, and a dozen captioned pictures: what tests and the README run on.
-
-    python tests/tiny.py FOLDER     writes FOLDER/model and FOLDER/pictures
+"""A tiny Stable Diffusion with weights from names, and a dozen captioned pictures: what the tests run on.
 
 The network has learned nothing: it draws noise. It has every part of the real one, in the same layout.
 """
 
 import json
 import math
-import sys
 import zlib
 from pathlib import Path
 
@@ -88,10 +85,3 @@ def write_pictures(folder: Path, count: int = 12) -> Path:
         rows.append({"file_name": name, "text": f"a {colour} {shape} on white"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-if __name__ == "__main__":
-    out = Path(sys.argv[1])
-    write_checkpoint(out / "model")
-    write_pictures(out / "pictures")
-    print(f"{out}/model and {out}/pictures")

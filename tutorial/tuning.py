@@ -7,7 +7,6 @@ of `train.py --preset toy`. Test prompts are not looked at.
 """
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -56,22 +55,19 @@ def write(folder: Path, rows: list[dict]) -> None:
     hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     about = run.provenance() | {"hardware": hardware, "seed": train.TOY["seed"], "fixed": FIXED}
     run.write_json(folder / "tuning.json", about | {"trials": rows})
-    best = {method: max((r for r in rows if r["method"] == method), key=lambda r: r["reward"]["mean"]) for method in TRIALS
-            if any(r["method"] == method for r in rows)}  # fmt: skip
     lines = ["| model | setting | reward | gain over theta_0 | all five right | seconds |", "|---|---|---|---|---|---|"]
     for row in rows:
         setting = ", ".join(f"{name} {row[name]:g}" for name in TRIALS[row["method"]][0])
-        reward, gain = (
-            "{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]".format(sign=sign, **row[name])
-            for name, sign in (("reward", ""), ("gain", "+"))
-        )
-        setting = f"**{setting}**" if row is best[row["method"]] else setting
-        aligned = f"{row['aligned']['mean']:.3f}"
-        lines.append(f"| {row['model']} | {setting} | {reward} | {gain} | {aligned} | {row['seconds']} |")
-    note = f"`python tutorial/tuning.py`, commit {about['commit'][:9]}, {hardware}, seed {about['seed']}; 100 validation"
-    note += " prompts, 2 pictures each; 95 % bootstrap intervals over prompts. Bold: the default.\n"
+        best = max(other["reward"]["mean"] for other in rows if other["method"] == row["method"])
+        setting = f"**{setting}**" if row["reward"]["mean"] == best else setting
+        reward = "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**row["reward"])
+        gain = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row["gain"])
+        cells = [row["model"], setting, reward, gain, f"{row['aligned']['mean']:.3f}", str(row["seconds"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    made = f"`python tutorial/tuning.py`, commit {about['commit'][:9]}, {hardware}, seed {about['seed']};"
+    note = "100 validation prompts, 2 pictures each, 95 % bootstrap intervals over prompts. Bold: the default."
     with run.whole(folder / "tuning.md") as part:
-        part.write_text("\n".join([*lines, "", note]))
+        part.write_text("\n".join([*lines, "", made, note, ""]))
 
 
 if __name__ == "__main__":
