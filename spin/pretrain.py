@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from spin import run, sampler, toy, weights
 from spin.scheduler import Scheduler, add_noise
-from spin.text import TextEncoder, Tokenizer
+from spin.text import BOS, EOS, TextEncoder, Tokenizer
 from spin.unet import UNet
 from spin.vae import AutoencoderKL
 
@@ -130,7 +130,8 @@ def make_vae(pictures: Tensor, steps: int, seed: int) -> tuple[weights.StableDif
     with torch.random.fork_rng():  # modules draw their weights from the global generator, which is left as it was
         torch.manual_seed(seed)
         tokenizer = small_tokenizer()
-        text_encoder = TextEncoder(TEXT | {"vocab_size": len(tokenizer.vocab)}, tokenizer)
+        ids = {"bos_token_id": tokenizer.vocab[BOS], "eos_token_id": tokenizer.vocab[EOS]}
+        text_encoder = TextEncoder(TEXT | {"vocab_size": len(tokenizer.vocab)} | ids, tokenizer)
         sd = weights.StableDiffusion(UNet(UNET), AutoencoderKL(VAE), text_encoder, Scheduler(SCHEDULER))
 
     def losses(draw: torch.Generator) -> Iterator[Tensor]:
