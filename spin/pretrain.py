@@ -93,12 +93,12 @@ def main(argv: list[str] | None = None) -> dict:
     add("--pictures", "web pictures to train on", type=whole, default=40_000)
     add("--vae-steps", "optimiser steps of the autoencoder, 16 pictures each", type=whole, default=6000)
     add("--web-steps", "optimiser steps on the web pictures, 64 each", type=whole, default=9000)
-    add("--sft-steps", "optimiser steps on the curated set, 64 each", type=whole, default=600)
+    add("--sft-steps", "optimiser steps on the curated set, 64 each", type=whole, default=2500)
     add("--seed", "of weights, pictures and noise", type=run.SEED, default=0)
     args = parser.parse_args(argv)
-    out, report = Path(args.out), {"flags": vars(args), "threads": torch.get_num_threads()} | run.provenance()
-    if (out / "pretrain.json").exists():
-        report |= run.read_json(out / "pretrain.json")
+    out, here = Path(args.out), run.provenance()
+    report = run.read_json(out / "pretrain.json") if (out / "pretrain.json").exists() else {}
+    report |= {"flags": vars(args), "threads": torch.get_num_threads(), "versions": here["versions"]}
 
     def stage(name: str, make: Callable[[], tuple[weights.StableDiffusion, dict]]) -> weights.StableDiffusion:
         if not (out / name).exists():
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> dict:
             sd, facts = make()
             with run.whole(out / name) as part:
                 weights.save(sd, part)
-            report[name] = {"seconds": round(time.perf_counter() - began)} | facts
+            report[name] = {"commit": here["commit"], "seconds": round(time.perf_counter() - began)} | facts
             run.write_json(out / "pretrain.json", report)
         print(name, report.get(name, "was there"))
         return weights.load(out / name)
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     captions, pictures, _ = zip(*toy.curated_set())
     latents = encode(sd, to_tensor(pictures))
-    stage("theta_0", lambda: make_unet(sd, latents, captions, args.sft_steps, 1e-4, args.seed + 2))
+    stage("theta_0", lambda: make_unet(sd, latents, captions, args.sft_steps, 1e-3, args.seed + 2))
     return report
 
 
