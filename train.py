@@ -258,8 +258,9 @@ def main(argv: list[str] | None = None) -> dict:
         results = judge(args, this_run, theta_0) if args.world and args.score != "none" else None
         if results:
             print("\n" + report.markdown(results, brief=True))
-    files = "samples/grid.png, curves.png, " + "results.png, results.md, " * bool(results) + "*/checkpoint"
-    print(f"{args.out}: see {files}")
+    files = ["samples/grid.png", "curves.png", "results.md", "results.png"]
+    there = [name for name in files if (this_run.folder / name).exists()]
+    print(f"{args.out}: see {', '.join(there)}; models are in */checkpoint")
     return {"out": args.out, "models": summary, "results": results}
 
 

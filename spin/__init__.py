@@ -13,8 +13,12 @@ Read in this order:
     weights.py     checkpoints in and out, strictly
     data.py        captioned images, latents on disk, which sample is drawn when
     run.py         a run folder: whole-or-nothing files, lock, log, state to resume from
-    viz.py         picture grids and line charts
+    viz.py         picture grids, line charts and interval charts
+    stats.py       bootstrap intervals, paired differences, win rates
+    report.py      results and the verdict on the paper's claims
+    toy.py         the miniature world: scenes, pictures, an exact score
+    pretrain.py    how its base checkpoint, toy_base/, was made
 
 A module imports only from modules of a lower level (tests/test_imports.py):
-scheduler, loss, blocks, viz, run < unet, vae, text, data < weights, sampler, step.
+scheduler, loss, blocks, toy, stats, viz, run < unet, vae, text, data, report < weights, sampler, step < pretrain.
 """

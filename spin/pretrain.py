@@ -193,7 +193,7 @@ def encode(sd, pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def ceiling(sd) -> dict:
-    """What the ideal pictures score once they have been through the VAE: no UNet can draw better."""
+    """What the ideal pictures score once they have been through the VAE: about the best that a UNet could do."""
     scenes = toy.split()["validation"]
     mean, _ = encode(sd, to_tensor([toy.ideal(scene) for scene in scenes]))
     pictures = (sd.vae.decode(mean) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spin import report, stats
+from spin import report, stats, viz
 from spin.stats import compare, interval, resolved, wins
 
 seeds = st.integers(0, 2**32)
@@ -114,3 +114,13 @@ def test_the_report_says_what_the_numbers_say(tmp_path):
     assert "| +0.299 [+0.29" in line and line.endswith("| +1.000 [+1.000, +1.000] |")
     assert (tmp_path / "results.png").stat().st_size > 1000
     assert stats.markdown({"m": {"r": interval(np.full(4, 2.0))}}, 1).splitlines()[-1] == "| m | 2.0 [2.0, 2.0] |"
+
+
+def test_the_chart_puts_points_and_intervals_in_their_places():
+    points = {"low": {"mean": 1.0, "low": 0.5, "high": 1.2}, "high": {"mean": 3.0, "low": 2.9, "high": 3.6}}
+    chart = np.asarray(viz.interval_chart("reward", points, 460, 240))
+    left, right = chart[:, 76:261], chart[:, 261:]
+    dots = [np.argwhere((half == viz.COLOURS[1]).all(2))[:, 0].mean() for half in (left, right)]
+    bars = [np.ptp(np.argwhere((half == viz.COLOURS[0]).all(2))[:, 0]) for half in (left, right)]
+    assert dots[0] - dots[1] == pytest.approx(2 / (3.1 * 1.1) * 176, abs=2), "pixels for 2.0 on an axis of 3.1, padded"
+    assert bars[0] == pytest.approx(bars[1], abs=3) and bars[0] == pytest.approx(0.7 / (3.1 * 1.1) * 176, abs=3)
