@@ -328,7 +328,8 @@ def train(args, this_run: run.Run, sd, stage: Stage, captions: list[str], real, 
         loss_step, players, game = sft_step, (policy,), {}
     else:
         beta = torch.tensor(stage.beta, device=args.device)
-        loss_step, players, game = spin_step, (policy, sd.unet), {"beta": beta, "link": args.link}
+        link = args.link if stage.loss == "spin" else "logistic"
+        loss_step, players, game = spin_step, (policy, sd.unet), {"beta": beta, "link": link}
     if args.compile:
         # without the option, rounding differs between the compiled policy and opponent: not log 2 at theta_k
         loss_step = torch.compile(loss_step, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
