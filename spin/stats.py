@@ -17,9 +17,9 @@ def interval(values: np.ndarray, level: float = 0.95, seed: int = 0) -> Summary:
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"an interval needs a list of at least one number, not shape {values.shape}")
-    means = shares(len(values), seed) @ values
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+    low, high = np.quantile(shares(len(values), seed) @ values, [(1 - level) / 2, (1 + level) / 2])
+    found = np.clip([values.mean(), low, high], values.min(), values.max())  # rounding may leave that range
+    return dict(zip(("mean", "low", "high"), found.tolist())) | {"n": len(values)}
 
 
 @lru_cache(maxsize=4)

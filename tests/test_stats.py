@@ -28,6 +28,12 @@ def test_an_interval_holds_the_mean_and_ignores_the_order(seed):
     assert other["low"] == pytest.approx(found["low"], abs=0.03) and other["mean"] == pytest.approx(found["mean"])
 
 
+@pytest.mark.parametrize("value", [1.0, 0.3, 0.1 + 0.2, 7.66])
+@pytest.mark.parametrize("count", [1, 7, 100, 200])
+def test_equal_values_have_an_interval_without_width(value, count):
+    assert interval(np.full(count, value)) == {"mean": value, "low": value, "high": value, "n": count}
+
+
 def test_an_interval_is_that_of_a_normal_mean():
     values = np.random.default_rng(0).standard_normal(1000)
     found = interval(values)
