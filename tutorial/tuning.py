@@ -3,7 +3,8 @@
     python tutorial/tuning.py           about half an hour of one CPU core; again, it goes on where it stopped
 
 Writes tutorial/evidence/tuning.json and tuning.md. The trial whose last model earns the most reward gives the defaults
-of `train.py --preset toy`. Test prompts are not looked at.
+of `train.py --preset toy`. Test prompts are not looked at. DPO's grid was moved once, to smaller rates and larger betas:
+those of its first that are left out here, beta 1000 and a rate of 1e-4, all scored worse than those that stayed.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from spin import run  # noqa: E402
 FIXED = "--score validation --score-images 2 --grid-prompts 0 --save-every 0 --device cpu".split()
 TRIALS = {
     "sft": [{"sft-lr": lr} for lr in (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3)],
-    "dpo": [{"dpo-lr": lr, "dpo-beta": beta} for lr, beta in product((3e-6, 1e-5, 3e-5, 1e-4), (1000, 5000))],
+    "dpo": [{"dpo-lr": lr, "dpo-beta": beta} for lr, beta in product((1e-6, 3e-6, 1e-5, 3e-5), (5000, 20000))],
     "spin": [{"lr": lr, "beta": beta} for lr, beta in product((5e-6, 1e-5, 2e-5, 5e-5), (2000, 10000))],
 }
 
