@@ -470,7 +470,8 @@ def draw_samples(args, this_run: run.Run, theta_0, captions: list[str]) -> None:
         columns["ideal"] = [toy.to_pil(toy.ideal(scene)) for scene in scenes]
     if prompts:
         with run.whole(folder / "grid.png") as part:
-            viz.save_png(viz.grid(list(zip(*columns.values())), list(columns), prompts), part)
+            cell = 4 * toy.SIDE if scenes else 192
+            viz.save_png(viz.grid(list(zip(*columns.values())), list(columns), prompts, cell), part)
 
 
 def draw_curves(this_run: run.Run) -> None:
