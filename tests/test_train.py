@@ -349,9 +349,7 @@ def test_an_exploding_run_stops_in_one_line(tiny_folder, pictures, tmp_path):
         train.main(flags(tiny_folder, pictures, tmp_path / "run", "--lr", "1e30"))
 
 
-@pytest.mark.parametrize(
-    "step, expected", [(1, 5e-3), (100, 0.5), (200, 1.0), (201, 1.0), (351, 0.5), (500, 1 / 300)]
-)
+@pytest.mark.parametrize("step, expected", [(1, 5e-3), (100, 0.5), (200, 1.0), (201, 1.0), (351, 0.5), (500, 1 / 300)])
 def test_learning_rate_rises_then_falls(step, expected):
     assert train.learning_rate(1.0, step, 500, 200) == pytest.approx(expected)
 

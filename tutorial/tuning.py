@@ -3,8 +3,8 @@
     python tutorial/tuning.py           about half an hour of one CPU core; again, it goes on where it stopped
 
 Writes tutorial/evidence/tuning.json and tuning.md. The trial whose last model earns the most reward gives the defaults
-of `train.py --preset toy`. Test prompts are not looked at. DPO's grid was moved once, to smaller rates and larger betas:
-the five of its first trials that are left out here, with beta 1000 or a rate of 1e-4, scored 6.09 to 6.56.
+of `train.py --preset toy`. Test prompts are not looked at. DPO's grid was moved once, to smaller rates and larger
+betas: the five of its first trials that are left out here, with beta 1000 or a rate of 1e-4, scored 6.09 to 6.56.
 """
 
 import argparse
