@@ -97,9 +97,9 @@ def test_the_grid_shows_every_model_and_the_ideal_picture_last(story):
     out, _ = story
     grid = np.asarray(Image.open(out / "samples/grid.png").convert("RGB"))
     scene = toy.split()["test"][0]
-    ideal = toy.to_pil(toy.ideal(scene)).resize((192, 192), Image.Resampling.NEAREST)
-    assert grid.shape[1] == 190 + 5 * 198
-    np.testing.assert_array_equal(grid[25 : 25 + 192, -198:-6], np.asarray(ideal))
+    ideal = toy.to_pil(toy.ideal(scene)).resize((128, 128), Image.Resampling.NEAREST)
+    assert grid.shape[1] == 190 + 5 * 134
+    np.testing.assert_array_equal(grid[25 : 25 + 128, -134:-6], np.asarray(ideal))
     drawn = Image.open(out / "samples/spin-1/0.png")
     assert drawn.text["parameters"].splitlines()[0] == scene.caption
 
