@@ -78,7 +78,8 @@ TOY = {
     "seed": 0,
 }
 # Found on the validation prompts by tutorial/tuning.py, with as many trials for each method.
-TUNED = ("lr", "beta", "sft_lr", "dpo_lr", "dpo_beta")
+TUNED = {"spin": ("lr", "beta"), "sft": ("sft_lr",), "dpo": ("dpo_lr", "dpo_beta")}  # a method's
+TUNED["all"] = sum(TUNED.values(), ())
 PRESETS = {"toy": TOY, "paper": PAPER}
 
 ENCODE_BATCH = 4  # images a forward pass of the VAE's encoder
@@ -101,7 +102,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for preset, values in PRESETS.items() if name in PAPER else [("default", kwargs)]:
             value = values.get(name, values.get("default"))
             shown = " ".join(f"{x:g}" if isinstance(x, float) else f"{x}" for x in np.atleast_1d(value).tolist())
-            source = {"toy": ", tuned" * (name in TUNED), "paper": ", assumed" * (name in ASSUMED)}.get(preset, "")
+            source = {"toy": ", tuned" * (name in TUNED["all"]), "paper": ", assumed" * (name in ASSUMED)}.get(
+                preset, ""
+            )
             defaults += [] if value is None else [f"{preset}: {shown}{source}"]
         help += f" ({'; '.join(defaults)})" if defaults else ""
         parser.add_argument(flag, help=help, **({"default": argparse.SUPPRESS} if name in PAPER else {}), **kwargs)
@@ -155,12 +158,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--preset paper, the default with --model, needs both --model and --data")
     args.world = args.data is None  # the miniature one
     args.loss = args.loss or ("all" if args.world else "spin")
+    for name in TUNED["all"]:
+        if name in given and name not in TUNED[args.loss]:
+            own = " and ".join(f"--{of_loss.replace('_', '-')}" for of_loss in TUNED[args.loss])
+            parser.error(f"--{name.replace('_', '-')}: --loss {args.loss} has {own} instead")
+    if args.world and args.score != "none" and args.resolution != toy.SIDE:
+        parser.error(f"--resolution: the miniature world's score needs {toy.SIDE} pixels a side; or say --score none")
     for name in ("steps", "lr", "beta"):  # one value each iteration
         values = getattr(args, name)
         if len(given.get(name, ())) > args.iterations:
             parser.error(f"--{name}: {len(values)} values for {args.iterations} iterations")
-        if name in given and name != "steps" and args.loss in ("sft", "dpo"):
-            parser.error(f"--{name} is self-play's; for --loss {args.loss} see --{args.loss}-lr in --help")
         setattr(args, name, (values + values[-1:] * args.iterations)[: args.iterations])
     args.out = args.out or ("runs/toy" if args.world else f"runs/{Path(args.data).resolve().name}")
     args.data = args.data or f"{args.out}/curated"
@@ -215,7 +222,8 @@ def main(argv: list[str] | None = None) -> dict:
             "unet_hash": weights.checkpoint_hash(args.unet) if args.unet else None,
             "data_hash": images.hash(),
         }
-        fixed = hashes | {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+        free = {*MAY_CHANGE, *TUNED["all"]} - {*TUNED[args.loss]}  # what another method uses changes nothing
+        fixed = hashes | {name: value for name, value in vars(args).items() if name not in free}
         this_run.settle(vars(args) | hashes | run.provenance(), same=fixed)
 
         # -------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ WRONG = {
     "train.py --nonsense 1": "unrecognized arguments: --nonsense 1",
     "train.py --model {tiny}": "needs both --model and --data",
     "train.py --preset paper --data {pictures}": "needs both --model and --data",
-    "train.py --loss sft --beta 3": "--beta is self-play's",
+    "train.py --loss sft --beta 3": "--beta: --loss sft has --sft-lr instead",
     "train.py --model {tiny} --data {pictures} --loss dpo": "metadata.jsonl line 1: no rejected_file_name",
     "train.py --model {tiny} --data {tiny}": "metadata.jsonl: no such file",
     "train.py --model {pictures} --data {pictures}": "unet/config.json: no such file",
