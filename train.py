@@ -74,7 +74,7 @@ TOY = {
     "sampler": "ddim",
     "sampler_steps": 20,
     "generation_batch": 64,
-    "grid_prompts": 6,
+    "grid_prompts": 5,
     "seed": 0,
 }
 # Found on the validation prompts by tutorial/tuning.py, with as many trials for each method.
@@ -91,8 +91,12 @@ MAY_CHANGE = ("model", "unet", "data", "out", "save_every", "device", "compile",
 MAY_CHANGE += ("checkpoint_activations",)
 
 
+SOURCES = """toy: chosen so that the story takes minutes on a CPU; tuned: by tutorial/tuning.py on validation prompts;
+paper: from its appendix A; assumed: the paper does not say, see ASSUMED in train.py."""
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS, epilog=SOURCES)
     whole, from_0, share = run.number(int, 1), run.number(float, 0), run.number(float, 0, 1)
 
     def add(flag: str, help: str, **kwargs) -> None:
@@ -102,9 +106,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for preset, values in PRESETS.items() if name in PAPER else [("default", kwargs)]:
             value = values.get(name, values.get("default"))
             shown = " ".join(f"{x:g}" if isinstance(x, float) else f"{x}" for x in np.atleast_1d(value).tolist())
-            source = {"toy": ", tuned" * (name in TUNED["all"]), "paper": ", assumed" * (name in ASSUMED)}.get(
-                preset, ""
-            )
+            tuned, assumed = name in TUNED["all"], name in ASSUMED
+            source = {"toy": ", tuned" * tuned, "paper": ", assumed" * assumed}.get(preset, "")
             defaults += [] if value is None else [f"{preset}: {shown}{source}"]
         help += f" ({'; '.join(defaults)})" if defaults else ""
         parser.add_argument(flag, help=help, **({"default": argparse.SUPPRESS} if name in PAPER else {}), **kwargs)
@@ -128,7 +131,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", "pairs an optimiser step", type=whole)
     add("--micro-batch", "pairs a forward pass; the gradients of a batch are accumulated", type=whole)
     add("--warmup", "steps in which the learning rate rises; then it falls linearly to 0", type=run.number(int, 0))
-    add("--weight-decay", "AdamW's; 0: none", type=from_0)
+    add("--weight-decay", "AdamW's: share of a weight lost a step, times the learning rate", type=from_0)
     add("--clip", "norm that longer gradients are cut to; 0: never", type=from_0)
     add("--resolution", "pixels a side", type=whole)
     add("--flip", "probability of mirroring a real image; 0: never, if captions say left and right", type=share)
@@ -146,7 +149,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", "of every random choice in training and generation", type=run.SEED)
     add("--device", "cpu, cuda, cuda:1, ...", default="cuda" if torch.cuda.is_available() else "cpu")
     dtypes = ["float32", "bfloat16"]
-    add("--dtype", "what networks compute in; weights stay float32 (default: bfloat16 on CUDA)", choices=dtypes)
+    add(
+        "--dtype",
+        "what networks compute in; weights stay float32 (default: bfloat16 on CUDA, else float32)",
+        choices=dtypes,
+    )
     add("--compile", "compile the loss step: minutes at the start, faster steps on a GPU", action="store_true")
     add("--save-every", "steps between states to resume from; 0: at the end only", type=run.number(int, 0), default=50)
     add("--checkpoint-activations", "store fewer activations: less memory, 1/4 more work", action="store_true")
@@ -517,7 +524,7 @@ def judge(args, this_run: run.Run, theta_0) -> dict:
         with tqdm(total=len(names) * len(prompts) * args.score_images, desc="scoring", unit="image") as bar:
             scores = {name: score(args, player(this_run, theta_0, name), prompts, bar) for name in names}
         title = f"{len(prompts)} {args.score} prompts, {args.score_images} pictures each, guidance {args.guidance:g}"
-        report.write(this_run.folder, title, scores, run.read_json(this_run.folder / "config.json"))
+        report.write(this_run.folder, title, scores, run.read_json(this_run.folder / "config.json"), toy.LESS_IS_BETTER)
     return run.read_json(this_run.folder / "results.json")
 
 

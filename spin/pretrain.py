@@ -2,13 +2,14 @@
 
     python -m spin.pretrain --out runs/base        (about an hour on one CPU core)
 
-Four stages, each a folder of OUT in the diffusers layout; one that is there is not made again:
+Three stages, each a folder of OUT in the diffusers layout; one that is there is not made again:
 
     vae        the autoencoder, on web pictures (its UNet has not learned anything)
     web        UNet and text tower, on web pictures with their careless captions
-    theta_0    the same, fine-tuned (SFT) on the curated set to its plateau: spin/toy_base is this folder
+    theta_0    the same, fine-tuned (SFT) on the curated set to its plateau
 
-OUT/pretrain.json says how long each took and what the checkpoints score on the validation prompts.
+OUT/pretrain.json says how long each took and what the checkpoints score on the validation prompts. spin/toy_base is
+OUT/theta_0 with that file in it.
 """
 
 import argparse
@@ -98,6 +99,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     out, here = Path(args.out), run.provenance()
     report = run.read_json(out / "pretrain.json") if (out / "pretrain.json").exists() else {}
+    if (before := report.get("flags", vars(args)) | {"out": args.out}) != vars(args):
+        raise run.InputError(f"{out}: begun with {before}. Choose another --out")
     report |= {"flags": vars(args), "threads": torch.get_num_threads(), "versions": here["versions"]}
 
     def stage(name: str, make: Callable[[], tuple[weights.StableDiffusion, dict]]) -> weights.StableDiffusion:
@@ -193,7 +196,7 @@ def encode(sd, pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def ceiling(sd) -> dict:
-    """What the ideal pictures score once they have been through the VAE: about the best that a UNet could do."""
+    """What the ideal pictures score once they have been through the VAE: what a UNet that has no other fault would."""
     scenes = toy.split()["validation"]
     mean, _ = encode(sd, to_tensor([toy.ideal(scene) for scene in scenes]))
     pictures = (sd.vae.decode(mean) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
@@ -209,6 +212,7 @@ def scores(sd) -> dict:
 
 
 def average(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    """Of `toy.score`'s [N] the means, to four decimals."""
     return {name: round(float(values.mean()), 4) for name, values in metrics.items()}
 
 

@@ -1,5 +1,6 @@
 """Bootstrap intervals, paired differences and win rates of scores: NumPy arrays, no model."""
 
+from collections.abc import Collection
 from functools import lru_cache
 
 import numpy as np
@@ -33,18 +34,24 @@ def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.sign(np.asarray(a) - np.asarray(b)))
 
 
-def compare(scores: dict[str, dict[str, np.ndarray]]) -> dict[str, dict]:
+def compare(scores: dict[str, dict[str, np.ndarray]], less_is_better: Collection[str] = ()) -> dict[str, dict]:
     """{model: {metric: [N]}}, prompt i being the same for all -> {"models": ..., "differences": ...}.
 
     models: {model: {metric: interval}}. differences, of every model against each one before it, paired by prompt:
-    {"b - a": {metric: interval of b - a, with "win_rate": interval of how often b is better}}.
+    {"b - a": {metric: interval of b - a, with "win_rate": interval of how often b is better}}, better being more but
+    for the metrics that less_is_better names.
     """
+
+    def better_first(metric: str, a: str, b: str) -> tuple[np.ndarray, np.ndarray]:
+        pair = scores[b][metric], scores[a][metric]
+        return pair[::-1] if metric in less_is_better else pair
+
     models = {name: {metric: interval(v) for metric, v in of.items()} for name, of in scores.items()}
     differences, names = {}, list(scores)
     for j, b in enumerate(names):
         for a in names[:j]:
             differences[f"{b} - {a}"] = {
-                metric: interval(scores[b][metric] - v) | {"win_rate": interval(wins(scores[b][metric], v))}
+                metric: interval(scores[b][metric] - v) | {"win_rate": interval(wins(*better_first(metric, a, b)))}
                 for metric, v in scores[a].items()
             }
     return {"models": models, "differences": differences}

@@ -93,6 +93,7 @@ def coverage(shape: str, radius: float, centre: tuple[float, float], angle: floa
 
 
 def paint(mask: np.ndarray, colour, background) -> np.ndarray:
+    """[32,32] and two RGB triples in [0,1] -> [32,32,3]: one colour where mask is 1, the other where it is 0."""
     return mask[..., None] * np.asarray(colour, np.float32) + (1 - mask[..., None]) * np.asarray(background, np.float32)
 
 
@@ -113,7 +114,10 @@ def curated(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def web(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene drawn carelessly; how much so, u in .15 to 1, is a matter of luck and the same for all its defects."""
+    """The scene drawn carelessly; how much so, u in .15 to 1, is a matter of luck and the same for all its defects.
+
+    But for a little noise, sd .015, which every picture has.
+    """
     u = rng.uniform(0.15, 1)
     colour, background = (
         np.array(COLOURS[name]) + rng.normal(0, 0.08 * u, 3) for name in (scene.colour, scene.background)
@@ -143,7 +147,7 @@ def mistaken(scene: Scene, rng: np.random.Generator, chance: float = 0.12) -> Sc
 
 
 def loser(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """What DPO is told to avoid for this scene's caption."""
+    """[32,32,3], what DPO is told to avoid for this scene's caption: a web picture, its attributes often wrong."""
     return web(mistaken(scene, rng), rng)
 
 
@@ -173,6 +177,7 @@ def write_curated(folder: Path) -> None:
 
 
 def to_pil(picture: np.ndarray) -> Image.Image:
+    """[H,W,3] in [0,1] -> 8 bits."""
     return Image.fromarray((picture * 255).round().astype(np.uint8))
 
 
@@ -180,6 +185,7 @@ def to_pil(picture: np.ndarray) -> Image.Image:
 # The score
 
 METRICS = ("aligned", "clean", "reward", "palette")
+LESS_IS_BETTER = ("palette",)
 
 
 @cache
@@ -203,7 +209,7 @@ def score(images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
     clean: 0..10, without looking at the prompt: 10 exp(-(r + palette) / 0.1), r the rms of what the fit leaves over.
     reward: 0..10: 10 exp(-d / 0.1), d the rms distance to the ideal picture of the prompt.
     palette: rms distance of the two fitted colours to the nearest named ones; 0 is best.
-    Raises KeyError for a prompt that describes no scene of this world.
+    Raises KeyError for a prompt that describes no scene of this world, ValueError for pictures of another size.
     """
     scenes = [BY_CAPTION[prompt] for prompt in prompts]
     names, masks = templates()

@@ -91,11 +91,12 @@ STORY = {"base": 7.0, "sft": 7.01, "dpo": 7.02, "spin_1": 7.1, "spin_2": 7.2, "s
 @pytest.mark.parametrize(
     "changed, verdicts",
     [
-        ({}, ["holds", "holds", "holds", "holds"]),
-        ({"sft": 7.12}, ["fails", "holds", "holds", "holds"]),
-        ({"dpo": 7.2}, ["holds", "is not resolved", "holds", "holds"]),
-        ({"sft": 7.25}, ["fails", "holds", "fails", "holds"]),
-        ({"spin_3": 7.05}, ["holds", "holds", "holds", "fails"]),
+        ({}, ["holds"] * 5),
+        ({"sft": 7.12}, ["fails", "holds", "fails", "holds", "holds"]),
+        ({"sft": 6.5}, ["holds", "holds", "fails", "holds", "holds"]),  # ruined: that is no plateau
+        ({"sft": 7.05}, ["holds", "holds", "is not resolved", "holds", "holds"]),
+        ({"dpo": 7.2}, ["holds", "is not resolved", "holds", "holds", "holds"]),
+        ({"spin_3": 7.15}, ["holds", "holds", "holds", "holds", "fails"]),
     ],
 )
 def test_claims(changed, verdicts):
@@ -103,19 +104,26 @@ def test_claims(changed, verdicts):
 
 
 def test_claims_need_their_models():
-    found = report.claims(rewards(base=7.0, sft=7.0, spin_1=7.1))
-    assert [line["claim"] for line in found] == [
-        "SPIN-1 beats SFT",
-        "SFT plateaus, gaining less than half of what SPIN-1 does",
+    found = report.claims(rewards(base=7.0, sft=7.0, spin_1=6.5))
+    assert [(line["claim"], line["verdict"]) for line in found] == [
+        ("SPIN-1 beats SFT", "fails"),
+        ("SFT plateaus, staying within 0.05 of theta_0", "holds"),
     ]
     assert report.claims(rewards(base=7.0)) == []
+
+
+def test_less_is_better_where_one_says_so():
+    a, b = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.5, 1.5, 2.5, 5.0])
+    [found] = compare({"a": {"x": a, "y": a}, "b": {"x": b, "y": b}}, less_is_better=["y"])["differences"].values()
+    assert found["x"]["win_rate"]["mean"] == 0.25 and found["y"]["win_rate"]["mean"] == 0.75
+    assert found["x"]["mean"] == found["y"]["mean"] == -0.125
 
 
 def test_the_report_says_what_the_numbers_say(tmp_path):
     report.write(tmp_path, "a title", rewards(**STORY), {"seed": 3})
     text = (tmp_path / "results.md").read_text()
     assert text.startswith("# a title\n")
-    assert "SPIN-1 beats SFT: holds (+0.0" in text
+    assert "SPIN-1 beats SFT: this holds, the difference being +0.0" in text
     [line] = [line for line in text.splitlines() if line.startswith("| spin-3 - base ")]
     assert "| +0.299 [+0.29" in line and line.endswith("| +1.000 [+1.000, +1.000] |")
     assert (tmp_path / "results.png").stat().st_size > 1000

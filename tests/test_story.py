@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +58,16 @@ def test_the_vocabulary_is_small_and_splits_words_as_clip_does(base):
     for scene in toy.SCENES[::7]:
         ids = [{v: k for k, v in t.vocab.items()}[i] for t in (clip, ours) for i in t.encode(scene.caption)]
         assert ids[: len(ids) // 2] == ids[len(ids) // 2 :]
+
+
+def test_the_defaults_are_the_tunings_best():
+    table = json.loads((Path(train.__file__).parent / "tutorial/evidence/tuning.json").read_text())
+    for method, names in train.TUNED.items():
+        trials = [trial for trial in table["trials"] if trial["method"] == method]
+        if method != "all":
+            assert len(trials) == 15
+            best = max(trials, key=lambda trial: trial["reward"]["mean"])
+            assert [best[name.replace("_", "-")] for name in names] == [np.ravel(train.TOY[name])[0] for name in names]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,5 +192,7 @@ def test_pretraining(tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.safetensors")}
     assert pretrain.main([*flags, str(tmp_path / "a")])["theta_0"] == made["theta_0"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    with pytest.raises(InputError, match="begun with"):
+        pretrain.main([*flags, str(tmp_path / "a"), "--vae-steps", "4"])
     again = pretrain.main([*flags, str(tmp_path / "b")])
     assert again["theta_0"]["loss"] == made["theta_0"]["loss"], "the same seed, the same weights"

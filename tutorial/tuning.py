@@ -73,7 +73,7 @@ def write(folder: Path, rows: list[dict]) -> None:
     commits = ", ".join(sorted({row["commit"][:9] for row in rows}))
     made = f"`python tutorial/tuning.py`, commits {commits}, {hardware}, seed {about['seed']};"
     note = (
-        "100 validation prompts, 2 pictures each, 95 % bootstrap intervals over prompts. Bold: the best, the default."
+        "100 validation prompts, 2 pictures each, 95 % bootstrap intervals over prompts. Bold: the best; the default."
     )
     with run.whole(folder / "tuning.md") as part:
         part.write_text("\n".join([*lines, "", made, note, ""]))
