@@ -25,7 +25,7 @@ from tqdm import tqdm
 from spin import data, report, run, sampler, toy, viz, weights
 from spin.loss import LINKS
 from spin.run import InputError
-from spin.step import sft_step, spin_step
+from spin.step import compiled, sft_step, spin_step, spin_trajectory_step
 
 # The paper's hyper-parameters (appendix A), taken literally: iteration 1's 50 steps end inside the 200 of warm-up.
 # Lists have one value an iteration.
@@ -79,7 +79,7 @@ TOY = {
 }
 # Found on the validation prompts by tutorial/tuning.py, with as many trials for each method.
 TUNED = {"spin": ("lr", "beta"), "sft": ("sft_lr",), "dpo": ("dpo_lr", "dpo_beta")}  # a method's
-TUNED["all"] = sum(TUNED.values(), ())
+TUNED |= {"all": sum(TUNED.values(), ()), "spin-trajectory": TUNED["spin"]}
 PRESETS = {"toy": TOY, "paper": PAPER}
 
 ENCODE_BATCH = 4  # images a forward pass of the VAE's encoder
@@ -118,8 +118,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", "run folder (default: runs/toy, or runs/<name of the data folder>)")
     presets = "where flags that are not given get their values (default: toy without --model, paper with it)"
     add("--preset", presets, choices=list(PRESETS))
-    losses = "self-play by equation (C.6), a baseline, or all three (default: all without --data, spin with it)"
-    add("--loss", losses, choices=["all", "spin", "sft", "dpo"])
+    losses = "spin: self-play by equation (C.6); spin-trajectory: by (C.5), on the path by which the opponent drew, "
+    losses += "guided, but compared to its prediction without guidance; sft, dpo: a baseline; all: spin and both "
+    losses += "(default: all without --data, spin with it)"
+    add("--loss", losses, choices=["all", "spin", "spin-trajectory", "sft", "dpo"])
+    noises = "whether a pair's images are drowned in the same noise; the paper says both"
+    add("--noise", noises, choices=["shared", "independent"], default="shared")
     add("--link", "the convex function l around the margin", choices=list(LINKS), default="logistic")
     add("--iterations", "self-play iterations K; each renews the opponent", type=whole)
     add("--steps", "optimiser steps: one value, or one an iteration, the last repeated", type=whole, nargs="+")
@@ -148,13 +152,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--score-images", "pictures a prompt and model for the scores", type=whole, default=2)
     add("--seed", "of every random choice in training and generation", type=run.SEED)
     add("--device", "cpu, cuda, cuda:1, ...", default="cuda" if torch.cuda.is_available() else "cpu")
-    dtypes = ["float32", "bfloat16"]
-    add(
-        "--dtype",
-        "what networks compute in; weights stay float32 (default: bfloat16 on CUDA, else float32)",
-        choices=dtypes,
-    )
-    add("--compile", "compile the loss step: minutes at the start, faster steps on a GPU", action="store_true")
+    dtype = "what networks compute in; weights stay float32 (default: bfloat16 on CUDA, else float32)"
+    add("--dtype", dtype, choices=["float32", "bfloat16"])
+    compiled = "compile the loss step: minutes at the start, faster steps on a GPU (default: on CUDA)"
+    add("--compile", compiled, action=argparse.BooleanOptionalAction)
     add("--save-every", "steps between states to resume from; 0: at the end only", type=run.number(int, 0), default=50)
     add("--checkpoint-activations", "store fewer activations: less memory, 1/4 more work", action="store_true")
 
@@ -171,6 +172,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: --loss {args.loss} has {own} instead")
     if args.world and args.score != "none" and args.resolution != toy.SIDE:
         parser.error(f"--resolution: the miniature world's score needs {toy.SIDE} pixels a side; or say --score none")
+    if args.loss == "spin-trajectory" and (args.noise == "independent" or args.generated == "images"):
+        parser.error("--loss spin-trajectory: the path is as it was drawn; no --noise independent, --generated images")
     for name in ("steps", "lr", "beta"):  # one value each iteration
         values = getattr(args, name)
         if len(given.get(name, ())) > args.iterations:
@@ -179,7 +182,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.out = args.out or ("runs/toy" if args.world else f"runs/{Path(args.data).resolve().name}")
     args.data = args.data or f"{args.out}/curated"
     args.model = args.model or str(toy.BASE)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    cuda = args.device.startswith("cuda")
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    args.compile = cuda if args.compile is None else args.compile
     return args
 
 
@@ -188,7 +193,7 @@ class Stage:
     """One model to train, from the opponent it is trained against."""
 
     model: str  # spin-1, spin-2, ..., sft, dpo
-    loss: str
+    loss: str  # spin, spin-trajectory, sft, dpo
     batches: list[tuple[int, int]]  # (iteration, step) of each optimiser step: the draws' key
     lr: float
     beta: float = 0.0
@@ -201,7 +206,8 @@ class Stage:
         if model == "dpo":
             return cls(model, "dpo", every, args.dpo_lr, args.dpo_beta)
         k = int(model.removeprefix("spin-"))
-        return cls(model, "spin", [(i, s) for i, s in every if i == k], args.lr[k - 1], args.beta[k - 1])
+        loss = "spin" if args.loss == "all" else args.loss
+        return cls(model, loss, [(i, s) for i, s in every if i == k], args.lr[k - 1], args.beta[k - 1])
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -245,7 +251,7 @@ def main(argv: list[str] | None = None) -> dict:
         # Algorithm 1: the player theta_k against its own past, theta_{k-1}
         done = this_run.promoted()
         opponent = player(this_run, theta_0, f"spin-{done}" if done else "base")
-        iterations = range(done + 1, args.iterations + 1) if args.loss in ("all", "spin") else []
+        iterations = range(done + 1, args.iterations + 1) if args.loss not in ("sft", "dpo") else []
         for k in iterations:
             # generate: x'_0 ~ p_theta_{k-1}(. | c) for the prompts that this iteration will draw
             stage = Stage.of(f"spin-{k}", args)
@@ -315,7 +321,10 @@ def encode_images(args, sd, images: data.CaptionedImages, real: data.LatentShard
 
 
 def generate(args, sd, captions: list[str], generated: data.LatentShards, k: int) -> None:
-    """Draws and stores theta_{k-1}'s latent for every row of `generated`; its noise depends on seed, k, row alone."""
+    """Draws and stores theta_{k-1}'s latent for every row of `generated`; its noise depends on seed, k, row alone.
+
+    For (C.5) the path by which it was drawn, too: [sampler steps,4,h,w] a row.
+    """
     todo = generated.missing()
     with tqdm(total=sum(len(rows) for _, rows in todo), desc=f"iteration {k}: generating", disable=not todo) as bar:
         for shard, rows in todo:
@@ -323,10 +332,12 @@ def generate(args, sd, captions: list[str], generated: data.LatentShards, k: int
             for at in range(0, len(rows), args.generation_batch):
                 batch = rows[at : at + args.generation_batch]
                 generators = [data.generator(args.seed, k, row) for row in batch]
-                x0 = draw_latents(args, sd, [captions[row] for row in batch], generators)
-                parts.append(through_pixels(sd, x0, generators) if args.generated == "images" else x0)
+                path: list[torch.Tensor] | None = [] if args.loss == "spin-trajectory" else None
+                x0 = draw_latents(args, sd, [captions[row] for row in batch], generators, path)
+                part = {"x0": through_pixels(sd, x0, generators) if args.generated == "images" else x0}
+                parts.append(part | ({"path": torch.stack(path, dim=1)} if path else {}))
                 bar.update(len(batch))
-            generated.write(shard, {"x0": torch.cat(parts)})
+            generated.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def train(args, this_run: run.Run, sd, stage: Stage, captions: list[str], real, generated):
@@ -339,15 +350,15 @@ def train(args, this_run: run.Run, sd, stage: Stage, captions: list[str], real, 
     policy.checkpoint_activations = args.checkpoint_activations
     alphas_cumprod = sd.scheduler.alphas_cumprod.to(args.device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=args.weight_decay, fused=True)
-    if stage.loss == "sft":
-        loss_step, players, game = sft_step, (policy,), {}
-    else:
-        beta = torch.tensor(stage.beta, device=args.device)
-        link = args.link if stage.loss == "spin" else "logistic"
-        loss_step, players, game = spin_step, (policy, sd.unet), {"beta": beta, "link": link}
+    loss_step = {"sft": sft_step, "spin-trajectory": spin_trajectory_step}.get(stage.loss, spin_step)
+    players, game = (policy,), {}
+    if stage.loss != "sft":
+        players = (policy, sd.unet)
+        game = {"beta": torch.tensor(stage.beta, device=args.device), "link": args.link}
+    if stage.loss == "dpo":
+        game["link"] = "logistic"
     if args.compile:
-        # without the option, rounding differs between the compiled policy and opponent: not log 2 at theta_k
-        loss_step = torch.compile(loss_step, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
+        loss_step = compiled(loss_step)
 
     first, state = 1, this_run.load_state(stage.model)
     if "policy" in state:
@@ -383,7 +394,7 @@ def train(args, this_run: run.Run, sd, stage: Stage, captions: list[str], real, 
         line |= {"lr": lr, "grad_norm": grad_norm.item()}
         if not math.isfinite(line["loss"] + line["grad_norm"]):
             bar.close()
-            last = this_run.checkpoint(f"spin-{k - 1}") if stage.loss == "spin" and k > 1 else args.model
+            last = this_run.checkpoint(f"spin-{k - 1}") if stage.model == f"spin-{k}" and k > 1 else args.model
             raise InputError(f"{stage.model}, step {step}: the loss or its gradient is not finite; last good: {last}")
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -414,13 +425,15 @@ def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
 
 
 def load_pairs(args, sd, stage: Stage, real, generated, rows: list[int], when: tuple[int, int, int]) -> dict:
-    """x0_data, eps [B,4,h,w] and t [B] of some rows of a batch, x0_gen too if there is a game; all on the device.
+    """What the step of the stage's loss takes of some rows of a batch, on the device: x0_data, eps, t, ...
 
     real, generated: `data.LatentShards`. when: iteration, step, and the place in the batch of the first row.
     """
-    (k, s, at), timesteps = when, sd.scheduler.num_train_timesteps
+    (k, s, at), timesteps = when, torch.arange(sd.scheduler.num_train_timesteps)
+    if stage.loss == "spin-trajectory":
+        timesteps = sd.scheduler.timesteps(args.sampler_steps)
     shape = real.read("mean", rows[:1]).shape[1:]
-    draws = [data.draw(args.seed, k, s, at + i, shape, timesteps) for i in range(len(rows))]
+    draws = [data.draw(args.seed, k, s, at + i, shape, len(timesteps)) for i in range(len(rows))]
     random = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
     def encoded(kind: str) -> torch.Tensor:
@@ -431,18 +444,20 @@ def load_pairs(args, sd, stage: Stage, real, generated, rows: list[int], when: t
             logvar = torch.where(flipped, real.read(f"{kind}logvar_flipped", rows), logvar)
         return (mean + (0.5 * logvar).exp() * random["posterior"]) * sd.vae.scaling_factor
 
-    pairs = {"x0_data": encoded(""), "eps": random["eps"], "t": random["t"]}
-    if stage.loss == "spin":
-        pairs["x0_gen"] = generated.read("x0", rows)
-    elif stage.loss == "dpo":
-        pairs["x0_gen"] = encoded("rejected_")
+    pairs = {"x0_data": encoded(""), "eps": random["eps"], "t": timesteps[random["t"]]}
+    if stage.loss == "spin-trajectory":
+        pairs["x_t_gen"] = generated.read("path", rows, random["t"].tolist())
+    elif stage.loss != "sft":
+        pairs["x0_gen"] = generated.read("x0", rows) if stage.loss == "spin" else encoded("rejected_")
+        if args.noise == "independent":
+            pairs["eps_gen"] = random["eps_gen"]
     return {name: tensor.to(args.device) for name, tensor in pairs.items()}
 
 
-def draw_latents(args, sd, prompts: list[str], generators: list[torch.Generator]) -> torch.Tensor:
-    """Scaled latents [B,4,h,w], drawn with this run's settings."""
+def draw_latents(args, sd, prompts: list[str], generators: list[torch.Generator], path=None) -> torch.Tensor:
+    """Scaled latents [B,4,h,w], drawn with this run's settings; path: see `sampler.sample`'s trajectory."""
     side, dtype = args.resolution, getattr(torch, args.dtype)
-    settings = {"height": side, "width": side, "sampler": args.sampler, "autocast": dtype}
+    settings = {"height": side, "width": side, "sampler": args.sampler, "autocast": dtype, "trajectory": path}
     try:
         return sampler.sample(sd, prompts, args.sampler_steps, args.guidance, generators=generators, **settings)
     except ValueError as error:

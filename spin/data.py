@@ -176,12 +176,16 @@ class LatentShards:
         with whole(self.path(shard)) as part:
             save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}, part)
 
-    def read(self, name: str, rows: Sequence[int]) -> Tensor:
-        """float32 [len(rows), ...]; the files are mapped into memory, only these rows are read."""
+    def read(self, name: str, rows: Sequence[int], entries: Sequence[int] | None = None) -> Tensor:
+        """float32 [len(rows), ...]; the files are mapped into memory, only these rows are read.
+
+        entries: of each row [S, ...] only this one of its S.
+        """
         found = []
-        for shard, i in (divmod(self.place[row], SHARD) for row in rows):
+        for n, (shard, i) in enumerate(divmod(self.place[row], SHARD) for row in rows):
+            where = i if entries is None else (i, entries[n])
             try:
-                found.append(self.open(self.path(shard)).get_slice(name)[i])
+                found.append(self.open(self.path(shard)).get_slice(name)[where])
             except (SafetensorError, OSError):
                 raise InputError(f"{self.path(shard)}: damaged; delete it, and it is made anew") from None
         return torch.stack(found).float()
@@ -209,13 +213,16 @@ def batch_rows(seed: int, iteration: int, step: int, batch_size: int, count: int
 
 
 def draw(seed: int, iteration: int, step: int, place: int, shape: tuple[int, ...], timesteps: int) -> dict[str, Tensor]:
-    """What is random in a pair of a batch: t in 0..timesteps-1, flip in [0,1), eps and posterior [*shape] ~ N(0,1)."""
+    """What is random in a pair of a batch: t in 0..timesteps-1, flip in [0,1), and three normals [*shape]: eps,
+    posterior, and eps_gen for the generated image where that is not to share eps.
+    """
     rng = np.random.default_rng(entropy(seed, DRAW, iteration, step, place))
     return {
         "t": torch.tensor(int(rng.integers(timesteps))),
         "flip": torch.tensor(rng.random()),
         "eps": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
         "posterior": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
+        "eps_gen": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
     }
 
 

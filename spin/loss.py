@@ -3,6 +3,10 @@
 Everything is said with four numbers a pair of images: the squared error of two players (the policy being
 trained, theta, and the frozen opponent, theta_k) on two noised images (a real one, and one the opponent
 generated for the same prompt). Equation numbers are those of arXiv 2402.10210.
+
+What beta means: logit = beta / 2 x (delta_gen - delta_data), with errors that are means over an image's dimensions. The
+paper prints neither the half nor the mean, only "beta = 2000"; both are Diffusion-DPO's convention, assumed here. With
+errors summed over D dimensions the same loss has beta / D, with no half beta / 2.
 """
 
 import torch
@@ -38,8 +42,7 @@ def spin_loss(
 
     err_data, err_gen: [B] errors of the policy on the noised real and generated image, `per_image_error`.
     opp_err_data, opp_err_gen: [B] errors of the opponent on the same two; no gradient flows into them.
-    beta: w = beta / 2 for mean squared errors. The paper says only "beta = 2000"; the 1/2 and the mean are
-        Diffusion-DPO's convention, assumed here. With errors summed over D dimensions the same loss has beta / D.
+    beta: float or 0-d tensor; w = beta / 2 (see the head of this file).
     link: "logistic" (the paper's experiments), "hinge" or "correlation"; KeyError for another name.
 
     Returns losses [B] and detached metrics, [B] each: delta_data and delta_gen, policy error minus opponent error
@@ -58,6 +61,40 @@ def spin_loss(
         "implicit_accuracy": 0.5 * (1 + torch.sign(margin)),
     }
     return losses, metrics
+
+
+def spin_trajectory_loss(
+    err_data: Tensor,
+    gap_gen: Tensor,
+    opp_err_data: Tensor,
+    beta: float | Tensor,
+    link: str = "logistic",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Equation (C.5): for x'_t on the path by which the opponent drew its image, not an image noised anew.
+
+    On that path the noise that the opponent predicted is the one that made the step, so that its own error is zero and
+    the policy's is the distance of the two predictions. At theta = theta_k nothing is pushed: the gradient is SFT's.
+
+    gap_gen: [B], `per_image_error` of the policy's and the opponent's prediction at x'_t. The others, and what is
+    returned, as in `spin_loss`, delta_gen being gap_gen.
+    """
+    return spin_loss(err_data, gap_gen, opp_err_data, torch.zeros_like(gap_gen), beta, link)
+
+
+def spin_exact_loss(
+    err_data: Tensor,
+    err_gen: Tensor,
+    opp_err_data: Tensor,
+    opp_err_gen: Tensor,
+    beta: float | Tensor,
+    link: str = "logistic",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Equation (4.8): the mean over timesteps inside the link, every step of an image weighing the same.
+
+    By Jensen's inequality (Lemma 4.1) at most the mean over t of `spin_loss`, which is what is trained, since it needs
+    one timestep a pair where this needs all. Errors [B,T]; otherwise as `spin_loss`, with metrics [B] of the means.
+    """
+    return spin_loss(err_data.mean(1), err_gen.mean(1), opp_err_data.mean(1), opp_err_gen.mean(1), beta, link)
 
 
 def dpo_loss(

@@ -22,6 +22,7 @@ def sample(
     width: int | None = None,
     sampler: str = "ddim",
     autocast: torch.dtype = torch.float32,
+    trajectory: list[Tensor] | None = None,
 ) -> Tensor:
     """Draws one latent for each prompt: x0, scaled, [B,4,h,w] float32. `decode` makes pictures of them.
 
@@ -34,6 +35,7 @@ def sample(
     negative_prompts: what takes the place of the empty prompt, one for all or one for each.
     height, width: pixels, multiples of the VAE's factor; None: the size the UNet was trained at.
     autocast: dtype the networks compute in.
+    trajectory: a list to which x_t [B,4,h,w] is appended at each of the scheduler's timesteps, noisiest first.
     Raises ValueError where an argument is out of range, or what was drawn is not finite.
     """
     batch, f = len(prompts), sd.vae.downscale
@@ -60,6 +62,8 @@ def sample(
         context = sd.encode_prompts([*negative_prompts, *prompts] if guided else list(prompts)).to(dtype)
         x_t = noise()
         for t in sd.scheduler.timesteps(steps):
+            if trajectory is not None:
+                trajectory.append(x_t)
             inputs = torch.cat([x_t, x_t]) if guided else x_t
             output = sd.unet(inputs.to(dtype), t.to(device), context).float()
             if guided:

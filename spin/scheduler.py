@@ -112,6 +112,16 @@ def posterior_std(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
     return ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
 
 
+def error_weight(alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float) -> Tensor:
+    """h_t, by which an error of the predicted noise moves mu_theta (appendix C.3); [B] or 0-d.
+
+    x_{t-1} - mu_theta(x_t) = h_t (eps - eps_theta) + s_t times the step's noise. The paper prints sqrt(1 - alpha_{t-1})
+    as the last factor; the algebra gives sqrt(1 - alpha_t). Part of what beta stands for: it is nowhere multiplied.
+    """
+    s = eta * posterior_std(alpha_bar, alpha_bar_prev)
+    return (1 - alpha_bar_prev - s**2).sqrt() - (alpha_bar_prev / alpha_bar).sqrt() * (1 - alpha_bar).sqrt()
+
+
 def ddim_step(x0: Tensor, eps: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float, noise: Tensor) -> Tensor:
     """x_{t-1} ~ N(mu_theta, s_t^2), equation (3.2), s_t = eta times DDPM's. eta 0 ignores `noise`.
 
