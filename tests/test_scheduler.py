@@ -42,6 +42,20 @@ def test_alphas_apply_image_by_image(seed):
         torch.testing.assert_close(together[i : i + 1], add_noise(x0[i : i + 1], eps[i : i + 1], alpha_bar[i]))
 
 
+@given(levels())
+def test_forward_marginals_compose(level):
+    """Noise to level a', then from there to a: in one go to a. Coefficients read off unit inputs."""
+    alpha_bar, alpha_bar_prev = level
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+
+    def composed(x0, first, second):
+        return add_noise(add_noise(x0, first, alpha_bar_prev), second, alpha_bar / alpha_bar_prev)
+
+    torch.testing.assert_close(composed(one, zero, zero), add_noise(one, zero, alpha_bar))
+    variance = composed(zero, one, zero) ** 2 + composed(zero, zero, one) ** 2
+    torch.testing.assert_close(variance, add_noise(zero, one, alpha_bar) ** 2)
+
+
 @given(seeds, levels(), st.floats(0, 1))
 def test_ddim_step_lands_on_the_forward_marginal(seed, level, eta):
     """(3.1): from x_t ~ q(x_t|x0), with the true x0 and eps, x_{t-1} has mean sqrt(a') x0 and variance 1 - a'."""
@@ -72,6 +86,21 @@ def test_ddpm_step_is_bayes_rule(seed, level):
     precision = 1 / (1 - alpha_bar_prev) + alpha / (1 - alpha)
     mean = (alpha_bar_prev.sqrt() * x0 / (1 - alpha_bar_prev) + alpha.sqrt() * x_t / (1 - alpha)) / precision
     torch.testing.assert_close(ddpm_step(x_t, x0, *level, noise), mean + noise / precision.sqrt(), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_on_the_full_schedule_ddim_with_eta_1_is_ddpm_but_for_its_last_step(offset):
+    ours = Scheduler(SCHEDULER | {"steps_offset": offset})
+    steps = 1000 - offset
+    x_t, answer, noise = normals(3, 3, (1, 2, 3))
+    for t in ours.timesteps(steps).tolist():
+        alphas = {s: [a.double() for a in ours.alphas_of_step(t, steps, s)] for s in ("ddim", "ddpm")}
+        x0, eps = x0_and_eps(answer, x_t, alphas["ddim"][0], "epsilon")
+        same = torch.allclose(
+            ddim_step(x0, eps, *alphas["ddim"], 1.0, noise), ddpm_step(x_t, x0, *alphas["ddpm"], noise), atol=1e-9
+        )
+        assert same == (t > offset or alphas["ddim"] == alphas["ddpm"]), t
+    assert alphas["ddim"][1] == (ours.alphas_cumprod[0] if t == 0 else alphas["ddpm"][1])
 
 
 def test_the_two_samplers_differ_past_the_end_of_the_schedule():

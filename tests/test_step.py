@@ -4,11 +4,14 @@ import copy
 import math
 
 import pytest
+import tiny
 import torch
+from torch.nn.functional import gelu, silu
 
-from spin.loss import per_image_error, spin_loss
-from spin.scheduler import add_noise, velocity
-from spin.step import sft_step, spin_step
+from spin import toy, weights
+from spin.loss import per_image_error, spin_loss, spin_trajectory_loss
+from spin.scheduler import Scheduler, add_noise, velocity
+from spin.step import compiled, sft_step, spin_step, spin_trajectory_step
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +110,6 @@ def test_recomputed_activations_give_the_same_gradient(policy, opponent, pairs):
     assert torch.equal(gradient(policy, opponent, [pairs]), stored)
 
 
-def test_one_graph_without_breaks(policy, opponent, pairs):
-    compiled = torch.compile(spin_step, backend="aot_eager", fullgraph=True, dynamic=False)
-    loss, _ = compiled(policy, opponent, **pairs)
-    expected, _ = spin_step(policy, opponent, **pairs)
-    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_sft_is_the_mean_squared_error_on_real_images(policy, pairs, prediction_type):
     x0, eps, t, context = (pairs[name] for name in ("x0_data", "eps", "t", "context"))
@@ -123,3 +119,172 @@ def test_sft_is_the_mean_squared_error_on_real_images(policy, pairs, prediction_
     answer = policy(add_noise(x0, eps, alpha_bar), t, context)
     torch.testing.assert_close(loss, torch.nn.functional.mse_loss(answer, wanted))
     assert loss.requires_grad and metrics == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# other noise, other paths
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_independent_noise_is_that_of_the_generated_image(policy, opponent, pairs, prediction_type):
+    """A pair with noises of its own is the two halves of two pairs that share theirs."""
+    eps_gen = torch.randn(pairs["eps"].shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        _, shared = spin_step(policy, opponent, **pairs, prediction_type=prediction_type)
+        _, other = spin_step(policy, opponent, **pairs | {"eps": eps_gen}, prediction_type=prediction_type)
+        _, independent = spin_step(policy, opponent, **pairs, prediction_type=prediction_type, eps_gen=eps_gen)
+    assert torch.equal(independent["delta_data"], shared["delta_data"])
+    assert torch.equal(independent["delta_gen"], other["delta_gen"])
+    assert not torch.allclose(independent["delta_gen"], shared["delta_gen"])
+
+
+@pytest.fixture(scope="module")
+def on_path(pairs) -> dict[str, torch.Tensor]:
+    """pairs, with places on the opponent's path instead of its images."""
+    x_t_gen = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(4))
+    return {name: value for name, value in pairs.items() if name != "x0_gen"} | {"x_t_gen": x_t_gen}
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_trajectory_step_equals_four_separate_forwards(policy, opponent, on_path, prediction_type):
+    on_path = on_path | {"beta": torch.tensor(10.0)}  # the two players being far apart on a path of pure noise
+    x0, eps, t, context = (on_path[name] for name in ("x0_data", "eps", "t", "context"))
+    alpha_bar = on_path["alphas_cumprod"][t]
+    wanted = velocity(x0, eps, alpha_bar) if prediction_type == "v_prediction" else eps
+    x_t = add_noise(x0, eps, alpha_bar)
+    with torch.no_grad():
+        err_data, opp_err_data = (per_image_error(of(x_t, t, context), wanted) for of in (policy, opponent))
+        gap_gen = per_image_error(policy(on_path["x_t_gen"], t, context), opponent(on_path["x_t_gen"], t, context))
+        losses, expected = spin_trajectory_loss(err_data, gap_gen, opp_err_data, on_path["beta"])
+        loss, metrics = spin_trajectory_step(policy, opponent, **on_path, prediction_type=prediction_type)
+    torch.testing.assert_close(loss, losses.mean(), atol=1e-4, rtol=1e-4)
+    assert losses.std() > 0.01
+    for name in expected:
+        torch.testing.assert_close(metrics[name], expected[name], atol=1e-5, rtol=1e-4)
+
+
+def whole_gradient(loss: torch.Tensor, policy: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(policy.parameters()))])
+
+
+@pytest.mark.parametrize("link, slope", [("logistic", 0.5), ("hinge", 1.0), ("correlation", 1.0)])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_gradient_at_theta_k_is_made_of_sfts(opponent, pairs, on_path, link, slope, prediction_type):
+    """(C.6): -l'(0) beta/2 (SFT's on real - SFT's on generated). (C.5): -l'(0) beta/2 times SFT's, nothing pushed."""
+    policy = copy.deepcopy(opponent).requires_grad_(True)
+    shared = {name: pairs[name] for name in ("eps", "t", "context", "alphas_cumprod")}
+    kind = {"prediction_type": prediction_type}
+    real, generated = (
+        whole_gradient(sft_step(policy, pairs[name], **shared, **kind)[0], policy) for name in ("x0_data", "x0_gen")
+    )
+    weight = slope * pairs["beta"] / 2
+    found = whole_gradient(spin_step(policy, opponent, **pairs, link=link, **kind)[0], policy)
+    expected = weight * (real - generated)
+    assert (found - expected).norm() < 1e-3 * expected.norm() and generated.norm() > 0.1 * real.norm() > 0
+    found = whole_gradient(spin_trajectory_step(policy, opponent, **on_path, link=link, **kind)[0], policy)
+    assert (found - weight * real).norm() < 1e-3 * (weight * real).norm()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compiled
+
+
+@pytest.fixture(scope="module")
+def world():
+    """The miniature world's UNet, and pairs of its size."""
+    unet = weights.load(toy.BASE).unet.requires_grad_(False)
+    generator = torch.Generator().manual_seed(5)
+    side, width = unet.sample_size, unet.config["cross_attention_dim"]
+    inputs = {name: torch.randn(2, 4, side, side, generator=generator) for name in ("x0_data", "x0_gen", "eps")}
+    context = torch.randn(2, 77, width, generator=generator)
+    schedule = Scheduler(tiny.SCHEDULER).alphas_cumprod
+    rest = {"t": torch.tensor([100, 700]), "context": context, "alphas_cumprod": schedule, "beta": torch.tensor(300.0)}
+    return unet, inputs | rest
+
+
+class Counting:
+    """torch.compile's aot_eager, counting what it is asked to compile."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+def test_the_whole_step_is_one_graph_that_no_value_changes(world):
+    """fullgraph: no break. Another beta, batch or timestep, and the next iteration's players, compile nothing anew."""
+    unet, inputs = world
+    torch._dynamo.reset()
+    counting = Counting()
+    opponent, policy = unet, copy.deepcopy(unet).requires_grad_(True)
+    for iteration in range(3):
+        step = torch.compile(spin_step, backend=counting, fullgraph=True, dynamic=False)  # as train.py: each iteration
+        for beta in (300.0, 5000.0):
+            given = inputs | {"beta": torch.tensor(beta), "t": torch.tensor([3 * iteration, 900])}
+            given |= {"x0_data": inputs["x0_data"] + iteration}
+            loss, _ = step(policy, opponent, **given)
+            expected, _ = spin_step(policy, opponent, **given)
+            torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+            loss.backward()
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter -= 1e-3 * parameter.grad.sign()
+        opponent, policy = policy.requires_grad_(False), copy.deepcopy(policy).requires_grad_(True)
+        policy.zero_grad()
+    assert counting.graphs == 1
+
+
+class Small(torch.nn.Module):
+    """A network that inductor compiles in seconds, with what it likes to fuse: norms, gates, sums, activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_in, self.conv_out = torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.Conv2d(8, 4, 3, padding=1)
+        self.of_t, self.of_context = torch.nn.Linear(1, 8), torch.nn.Linear(32, 8)
+        self.norm, self.wide, self.back = torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 32, 1), torch.nn.Conv2d(16, 8, 1)
+
+    def forward(self, x, t, context):
+        told = self.of_t(t[:, None] / 1000) * self.of_context(context).mean(1)
+        x = self.conv_in(x) + told[:, :, None, None]
+        value, gate = self.wide(silu(self.norm(x))).chunk(2, dim=1)
+        x = x + self.back(value * gelu(gate))
+        return self.conv_out(silu(self.norm(x)))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Two players with weights from a seed, the policy a little off the opponent, and the compiled step."""
+    torch._dynamo.reset()
+    opponent, generator = Small(), torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in opponent.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5)
+        policy = copy.deepcopy(opponent)
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return policy, opponent.requires_grad_(False), compiled(spin_step)
+
+
+def test_inductors_step_is_the_eager_step(small, pairs):
+    """Loss to 1e-5 and gradients to 1e-4 of the largest, in float32."""
+    policy, opponent, step = small
+    pairs = pairs | {"beta": torch.tensor(10.0)}  # a larger one multiplies the rounding of both
+    loss, metrics = step(policy, opponent, **pairs)
+    expected, of_eager = spin_step(policy, opponent, **pairs)
+    assert abs(expected.item() - math.log(2)) > 0.01
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(metrics["delta_gen"], of_eager["delta_gen"], atol=1e-6, rtol=1e-4)
+    gradients = [whole_gradient(each, policy) for each in (loss, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-4 * gradients[1].abs().max().item(), rtol=0)
+
+
+def test_compiled_in_half_precision_it_is_log_2_at_theta_k(small, pairs):
+    """Without `compiled`'s option this network's loss is 1.0 off: the two forwards are fused, hence rounded, apart."""
+    _, opponent, step = small
+    policy = copy.deepcopy(opponent).requires_grad_(True)
+    at_theta_k = pairs | {"beta": torch.tensor(5000.0)}
+    loss, metrics = step(policy, opponent, **at_theta_k, autocast=torch.bfloat16)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert not metrics["delta_data"].any() and not metrics["delta_gen"].any()
