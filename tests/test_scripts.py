@@ -39,6 +39,7 @@ WRONG = {
     "train.py --preset paper --data {pictures}": "needs both --model and --data",
     "train.py --loss spin --sft-lr 1": "--sft-lr: --loss spin has --lr and --beta instead",
     "train.py --loss dpo --beta 3": "--beta: --loss dpo has --dpo-lr and --dpo-beta instead",
+    "train.py --loss spin-trajectory --noise independent": "the path is as it was drawn",
     "train.py --resolution 64": "needs 32 pixels a side",
     "train.py --loss sft --beta 3": "--beta: --loss sft has --sft-lr instead",
     "train.py --model {tiny} --data {pictures} --loss dpo": "metadata.jsonl line 1: no rejected_file_name",

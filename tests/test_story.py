@@ -62,12 +62,12 @@ def test_the_vocabulary_is_small_and_splits_words_as_clip_does(base):
 
 def test_the_defaults_are_the_tunings_best():
     table = json.loads((Path(train.__file__).parent / "tutorial/evidence/tuning.json").read_text())
-    for method, names in train.TUNED.items():
+    for method in ("spin", "sft", "dpo"):
         trials = [trial for trial in table["trials"] if trial["method"] == method]
-        if method != "all":
-            assert len(trials) == 15
-            best = max(trials, key=lambda trial: trial["reward"]["mean"])
-            assert [best[name.replace("_", "-")] for name in names] == [np.ravel(train.TOY[name])[0] for name in names]
+        assert len(trials) == 15
+        best = max(trials, key=lambda trial: trial["reward"]["mean"])
+        for name in train.TUNED[method]:
+            assert best[name.replace("_", "-")] == np.ravel(train.TOY[name])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -145,6 +145,80 @@ def test_pairs_are_what_they_should_be(flip, sd, pictures, tmp_path):
         assert torch.equal(pairs["eps"][i], drawn["eps"]) and pairs["t"][i] == drawn["t"]
 
 
+@torch.no_grad()
+def test_independent_noise_and_places_on_the_path(sd, pictures, tmp_path):
+    images = data.CaptionedImages(pictures, 64)
+    real, generated = data.LatentShards(tmp_path / "cache", range(12)), data.LatentShards(tmp_path / "gen", [2, 7, 9])
+    path = torch.arange(9.0).reshape(3, 3, 1, 1, 1).expand(3, 3, 4, 8, 8)  # entry 3 row + step
+    generated.write(0, {"x0": torch.zeros(3, 4, 8, 8), "path": path})
+    found = {}
+    for more in (["--noise", "independent"], ["--loss", "spin-trajectory"]):
+        args = train.parse(flags(Path("unused"), pictures, tmp_path, *more, "--flip", "0"))
+        train.encode_images(args, sd, images, real)
+        found[more[1]] = train.load_pairs(args, sd, train.Stage.of("spin-2", args), real, generated, [9, 2], (3, 5, 6))
+    for i in (0, 1):
+        drawn = data.draw(11, 3, 5, 6 + i, (4, 8, 8), 1000)
+        pairs = found["independent"]
+        assert torch.equal(pairs["eps"][i], drawn["eps"]) and torch.equal(pairs["eps_gen"][i], drawn["eps_gen"])
+        assert not torch.equal(drawn["eps"], drawn["eps_gen"])
+        pairs, place = found["spin-trajectory"], data.draw(11, 3, 5, 6 + i, (4, 8, 8), 3)["t"].item()
+        assert pairs["t"][i] == sd.scheduler.timesteps(3)[place]
+        assert torch.equal(pairs["x_t_gen"][i], path[[2, 0][i], place])
+        assert "x0_gen" not in pairs and "eps_gen" not in pairs
+
+
+def test_the_opponents_path_is_kept_for_the_trajectory_loss(tiny_folder, pictures, tmp_path):
+    more = ["--loss", "spin-trajectory", "--iterations", "1", "--steps", "2"]
+    [summary] = train.main(flags(tiny_folder, pictures, tmp_path / "run", *more))["models"]
+    assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert summary["delta_gen"] > 0  # a squared distance
+    rows = sorted({row for s in (1, 2) for row in data.batch_rows(11, 1, s, 4, 12)})
+    stored, path = data.LatentShards(tmp_path / "run/iter1/generated", rows), []
+    captions = [json.loads(line)["text"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    generators = [data.generator(11, 1, rows[1])]
+    sample(
+        weights.load(tiny_folder),
+        [captions[rows[1]]],
+        3,
+        7.5,
+        generators=generators,
+        height=64,
+        width=64,
+        trajectory=path,
+    )
+    torch.testing.assert_close(stored.read("path", rows[1:2])[0], torch.cat(path), atol=0.02, rtol=2e-3)
+    for entry in range(3):
+        assert torch.equal(stored.read("path", rows[1:2], [entry]), stored.read("path", rows[1:2])[:, entry])
+
+
+def test_compiling_changes_no_name_and_no_number(tiny_folder, pictures, tmp_path, monkeypatch):
+    """With a compiler that only traces: inductor takes minutes for the tiny UNet."""
+    compiled = []
+
+    def traced(step):
+        compiled.append(step.__name__)
+        return torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=False)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(train, "compiled", traced)
+    found = []
+    for more in ("--no-compile", "--compile"):
+        out = tmp_path / more
+        train.main(flags(tiny_folder, pictures, out, "--iterations", "1", "--steps", "1", "--micro-batch", "4", more))
+        found.append((run.Run(out).read_log()[0], load_file(out / "iter1/checkpoint" / UNET)))
+    (eager, plain), (traced_line, traced_weights) = found
+    assert compiled == ["spin_step"] and plain.keys() == traced_weights.keys()
+    assert traced_line["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-3)
+    assert largest_change(plain, traced_weights) <= 2e-5  # 2 lr: where a gradient is rounding alone, Adam may turn back
+
+
+@pytest.mark.parametrize("device, flags_given, wanted", [("cuda", [], True), ("cuda:1", ["--no-compile"], False)])
+def test_the_step_is_compiled_on_cuda_unless_told_otherwise(device, flags_given, wanted):
+    assert train.parse(["--device", device, *flags_given]).compile is wanted
+    assert train.parse(["--device", "cpu"]).compile is False
+    assert train.parse(["--device", "cpu", "--compile"]).compile is True
+
+
 def test_micro_batches_make_no_difference(tiny_folder, pictures, tmp_path):
     logs = []
     for size in ("4", "1"):
@@ -327,6 +401,8 @@ def test_other_pictures_are_refused(finished, tiny_folder, pictures, tmp_path):
     [
         ["--sampler", "ddpm", "--flip", "0", "--link", "hinge"],
         ["--generated", "images", "--dtype", "bfloat16", "--guidance", "1"],
+        ["--noise", "independent", "--link", "correlation"],
+        ["--loss", "spin-trajectory", "--sampler", "ddpm"],
         ["--checkpoint-activations", "--num-prompts", "3", "--grid-prompts", "0", "--clip", "0"],
     ],
     ids=lambda more: more[0],
@@ -334,7 +410,7 @@ def test_other_pictures_are_refused(finished, tiny_folder, pictures, tmp_path):
 def test_other_settings(more, tiny_folder, pictures, tmp_path):
     result = train.main(flags(tiny_folder, pictures, tmp_path / "run", *more, "--iterations", "1", "--steps", "2"))
     [summary] = result["models"]
-    assert summary["first_loss"] == pytest.approx(1.0 if "hinge" in more else math.log(2), abs=1e-6)
+    assert summary["first_loss"] == pytest.approx(math.log(2) if "--link" not in more else 1.0, abs=1e-6)
     assert summary["margin"] != 0
 
 
