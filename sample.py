@@ -21,8 +21,9 @@ GRID_ROWS = 20  # prompts that grid.png shows at most
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw pictures from a checkpoint.", usage=argparse.SUPPRESS)
     add, whole = parser.add_argument, run.number(int, 1)
-    add("--model", required=True, help="checkpoint folder in the diffusers layout")
-    add("--unet", help="take the UNet from this folder instead (default: the model's own)")
+    add("--model", required=True, help="checkpoint folder in the diffusers layout, hub id, or original single file")
+    add("--unet", help="take the UNet from this one instead (default: the model's own)")
+    add("--save-single", help="also write the model to this .safetensors file, in the original single-file layout")
     add("--prompt", action="append", default=[], help="what to draw; may be given several times")
     add("--prompts", help="file of prompts: .txt (one a line), .json, .jsonl (prompt, text or caption)")
     add("--negative-prompt", default="", help="what guidance leads away from (default: the empty prompt)")
@@ -41,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="runs/samples", help="folder for the pictures (default: runs/samples)")
     args = parser.parse_args(argv)
     args.prompts = args.prompt + (data.read_prompts(args.prompts) if args.prompts else [])
-    if not args.prompts:
+    if not (args.prompts or args.save_single):
         parser.error("nothing to draw: give --prompt or --prompts")
     return args
 
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
     args = parse(argv)
     dtype = getattr(torch, args.dtype)
     sd = weights.load(args.model, dtype, run.usable(args.device), args.unet)
+    if args.save_single:
+        weights.save_single(sd, args.save_single)
     seeds = range(args.seed, args.seed + args.num_images)
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
 

@@ -27,56 +27,34 @@ from spin.loss import LINKS
 from spin.run import InputError
 from spin.step import compiled, sft_step, spin_step, spin_trajectory_step
 
-# The paper's hyper-parameters (appendix A), taken literally: iteration 1's 50 steps end inside the 200 of warm-up.
-# Lists have one value an iteration.
-PAPER = {
-    "iterations": 3,
-    "steps": [50, 500, 200],
-    "lr": [2e-5, 2e-5, 5e-8],
-    "beta": [2000.0, 5000.0, 5000.0],
-    "sft_lr": 1e-5,
-    "dpo_lr": 2e-5,
-    "dpo_beta": 2000.0,
-    "batch_size": 2048,
-    "micro_batch": 8,
-    "warmup": 200,
-    "weight_decay": 1e-2,
-    "clip": 1.0,
-    "resolution": 512,
-    "flip": 0.5,
-    "guidance": 7.5,
-    "sampler": "ddim",
-    "sampler_steps": 50,
-    "generation_batch": 16,
-    "grid_prompts": 4,
-    "seed": 5775709,
+# Of the miniature world, whose captions say left and right, so that nothing is mirrored; and the paper's (appendix A),
+# taken literally: iteration 1's 50 steps end inside the 200 of warm-up. Lists have one value an iteration.
+SETTINGS = {
+    "iterations": (3, 3),
+    "steps": ([100], [50, 500, 200]),
+    "lr": ([2e-5], [2e-5, 2e-5, 5e-8]),
+    "beta": ([10000.0], [2000.0, 5000.0, 5000.0]),
+    "sft_lr": (3e-5, 1e-5),
+    "dpo_lr": (1e-6, 2e-5),
+    "dpo_beta": (20000.0, 2000.0),
+    "batch_size": (16, 2048),
+    "micro_batch": (16, 8),
+    "warmup": (10, 200),
+    "weight_decay": (1e-2, 1e-2),
+    "clip": (1.0, 1.0),
+    "resolution": (toy.SIDE, 512),
+    "flip": (0.0, 0.5),
+    "guidance": (3.0, 7.5),
+    "sampler": ("ddim", "ddim"),
+    "sampler_steps": (20, 50),
+    "generation_batch": (64, 16),
+    "grid_prompts": (5, 4),
+    "seed": (0, 5775709),
 }
+TOY, PAPER = ({name: both[i] for name, both in SETTINGS.items()} for i in (0, 1))
 # The paper does not say these. Clipping and mirroring are as in Diffusion-DPO's public code, 50 sampling steps as in
 # the authors' demonstration.
 ASSUMED = ("clip", "flip", "sampler", "sampler_steps", "micro_batch", "generation_batch", "grid_prompts")
-# The miniature world's. Captions there say left and right, so nothing is mirrored.
-TOY = {
-    "iterations": 3,
-    "steps": [100],
-    "lr": [2e-5],
-    "beta": [10000.0],
-    "sft_lr": 3e-5,
-    "dpo_lr": 1e-6,
-    "dpo_beta": 20000.0,
-    "batch_size": 16,
-    "micro_batch": 16,
-    "warmup": 10,
-    "weight_decay": 1e-2,
-    "clip": 1.0,
-    "resolution": toy.SIDE,
-    "flip": 0.0,
-    "guidance": 3.0,
-    "sampler": "ddim",
-    "sampler_steps": 20,
-    "generation_batch": 64,
-    "grid_prompts": 5,
-    "seed": 0,
-}
 # Found on the validation prompts by tutorial/tuning.py, with as many trials for each method.
 TUNED = {"spin": ("lr", "beta"), "sft": ("sft_lr",), "dpo": ("dpo_lr", "dpo_beta")}  # a method's
 TUNED |= {"all": sum(TUNED.values(), ()), "spin-trajectory": TUNED["spin"]}
@@ -112,8 +90,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help += f" ({'; '.join(defaults)})" if defaults else ""
         parser.add_argument(flag, help=help, **({"default": argparse.SUPPRESS} if name in PAPER else {}), **kwargs)
 
-    add("--model", "theta_0: a checkpoint folder in the diffusers layout (default: the miniature world's base)")
-    add("--unet", "a folder whose UNet to start from instead of the model's own")
+    models = "theta_0: a checkpoint folder in the diffusers layout, a hub id like org/name, or a single original file"
+    add("--model", f"{models} (default: the miniature world's base)")
+    add("--unet", "another one, or a folder unet/, whose UNet to start from instead of the model's own")
     add("--data", "folder of images with metadata.jsonl: file_name, text (default: the miniature world's curated set)")
     add("--out", "run folder (default: runs/toy, or runs/<name of the data folder>)")
     presets = "where flags that are not given get their values (default: toy without --model, paper with it)"
@@ -231,8 +210,8 @@ def main(argv: list[str] | None = None) -> dict:
         except ValueError as error:
             raise InputError(f"--sampler-steps: {error}") from None
         hashes = {
-            "model_hash": weights.checkpoint_hash(args.model),
-            "unet_hash": weights.checkpoint_hash(args.unet) if args.unet else None,
+            "model_hash": weights.checkpoint_hash(weights.locate(args.model)),
+            "unet_hash": weights.checkpoint_hash(weights.locate(args.unet, ("unet",))) if args.unet else None,
             "data_hash": images.hash(),
         }
         free = {*MAY_CHANGE, *TUNED["all"]} - {*TUNED[args.loss]}  # what another method uses changes nothing

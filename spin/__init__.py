@@ -11,6 +11,7 @@ Read in this order:
     vae.py         images <-> latents
     text.py        prompts -> context
     weights.py     checkpoints in and out, strictly
+    original.py    the names and configs of single-file checkpoints
     data.py        captioned images, latents on disk, which sample is drawn when
     run.py         a run folder: whole-or-nothing files, lock, log, state to resume from
     viz.py         picture grids, line charts and interval charts
@@ -20,5 +21,5 @@ Read in this order:
     pretrain.py    how its base checkpoint, toy_base/, was made
 
 A module imports only from modules of a lower level (tests/test_imports.py):
-scheduler, loss, blocks, toy, stats, viz, run < unet, vae, text, data, report < weights, sampler, step < pretrain.
+scheduler, loss, blocks, toy, stats, viz, run, original < unet, vae, text, data, report < weights, sampler, step < pretrain.
 """

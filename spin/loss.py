@@ -31,13 +31,9 @@ def per_image_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def spin_loss(
-    err_data: Tensor,
-    err_gen: Tensor,
-    opp_err_data: Tensor,
-    opp_err_gen: Tensor,
-    beta: float | Tensor,
+    err_data: Tensor, err_gen: Tensor, opp_err_data: Tensor, opp_err_gen: Tensor, beta: float | Tensor,
     link: str = "logistic",
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Equation (C.6), the form the paper trains with: l(-w [(policy - opponent on real) - (the same on generated)]).
 
     err_data, err_gen: [B] errors of the policy on the noised real and generated image, `per_image_error`.
@@ -64,12 +60,8 @@ def spin_loss(
 
 
 def spin_trajectory_loss(
-    err_data: Tensor,
-    gap_gen: Tensor,
-    opp_err_data: Tensor,
-    beta: float | Tensor,
-    link: str = "logistic",
-) -> tuple[Tensor, dict[str, Tensor]]:
+    err_data: Tensor, gap_gen: Tensor, opp_err_data: Tensor, beta: float | Tensor, link: str = "logistic",
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Equation (C.5): for x'_t on the path by which the opponent drew its image, not an image noised anew.
 
     On that path the noise that the opponent predicted is the one that made the step, so that its own error is zero and
@@ -82,13 +74,9 @@ def spin_trajectory_loss(
 
 
 def spin_exact_loss(
-    err_data: Tensor,
-    err_gen: Tensor,
-    opp_err_data: Tensor,
-    opp_err_gen: Tensor,
-    beta: float | Tensor,
+    err_data: Tensor, err_gen: Tensor, opp_err_data: Tensor, opp_err_gen: Tensor, beta: float | Tensor,
     link: str = "logistic",
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Equation (4.8): the mean over timesteps inside the link, every step of an image weighing the same.
 
     By Jensen's inequality (Lemma 4.1) at most the mean over t of `spin_loss`, which is what is trained, since it needs

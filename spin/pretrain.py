@@ -26,57 +26,28 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spin import run, sampler, toy, weights
+from spin.original import SCHEDULE
 from spin.scheduler import Scheduler, add_noise
 from spin.text import BOS, EOS, TextEncoder, Tokenizer
 from spin.unet import UNet
 from spin.vae import AutoencoderKL
 
-VAE = {
-    "sample_size": toy.SIDE,
-    "block_out_channels": [16, 32, 48],
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "act_fn": "silu",
-}
-UNET = {
-    "sample_size": toy.SIDE // 4,
-    "block_out_channels": [32, 64],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "cross_attention_dim": 64,
-    "attention_head_dim": 2,  # two heads: the name in SD-1.x's configs
-    "norm_num_groups": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "act_fn": "silu",
-}
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 77,
-    "projection_dim": 64,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "prediction_type": "epsilon",
-}
+# fmt: off
+VAE = dict(
+    sample_size=toy.SIDE, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[16, 32, 48],
+    down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, layers_per_block=1,
+    norm_num_groups=8, act_fn="silu",
+)
+UNET = dict(
+    sample_size=toy.SIDE // 4, in_channels=4, out_channels=4, block_out_channels=[32, 64], layers_per_block=1,
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+    cross_attention_dim=64, attention_head_dim=2, norm_num_groups=8, act_fn="silu",  # two heads: SD-1.x's name for it
+)
+TEXT = dict(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77,
+    projection_dim=64, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+)
+# fmt: on
 KL_WEIGHT = 1e-5  # of the latents' KL divergence from N(0,1), beside the mean squared error of pixels
 PROMPT_DROPOUT = 0.1  # captions replaced by "", so that guidance has an unconditional model
 SAMPLING = {"steps": 20, "guidance": 3.0}  # for the scores
@@ -135,7 +106,7 @@ def make_vae(pictures: Tensor, steps: int, seed: int) -> tuple[weights.StableDif
         tokenizer = small_tokenizer()
         ids = {"bos_token_id": tokenizer.vocab[BOS], "eos_token_id": tokenizer.vocab[EOS]}
         text_encoder = TextEncoder(TEXT | {"vocab_size": len(tokenizer.vocab)} | ids, tokenizer)
-        sd = weights.StableDiffusion(UNet(UNET), AutoencoderKL(VAE), text_encoder, Scheduler(SCHEDULER))
+        sd = weights.StableDiffusion(UNet(UNET), AutoencoderKL(VAE), text_encoder, Scheduler(SCHEDULE))
 
     def losses(draw: torch.Generator) -> Iterator[Tensor]:
         while True:

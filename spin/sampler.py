@@ -10,20 +10,11 @@ from spin.scheduler import ddim_step, ddpm_step, x0_and_eps
 
 @torch.no_grad()
 def sample(
-    sd,
-    prompts: Sequence[str],
-    steps: int = 50,
-    guidance: float = 7.5,
-    eta: float = 0.0,
-    generators: Sequence[torch.Generator] | None = None,
-    *,
-    negative_prompts: str | Sequence[str] = "",
-    height: int | None = None,
-    width: int | None = None,
-    sampler: str = "ddim",
-    autocast: torch.dtype = torch.float32,
+    sd, prompts: Sequence[str], steps: int = 50, guidance: float = 7.5, eta: float = 0.0,
+    generators: Sequence[torch.Generator] | None = None, *, negative_prompts: str | Sequence[str] = "",
+    height: int | None = None, width: int | None = None, sampler: str = "ddim", autocast: torch.dtype = torch.float32,
     trajectory: list[Tensor] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Draws one latent for each prompt: x0, scaled, [B,4,h,w] float32. `decode` makes pictures of them.
 
     sd: `weights.StableDiffusion`, or anything with its unet, vae, scheduler and encode_prompts.

@@ -21,20 +21,10 @@ from spin.scheduler import add_noise, target
 
 
 def spin_step(
-    policy: nn.Module,
-    opponent: nn.Module,
-    x0_data: Tensor,
-    x0_gen: Tensor,
-    eps: Tensor,
-    t: Tensor,
-    context: Tensor,
-    alphas_cumprod: Tensor,
-    beta: Tensor,
-    prediction_type: str = "epsilon",
-    link: str = "logistic",
-    autocast: torch.dtype = torch.float32,
-    eps_gen: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    policy: nn.Module, opponent: nn.Module, x0_data: Tensor, x0_gen: Tensor, eps: Tensor, t: Tensor, context: Tensor,
+    alphas_cumprod: Tensor, beta: Tensor, prediction_type: str = "epsilon", link: str = "logistic",
+    autocast: torch.dtype = torch.float32, eps_gen: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Equation (C.6), the mean over B pairs; a pair shares its timestep, its prompt and, without `eps_gen`, its noise.
 
     eps_gen: [B,4,h,w], the noise of the generated images if it is not to be that of the real ones.
@@ -55,19 +45,10 @@ def spin_step(
 
 
 def spin_trajectory_step(
-    policy: nn.Module,
-    opponent: nn.Module,
-    x0_data: Tensor,
-    x_t_gen: Tensor,
-    eps: Tensor,
-    t: Tensor,
-    context: Tensor,
-    alphas_cumprod: Tensor,
-    beta: Tensor,
-    prediction_type: str = "epsilon",
-    link: str = "logistic",
+    policy: nn.Module, opponent: nn.Module, x0_data: Tensor, x_t_gen: Tensor, eps: Tensor, t: Tensor, context: Tensor,
+    alphas_cumprod: Tensor, beta: Tensor, prediction_type: str = "epsilon", link: str = "logistic",
     autocast: torch.dtype = torch.float32,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Equation (C.5), the mean over B pairs; a pair shares its timestep, one of the sampler's, and its prompt.
 
     x_t_gen: [B,4,h,w], where the opponent's image was at timestep t while it was drawn (`spin.sampler.sample`).
@@ -87,15 +68,9 @@ def spin_trajectory_step(
 
 
 def sft_step(
-    policy: nn.Module,
-    x0_data: Tensor,
-    eps: Tensor,
-    t: Tensor,
-    context: Tensor,
-    alphas_cumprod: Tensor,
-    prediction_type: str = "epsilon",
-    autocast: torch.dtype = torch.float32,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    policy: nn.Module, x0_data: Tensor, eps: Tensor, t: Tensor, context: Tensor, alphas_cumprod: Tensor,
+    prediction_type: str = "epsilon", autocast: torch.dtype = torch.float32,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Equation (3.3) with gamma_t = 1, the mean over B real images; no metrics."""
     alpha_bar = alphas_cumprod[t]
     x_t = add_noise(x0_data, eps, alpha_bar)

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: the folder layout of diffusers, read strictly.
+"""Checkpoints in and out, read strictly: the folder layout of diffusers, from the hub too, and single original files.
 
     model_index.json
     unet/config.json          unet/diffusion_pytorch_model.safetensors
@@ -11,15 +11,18 @@ Folders of several generations of diffusers and transformers are read; the newes
 """
 
 import hashlib
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from spin import original
 from spin.run import InputError, read_json, whole, write_json
 from spin.scheduler import Scheduler
 from spin.text import EOS, TextEncoder, Tokenizer, from_tower, to_tower
@@ -48,6 +51,8 @@ BUILT_IN = {
     ),
 }  # fmt: skip
 
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
 # The published SD-1.5 VAE has the attention names of an older diffusers.
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -73,14 +78,18 @@ class StableDiffusion:
 def load(
     source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", unet: str | Path | None = None
 ) -> StableDiffusion:
-    """Reads a checkpoint folder in the diffusers layout. `unet`: another folder whose UNet is taken instead.
+    """Reads a checkpoint: a folder in the diffusers layout, a hub id "org/name", or a file in the original layout.
 
+    unet: another checkpoint, or its UNet's folder alone, whose UNet is taken instead.
+    With prediction_type "v_prediction" (SD-2.x at 768 px; also a file of SD-2.x, which cannot say, is taken for one)
+    the networks answer v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, and v's errors are what losses compare.
     Raises InputError, one line, where a file is missing, cut short or foreign, a tensor's name or shape is not
     what config.json says, or config.json describes another architecture.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; a checkpoint is one with unet/, vae/, text_encoder/, scheduler/")
+    folder = locate(source)
+    if folder.is_file():
+        sd = load_single(folder, dtype, device)
+        return replace(sd, unet=load_unet(unet, dtype, device)) if unet else sd
     return StableDiffusion(
         unet=load_unet(unet or folder, dtype, device),
         vae=load_vae(folder, dtype, device),
@@ -90,10 +99,38 @@ def load(
 
 
 def load_unet(source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> UNet:
-    """The UNet of a checkpoint folder, or of its folder unet/ alone."""
-    folder = Path(source) if Path(source, "config.json").exists() else Path(source, "unet")
+    """The UNet of any checkpoint, or of its folder unet/ alone."""
+    folder = locate(source, ("unet",))
+    if folder.is_file():
+        return load_single(folder, dtype, device).unet
+    folder = folder if (folder / "config.json").exists() else folder / "unet"
     unet = build(UNet, read_config(folder / "config.json", "unet"), folder)
     return fill(unet, read_tensors(folder, "diffusion_pytorch_model"), folder, dtype, device)
+
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
+    """The folder or file on this machine; `parts` of a hub id are downloaded, unless they have been before."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.suffix in (".safetensors", *PICKLES):
+        raise InputError(f"{source}: no such folder or file, and no hub id, which is like org/name")
+    from huggingface_hub import snapshot_download
+
+    wanted = [f"{part}/{name}" for part in parts for name in ("*.json", "*.txt", "diffusion_pytorch_model", "model")]
+    wanted = [name if "." in name else f"{name}.safetensors" for name in wanted]
+    try:
+        folder = Path(snapshot_download(str(source), allow_patterns=wanted))
+        if not any((folder / parts[0]).glob("*.safetensors")):
+            pickles = [f"{part}/{name}.bin" for part in parts for name in ("diffusion_pytorch_model", "pytorch_model")]
+            folder = Path(snapshot_download(str(source), allow_patterns=wanted + pickles))
+    except Exception as error:  # of many libraries: no network, no such repository, no permission, a full disk
+        reason = (str(error) or type(error).__name__).split("\n")[0]
+        raise InputError(f"{source}: no such folder here, and not to be had from the hub: {reason}") from None
+    return folder
 
 
 def load_vae(source: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> AutoencoderKL:
@@ -193,15 +230,28 @@ def read_text(path: Path) -> str:
 
 
 def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    """Every tensor of folder/stem.safetensors, or of its half-precision twin, still on the disk where possible."""
-    for path in (folder / f"{stem}.safetensors", folder / f"{stem}.fp16.safetensors"):
-        if path.exists():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    return {name: file.get_tensor(name) for name in file.keys()}
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path}: cut short, or no safetensors file ({error})") from None
-    raise InputError(f"{folder / stem}.safetensors: no such file (no other format is read)")
+    """Every tensor of folder/stem.safetensors, or of its half-precision twin, or of the older .bin."""
+    older = stem if stem != "model" else "pytorch_model"
+    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{older}.bin", f"{older}.fp16.bin"):
+        if (folder / name).exists():
+            return read_file(folder / name)
+    raise InputError(f"{folder / stem}.safetensors: no such file, nor {older}.bin")
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors file or of a pickle, still on the disk where possible. No pickle runs code."""
+    try:
+        if path.suffix not in PICKLES:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        pickled = pickled.get("state_dict", pickled)
+        return {name: tensor for name, tensor in pickled.items() if isinstance(tensor, Tensor)}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cut short, or no safetensors file ({error})") from None
+    except Exception as error:  # a pickle can fail in any way
+        reason = "holds more than tensors" if "weights_only" in str(error).lower() else "cut short, or no checkpoint"
+        raise InputError(f"{path}: {reason}; not read. A .safetensors file is safe to read") from None
 
 
 def rename(tensors: dict[str, Tensor], new: Callable[[str], str], where: Path) -> dict[str, Tensor]:
@@ -239,6 +289,55 @@ def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], where: Path) ->
 
 def listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single files in the original layout (`spin.original`)
+
+
+def load_single(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StableDiffusion:
+    """A file's model; keys of training, averaged weights and unused layers of the text tower are ignored."""
+    tensors = read_file(path)
+    for part, what in original.FOREIGN.items():
+        if any(part in name for name in tensors):
+            raise InputError(f"{path}: holds {what}, and no Stable Diffusion 1.x or 2.x")
+    sd_2 = any(name.startswith(original.TEXT_2) for name in tensors)
+    config = original.SD_2 if sd_2 else original.SD_1
+
+    def network(part: str, make) -> nn.Module:
+        made = build(make, config[part], path)
+        found = original.from_original(part, tensors, list(made.state_dict()), config[part])
+        return fill(made, found, path, dtype, device)
+
+    unet, vae = network("unet", UNet), network("vae", AutoencoderKL)
+    tokenizer = Tokenizer(None, "!" if sd_2 else EOS)
+    encoder = build(lambda of: TextEncoder(of, tokenizer), config["text_encoder"], path)
+    layers = config["text_encoder"]["num_hidden_layers"]
+    wanted = encoder.tower.state_dict()
+    if sd_2:
+        found = {name.removeprefix(original.TEXT_2): tensor for name, tensor in tensors.items()}
+        found = {name: found[name] for name in wanted if name in found}
+    else:
+        found = {n.removeprefix(original.TEXT_1): t for n, t in tensors.items() if n.startswith(original.TEXT_1)}
+        found.pop("embeddings.position_ids", None)
+        compare(found, from_tower(wanted, layers), path)
+        found = to_tower(found, layers)
+    fill(encoder.tower, found, path, dtype, device)
+    return StableDiffusion(unet, vae, encoder.eval(), Scheduler(config["scheduler"]))
+
+
+def save_single(sd: StableDiffusion, path: str | Path) -> None:
+    """One .safetensors file in the original layout, as other programs read it; `load` gives back every bit."""
+    tensors = {}
+    for part, network in (("unet", sd.unet), ("vae", sd.vae)):
+        tensors |= original.to_original(part, network.state_dict(), network.config)
+    tower, layers = sd.text_encoder.tower.state_dict(), sd.text_encoder.config["num_hidden_layers"]
+    if sd.text_encoder.config.get("hidden_act", "quick_gelu") == "gelu":
+        tensors |= {original.TEXT_2 + name: tensor for name, tensor in tower.items()}
+    else:
+        tensors |= {original.TEXT_1 + name: tensor for name, tensor in from_tower(tower, layers).items()}
+    with whole(Path(path)) as part:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,12 +393,12 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def checkpoint_hash(folder: str | Path) -> str:
-    """16 hexadecimal digits of SHA-256 over everything in a checkpoint folder, or in its unet/ alone, that is read."""
-    parts = [Path(folder, part) for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")]
+    """16 hexadecimal digits of SHA-256 over everything in a checkpoint, or in its unet/ alone, that is read."""
+    parts = [Path(folder, part) for part in PARTS]
     digest = hashlib.sha256()
     for part in [part for part in parts if part.is_dir()] or [Path(folder)]:
-        for path in sorted(part.iterdir()):
-            if path.suffix in (".safetensors", ".json", ".txt"):
+        for path in sorted(part.iterdir()) if part.is_dir() else [part]:
+            if path.suffix in (".safetensors", ".json", ".txt", *PICKLES):
                 digest.update(path.name.encode())
                 with open(path, "rb") as file:
                     while block := file.read(1 << 20):

@@ -8,14 +8,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    ["scheduler", "loss", "blocks", "toy", "stats", "viz", "run", "blip"],
+    ["scheduler", "loss", "blocks", "toy", "stats", "viz", "run", "original", "blip"],
     ["unet", "vae", "text", "data", "report"],
     ["weights", "rewards", "sampler", "step"],
     ["pretrain"],
     ["train", "sample", "evaluate"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-PACKAGES = {"torch", "numpy", "safetensors", "PIL", "tqdm", "open_clip", "spin"}
+PACKAGES = {"torch", "numpy", "safetensors", "PIL", "tqdm", "open_clip", "huggingface_hub", "spin"}
 FILES = [path for path in [*ROOT.glob("spin/*.py"), *ROOT.glob("*.py")] if path.stem != "__init__"]
 
 

@@ -1,0 +1,148 @@
+"""The single-file layout in which Stable Diffusion was first published: its names, and what its files leave unsaid.
+
+One file holds model.diffusion_model.* (UNet), first_stage_model.* (VAE) and cond_stage_model.* (text tower), and no
+config: `SD_1` and `SD_2` are those. `names` is the whole translation, a bijection made from a network's own
+names. A training checkpoint's other keys, its averaged weights (model_ema.*) among them, are not read.
+"""
+
+import re
+
+from torch import Tensor
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+TEXT_1, TEXT_2 = (
+    "cond_stage_model.transformer.text_model.",
+    "cond_stage_model.model.",
+)  # transformers', open_clip's names
+
+# fmt: off
+UNET_1 = dict(
+    sample_size=64, in_channels=4, out_channels=4, block_out_channels=[320, 640, 1280, 1280], layers_per_block=2,
+    down_block_types=[*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"], cross_attention_dim=768, attention_head_dim=8,
+    up_block_types=["UpBlock2D", *["CrossAttnUpBlock2D"] * 3], norm_num_groups=32, act_fn="silu",
+)
+UNET_2 = dict(
+    sample_size=96, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True,
+)
+AUTOENCODER = dict(
+    sample_size=512, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[128, 256, 512, 512],
+    down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2,
+    norm_num_groups=32, act_fn="silu",
+)
+CLIP_L = dict(
+    vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+    max_position_embeddings=77, hidden_act="quick_gelu",
+)
+# of OpenCLIP's ViT-H all layers but the last: SD-2.x reads the last but one
+CLIP_H = dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu",
+)
+SCHEDULE = dict(
+    _class_name="DDIMScheduler", num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085,
+    beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
+)
+# fmt: on
+SD_1 = {"unet": UNET_1, "vae": AUTOENCODER, "text_encoder": CLIP_L, "scheduler": SCHEDULE}
+SD_2 = {
+    "unet": UNET_1 | UNET_2,
+    "vae": AUTOENCODER | {"sample_size": 768},
+    "text_encoder": CLIP_L | CLIP_H,
+    "scheduler": SCHEDULE | {"prediction_type": "v_prediction"},
+}
+
+# what other files are, by a part of a name in them
+FOREIGN = {
+    "conditioner.embedders.": "SDXL",
+    "joint_blocks.": "SD-3",
+    "double_blocks.": "FLUX",
+    "lora_": "LoRA weights, which are no model by themselves: merge them into one first",
+    "control_model.": "a ControlNet",
+}
+
+UNET_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+IN_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+IN_VAE = {
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0.group_norm": "mid.attn_1.norm",
+    "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out",
+    "mid_block.attentions.0.to_": "mid.attn_1.",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+}
+
+
+def unet_name(ours: str, depth: int, cross: list[bool]) -> str:
+    """depth: residual blocks a level on the way down. cross: of each level on the way up, if it has attentions."""
+    for here, there in UNET_ENDS.items():
+        if ours.startswith(f"{here}."):
+            name = there + ours[len(here) :]
+            break
+    else:
+        way, level, kind, place, rest = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", ours).groups()
+        i, j = int(level), int(place)
+        if kind == "downsamplers":
+            name = f"input_blocks.{(i + 1) * (depth + 1)}.0.op.{rest.removeprefix('conv.')}"
+        elif kind == "upsamplers":
+            name = f"output_blocks.{(i + 1) * (depth + 1) - 1}.{1 + cross[i]}.{rest}"
+        else:
+            block = i * (depth + 1) + j
+            block = f"input_blocks.{block + 1}" if way == "down" else f"output_blocks.{block}"
+            name = f"{block}.{int(kind == 'attentions')}.{rest}"
+    if ".resnets." in ours:
+        first, _, last = name.rpartition(".")
+        block, _, layer = first.rpartition(".")
+        name = f"{block}.{IN_RESNET[layer]}.{last}"
+    return UNET + name
+
+
+def vae_name(ours: str, levels: int) -> str:
+    name = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", ours)
+    name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", name)
+    name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
+    name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
+    for here, there in IN_VAE.items():
+        name = name.replace(here, there)
+    return VAE + name
+
+
+def names(network: str, ours: list[str], config: dict) -> dict[str, str]:
+    """{our name: the original one} of a "unet"'s or "vae"'s tensors. A bijection, which is tested."""
+    if network == "vae":
+        return {name: vae_name(name, len(config["block_out_channels"])) for name in ours}
+    cross = [kind.startswith("Cross") for kind in config["up_block_types"]]
+    return {name: unet_name(name, config.get("layers_per_block", 2), cross) for name in ours}
+
+
+def to_original(network: str, state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    """The VAE's attention has 1x1 convolutions there, [C,C,1,1], and linear layers here, [C,C]."""
+    tensors = {there: state[ours] for ours, there in names(network, list(state), config).items()}
+    return {name: t[..., None, None] if ".attn_1." in name and t.ndim == 2 else t for name, t in tensors.items()}
+
+
+def from_original(network: str, tensors: dict[str, Tensor], ours: list[str], config: dict) -> dict[str, Tensor]:
+    """`to_original` backwards, out of a whole file's tensors; a name of that network without a place keeps its own."""
+    here = {there: name for name, there in names(network, ours, config).items()}
+    prefix = UNET if network == "unet" else VAE
+    found = {here.get(name, name): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name: t[..., 0, 0] if network == "vae" and ".to_" in name and t.ndim == 4 else t for name, t in found.items()
+    }
