@@ -21,5 +21,6 @@ Read in this order:
     pretrain.py    how its base checkpoint, toy_base/, was made
 
 A module imports only from modules of a lower level (tests/test_imports.py):
-scheduler, loss, blocks, toy, stats, viz, run, original < unet, vae, text, data, report < weights, sampler, step < pretrain.
+scheduler, loss, blocks, toy, stats, viz, run, original < unet, vae, text, data, report < weights, sampler, step
+< pretrain.
 """

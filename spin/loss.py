@@ -5,8 +5,8 @@ trained, theta, and the frozen opponent, theta_k) on two noised images (a real o
 generated for the same prompt). Equation numbers are those of arXiv 2402.10210.
 
 What beta means: logit = beta / 2 x (delta_gen - delta_data), with errors that are means over an image's dimensions. The
-paper prints neither the half nor the mean, only "beta = 2000"; both are Diffusion-DPO's convention, assumed here. With
-errors summed over D dimensions the same loss has beta / D, with no half beta / 2.
+paper prints neither the half nor the mean, only "beta = 2000"; both are Diffusion-DPO's convention, assumed here. If
+errors were sums over D dimensions, beta / D would give the same loss; if the half were left out, beta / 2.
 """
 
 import torch
@@ -48,7 +48,7 @@ def spin_loss(
     delta_data = err_data - opp_err_data.detach()
     delta_gen = err_gen - opp_err_gen.detach()
     logit = -0.5 * beta * (delta_data - delta_gen)
-    losses = LINKS[link](logit)
+    losses = LINKS[link](logit)  # (C.6)
     margin = (delta_gen - delta_data).detach()
     metrics = {
         "delta_data": delta_data.detach(),
@@ -64,25 +64,27 @@ def spin_trajectory_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Equation (C.5): for x'_t on the path by which the opponent drew its image, not an image noised anew.
 
-    On that path the noise that the opponent predicted is the one that made the step, so that its own error is zero and
-    the policy's is the distance of the two predictions. At theta = theta_k nothing is pushed: the gradient is SFT's.
+    Where DDIM takes no noise and no guidance, the noise that the opponent predicted is the one that made the step, so
+    that its own error is zero and the policy's is the distance of the two predictions. At theta = theta_k nothing is
+    pushed: the gradient is SFT's, times -l'(0) beta / 2.
 
     gap_gen: [B], `per_image_error` of the policy's and the opponent's prediction at x'_t. The others, and what is
     returned, as in `spin_loss`, delta_gen being gap_gen.
     """
-    return spin_loss(err_data, gap_gen, opp_err_data, torch.zeros_like(gap_gen), beta, link)
+    return spin_loss(err_data, gap_gen, opp_err_data, torch.zeros_like(gap_gen), beta, link)  # (C.5)
 
 
 def spin_exact_loss(
     err_data: Tensor, err_gen: Tensor, opp_err_data: Tensor, opp_err_gen: Tensor, beta: float | Tensor,
     link: str = "logistic",
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Equation (4.8): the mean over timesteps inside the link, every step of an image weighing the same.
+    """Equation (4.8): the mean over timesteps inside the link; in eps-space, every step of an image weighing the same.
 
     By Jensen's inequality (Lemma 4.1) at most the mean over t of `spin_loss`, which is what is trained, since it needs
     one timestep a pair where this needs all. Errors [B,T]; otherwise as `spin_loss`, with metrics [B] of the means.
     """
-    return spin_loss(err_data.mean(1), err_gen.mean(1), opp_err_data.mean(1), opp_err_gen.mean(1), beta, link)
+    data, gen, opp_data, opp_gen = (e.mean(1) for e in (err_data, err_gen, opp_err_data, opp_err_gen))
+    return spin_loss(data, gen, opp_data, opp_gen, beta, link)  # (4.8)
 
 
 def dpo_loss(

@@ -3,7 +3,7 @@
     python tests/bench.py                                the miniature world's networks on the CPU, under two minutes
     python tests/bench.py --device cuda --size sd15      SD-1.5 at 512 px in bfloat16, compiled too
 
-Networks of the real sizes with random weights. Rates are medians of optimiser steps after warm-up; the first step,
+Networks of the real sizes with random weights. Rates are medians of optimiser steps after warm-up; the first call,
 which compiles, stands apart. "FLOP" counts the UNets' work that the loss needs, the same for every line.
 """
 
@@ -65,8 +65,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
         first, each, memory = timed(args, sd, line)
         rate = args.pairs / each
         row = {"what": name, "pairs/s": rate, "TFLOP/s": rate * flop, "of matmul": rate * flop / matmul}
-        rows.append(row | {"peak GB": memory, "first step s": first})
-    players = {"drawn": sd} | ({"drawn, compiled": replace(sd, unet=torch.compile(sd.unet))} if args.compile else {})
+        rows.append(row | {"peak GB": memory, "first call s": first})
+    players = {"drawn": sd} | (
+        {"drawn, compiled": replace(sd, unet=torch.compile(sd.unet, dynamic=False))} if args.compile else {}
+    )
     for name, player in players.items():
         for images in (1, args.images):
             rows += sampling(args, player, name, images)
@@ -123,7 +125,7 @@ def matmul_rate(args) -> float:
 
 
 def ours(args, sd, policy, optimizer, step) -> None:
-    """As train.py: stored latents, one forward pass a player, nothing read back."""
+    """The loss step as in train.py: from latents, one forward pass a player, nothing read back."""
     with torch.no_grad(), torch.autocast(args.device.split(":")[0], args.dtype, args.dtype != torch.float32):
         context = sd.encode_prompts([PROMPT] * args.pairs)
     loss, _ = step(
@@ -137,7 +139,10 @@ def ours(args, sd, policy, optimizer, step) -> None:
 
 
 def public_recipe(args, sd, policy, optimizer) -> None:
-    """One pair a micro-batch, from pixels and prompts, an image a forward pass, the loss read back each time."""
+    """One pair a micro-batch, from pixels and prompts, an image a forward pass, the loss read back each time.
+
+    Diffusion-DPO's own code puts a pair's two images into one forward pass; the rest is as here.
+    """
     alphas_cumprod = sd.scheduler.alphas_cumprod.to(args.device)
     for _ in range(args.pairs):
         with torch.autocast(args.device.split(":")[0], args.dtype, args.dtype != torch.float32):
@@ -165,12 +170,14 @@ def fused(step):
 
 
 def timed(args, sd, line) -> tuple[float, float, float | None]:
-    """Seconds of the first step, median seconds of later ones, peak memory in GB."""
+    """Seconds of the first step, median seconds of later ones, peak memory of a GPU in GB."""
     policy = copy.deepcopy(sd.unet).requires_grad_(True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
-    forget_peak(args)
+    cuda = args.device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     seconds = [clock(args, lambda: line(args, sd, policy, optimizer)) for _ in range(2 + args.repeats)]
-    return seconds[0], statistics.median(seconds[2:]), peak(args)
+    return seconds[0], statistics.median(seconds[2:]), torch.cuda.max_memory_allocated() / 1e9 if cuda else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +199,7 @@ def sampling(args, sd, name: str, images: int) -> list[dict]:
     decoding = statistics.median([clock(args, lambda: decode(sd, drawn[0])) for _ in range(3)])
     what = f"{name}, {args.steps} guided steps, batch {images}"
     return [
-        {"what": what, "images/s": images / seconds, "first step s": first},
+        {"what": what, "images/s": images / seconds, "first call s": first},
         {"what": f"{what}, decoded", "images/s": images / (seconds + decoding)},
     ]
 
@@ -209,29 +216,13 @@ def clock(args, work) -> float:
     return time.perf_counter() - began
 
 
-def forget_peak(args) -> None:
-    if args.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory begins anew
-
-
-def peak(args) -> float | None:
-    if args.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
-    if not Path("/proc/self/status").exists():
-        return None
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024 / 1e9
-
-
 def hardware(args) -> str:
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     return f"{name}, torch {torch.__version__}"
 
 
 def table(rows: list[dict]) -> str:
-    columns = ["what", "pairs/s", "images/s", "TFLOP/s", "of matmul", "peak GB", "first step s"]
+    columns = ["what", "pairs/s", "images/s", "TFLOP/s", "of matmul", "peak GB", "first call s"]
     lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     for row in rows:
         cells = [row.get(column) for column in columns]

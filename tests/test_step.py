@@ -77,14 +77,30 @@ def test_at_theta_k_it_is_log_2_and_both_deltas_are_0(opponent, pairs, dtype):
     assert not metrics["delta_data"].any() and not metrics["delta_gen"].any()
 
 
-def test_no_gradient_reaches_the_opponent_and_no_input_is_changed(policy, opponent, pairs):
+@pytest.mark.parametrize("step", [spin_step, spin_trajectory_step])
+def test_no_gradient_reaches_the_opponent_and_no_input_is_changed(step, policy, opponent, pairs, on_path):
+    given = (pairs if step is spin_step else on_path) | {"beta": torch.tensor(10.0)}
     opponent = copy.deepcopy(opponent).requires_grad_(True)
-    before = {name: value.clone() for name, value in pairs.items()}
-    loss, _ = spin_step(policy, opponent, **pairs)
+    before = {name: value.clone() for name, value in given.items()}
+    loss, _ = step(policy, opponent, **given)
     loss.backward()
     assert all(parameter.grad is None for parameter in opponent.parameters())
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in policy.parameters())
-    assert all(torch.equal(before[name], pairs[name]) for name in pairs)
+    assert all(torch.equal(before[name], given[name]) for name in given)
+
+
+def test_all_steps_compute_in_the_precision_they_are_told(policy, opponent, pairs, on_path):
+    shared = {name: pairs[name] for name in ("x0_data", "eps", "t", "context", "alphas_cumprod")}
+    low = {"beta": torch.tensor(1.0)}
+    with torch.no_grad():
+        for step in (
+            lambda dtype: spin_step(policy, opponent, **pairs | low, autocast=dtype),
+            lambda dtype: spin_trajectory_step(policy, opponent, **on_path | low, autocast=dtype),
+            lambda dtype: sft_step(policy, **shared, autocast=dtype),
+        ):
+            full, half = step(torch.float32)[0], step(torch.bfloat16)[0]
+            assert full.dtype == half.dtype == torch.float32
+            assert 0 < (half - full).abs() < 0.1 * full
 
 
 def gradient(policy, opponent, batches: list[dict]) -> torch.Tensor:
@@ -234,6 +250,34 @@ def test_the_whole_step_is_one_graph_that_no_value_changes(world):
         opponent, policy = policy.requires_grad_(False), copy.deepcopy(policy).requires_grad_(True)
         policy.zero_grad()
     assert counting.graphs == 1
+
+
+@pytest.mark.parametrize("kind", ["trajectory", "sft", "independent noise, hinge, v, bfloat16"])
+def test_every_step_is_one_graph(kind, world):
+    unet, inputs = world
+    torch._dynamo.reset()
+    policy, players = copy.deepcopy(unet).requires_grad_(True), 2
+    step, given = spin_step, dict(inputs)
+    if kind == "trajectory":
+        step, given["x_t_gen"] = spin_trajectory_step, given.pop("x0_gen")
+    elif kind == "sft":
+        step, players = sft_step, 1
+        given = {name: inputs[name] for name in ("x0_data", "eps", "t", "context", "alphas_cumprod")}
+    else:
+        given |= {"eps_gen": inputs["x0_gen"], "link": "hinge", "prediction_type": "v_prediction"}
+        given |= {"autocast": torch.bfloat16, "beta": torch.tensor(1.0)}
+    counting = Counting()
+    loss, _ = torch.compile(step, backend=counting, fullgraph=True)(*(policy, unet)[:players], **given)
+    expected, _ = step(*(policy, unet)[:players], **given)
+    torch.testing.assert_close(loss, expected, atol=1e-3, rtol=1e-3)
+    assert counting.graphs == 1
+
+
+def test_how_train_compiles(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, **settings: (step, settings))
+    step, settings = compiled(spin_step)
+    assert step is spin_step and settings.pop("options") == {"emulate_precision_casts": True}
+    assert settings == {"fullgraph": True, "dynamic": False}  # no mode: CUDA graphs and accumulation do not go together
 
 
 class Small(torch.nn.Module):

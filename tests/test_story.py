@@ -115,6 +115,12 @@ def test_the_grid_shows_every_model_and_the_ideal_picture_last(story):
     assert drawn.text["parameters"].splitlines()[0] == scene.caption
 
 
+def test_the_link_is_self_plays_alone(tmp_path):
+    flags = "--steps 1 --iterations 1 --link hinge --score none --grid-prompts 0 --device cpu --out".split()
+    first_loss = {line["model"]: line["first_loss"] for line in train.main([*flags, str(tmp_path / "run")])["models"]}
+    assert first_loss["spin-1"] == 1 and first_loss["dpo"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_baselines_see_the_same_batches(story, base):
     """Real latents, noise and timesteps of a step are those of self-play; only the other image of the pair differs."""
     out, _ = story

@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -150,7 +151,7 @@ def test_independent_noise_and_places_on_the_path(sd, pictures, tmp_path):
     images = data.CaptionedImages(pictures, 64)
     real, generated = data.LatentShards(tmp_path / "cache", range(12)), data.LatentShards(tmp_path / "gen", [2, 7, 9])
     path = torch.arange(9.0).reshape(3, 3, 1, 1, 1).expand(3, 3, 4, 8, 8)  # entry 3 row + step
-    generated.write(0, {"x0": torch.zeros(3, 4, 8, 8), "path": path})
+    generated.write(0, {"x0": torch.zeros(3, 4, 8, 8), "path": path})  # of a run, one or the other
     found = {}
     for more in (["--noise", "independent"], ["--loss", "spin-trajectory"]):
         args = train.parse(flags(Path("unused"), pictures, tmp_path, *more, "--flip", "0"))
@@ -160,7 +161,7 @@ def test_independent_noise_and_places_on_the_path(sd, pictures, tmp_path):
         drawn = data.draw(11, 3, 5, 6 + i, (4, 8, 8), 1000)
         pairs = found["independent"]
         assert torch.equal(pairs["eps"][i], drawn["eps"]) and torch.equal(pairs["eps_gen"][i], drawn["eps_gen"])
-        assert not torch.equal(drawn["eps"], drawn["eps_gen"])
+        assert abs(np.corrcoef(drawn["eps"].ravel(), drawn["eps_gen"].ravel())[0, 1]) < 0.3
         pairs, place = found["spin-trajectory"], data.draw(11, 3, 5, 6 + i, (4, 8, 8), 3)["t"].item()
         assert pairs["t"][i] == sd.scheduler.timesteps(3)[place]
         assert torch.equal(pairs["x_t_gen"][i], path[[2, 0][i], place])
@@ -362,6 +363,10 @@ def test_another_flag_or_another_process_is_refused(finished, tiny_folder, pictu
         train.main(flags(tiny_folder, pictures, finished))
 
 
+def test_what_is_computed_may_not_change():
+    assert not {"loss", "link", "noise", "beta", "lr", "seed", "guidance", "sampler"} & {*train.MAY_CHANGE}
+
+
 def test_flags_that_only_change_rounding_may_change(finished, tiny_folder, pictures):
     train.main(flags(tiny_folder, pictures, finished, "--micro-batch", "1", "--checkpoint-activations"))
     assert json.loads((finished / "config.json").read_text())["micro_batch"] == 1
@@ -402,7 +407,7 @@ def test_other_pictures_are_refused(finished, tiny_folder, pictures, tmp_path):
         ["--sampler", "ddpm", "--flip", "0", "--link", "hinge"],
         ["--generated", "images", "--dtype", "bfloat16", "--guidance", "1"],
         ["--noise", "independent", "--link", "correlation"],
-        ["--loss", "spin-trajectory", "--sampler", "ddpm"],
+        ["--loss", "spin-trajectory", "--guidance", "1"],
         ["--checkpoint-activations", "--num-prompts", "3", "--grid-prompts", "0", "--clip", "0"],
     ],
     ids=lambda more: more[0],
