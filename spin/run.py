@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 
 class InputError(ValueError):
@@ -38,8 +39,8 @@ def whole(path: Path) -> Iterator[Path]:
         sync(part)
         os.replace(part, path)
         sync(path.parent)  # so that the rename outlives a power cut
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', '') or error})") from error
     finally:
         remove(part)
 
@@ -90,11 +91,11 @@ def script(name: str, main: Callable[[], object]) -> int:
         main()
         return 0
     except KeyboardInterrupt:
-        sys.stderr.write(f"\n{name}: stopped; what is finished is kept\n")  # a progress bar's line comes before it
-        return 130
+        status, message = 130, f"\n{name}: stopped; what is finished is kept"
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        sys.stderr.write(f"{name}: error: {str(error).splitlines()[0]}\n")
-        return 2
+        status, message = 2, f"{name}: error: {str(error).splitlines()[0]}"
+    sys.stderr.write(f"{message}\n")  # after the exception has gone, and with it the progress bars of its frames
+    return status
 
 
 def number(kind: type, low: float, high: float = math.inf):
@@ -203,7 +204,10 @@ class Run:
     def save_state(self, model: str, state: dict) -> None:
         """What resuming a model's training needs, tensors and numbers, in the place of what was saved before."""
         with whole(self.place(model) / "state" / "state.pt") as part:
-            torch.save(state, part)
+            try:
+                torch.save(state, part)
+            except RuntimeError as error:  # so torch calls it when the disk is full
+                raise OSError(str(error)) from None
 
     def load_state(self, model: str) -> dict:
         """What `save_state` last wrote for a model, on the CPU; {} if nothing. InputError if it is damaged."""
