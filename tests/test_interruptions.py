@@ -27,7 +27,10 @@ WEIGHTS = "checkpoint/unet/diffusion_pytorch_model.safetensors"
 def start(out: Path) -> subprocess.Popen:
     command = [sys.executable, "train.py", *STORY.split(), str(out)]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=one_thread, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    # what a shell starts in the background ignores Ctrl-C, and so would its children
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(command, cwd=ROOT, env=one_thread, preexec_fn=listen, **pipes)
 
 
 def outcome(out: Path) -> dict:
