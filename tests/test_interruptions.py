@@ -24,10 +24,10 @@ MODELS = ("iter1", "iter2", "sft", "dpo")
 WEIGHTS = "checkpoint/unet/diffusion_pytorch_model.safetensors"
 
 
-def start(out: Path) -> subprocess.Popen:
+def start(out: Path, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
     command = [sys.executable, "train.py", *STORY.split(), str(out)]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": stderr}
     # what a shell starts in the background ignores Ctrl-C, and so would its children
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     return subprocess.Popen(command, cwd=ROOT, env=one_thread, preexec_fn=listen, **pipes)
@@ -70,7 +70,7 @@ def test_ten_kills_change_nothing(tmp_path):
 
 
 def test_ctrl_c_leaves_a_state_to_resume_from_and_says_so(tmp_path):
-    process = start(tmp_path / "run")
+    process = start(tmp_path / "run", subprocess.PIPE)
     while not (tmp_path / "run/iter1/state/state.pt").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
