@@ -1,8 +1,8 @@
 """The single-file layout in which Stable Diffusion was first published: its names, and what its files leave unsaid.
 
 One file holds model.diffusion_model.* (UNet), first_stage_model.* (VAE) and cond_stage_model.* (text tower), and no
-config: `SD_1` and `SD_2` are those. `names` is the whole translation, a bijection made from a network's own
-names. A training checkpoint's other keys, its averaged weights (model_ema.*) among them, are not read.
+config: `SD_1` and `SD_2` are what it would say. `names` is the whole translation of UNet and VAE, a bijection made from
+a network's own names. A training checkpoint's other keys, its averaged weights (model_ema.*) among them, are not read.
 """
 
 import re
@@ -10,10 +10,8 @@ import re
 from torch import Tensor
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-TEXT_1, TEXT_2 = (
-    "cond_stage_model.transformer.text_model.",
-    "cond_stage_model.model.",
-)  # transformers', open_clip's names
+TEXT_1 = "cond_stage_model.transformer.text_model."  # of SD-1.x, then transformers' names
+TEXT_2 = "cond_stage_model.model."  # of SD-2.x, then open_clip's
 
 # fmt: off
 UNET_1 = dict(

@@ -51,6 +51,7 @@ BUILT_IN = {
     ),
 }  # fmt: skip
 
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")  # the folders of a checkpoint
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 # The published SD-1.5 VAE has the attention names of an older diffusers.
@@ -106,9 +107,6 @@ def load_unet(source: str | Path, dtype: torch.dtype = torch.float32, device: st
     folder = folder if (folder / "config.json").exists() else folder / "unet"
     unet = build(UNet, read_config(folder / "config.json", "unet"), folder)
     return fill(unet, read_tensors(folder, "diffusion_pytorch_model"), folder, dtype, device)
-
-
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
