@@ -7,6 +7,8 @@ For k = 1..K: generate an image from theta_{k-1} for every prompt that the itera
 from theta_{k-1}, to tell the real images from those, with the SPIN loss (C.6); promote it to be the next opponent.
 The baselines, SFT and Diffusion-DPO, start from theta_0 and see the same real images in the same batches.
 The same command, given again after an interruption, goes on where it stopped; a finished stage is not repeated.
+
+    torchrun --nproc_per_node N train.py ...            the same on N GPUs of one machine
 """
 
 import argparse
@@ -14,18 +16,22 @@ import copy
 import math
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from tqdm import tqdm
 
-from spin import data, report, run, sampler, toy, viz, weights
+from spin import cost, data, pairs, ranks, report, run, toy, weights
 from spin.loss import LINKS
 from spin.run import InputError
-from spin.step import compiled, sft_step, spin_step, spin_trajectory_step
+from spin.sampler import SAMPLERS
+from spin.step import PolicyStep, as_autocast_would, compiled, sft_step, spin_step, spin_trajectory_step
 
 # Of the miniature world, whose captions say left and right, so that nothing is mirrored; and the paper's (appendix A),
 # taken literally: iteration 1's 50 steps end inside the 200 of warm-up. Lists have one value an iteration.
@@ -44,6 +50,7 @@ SETTINGS = {
     "clip": (1.0, 1.0),
     "resolution": (toy.SIDE, 512),
     "flip": (0.0, 0.5),
+    "prompt_dropout": (0.0, 0.0),
     "guidance": (3.0, 7.5),
     "sampler": ("ddim", "ddim"),
     "sampler_steps": (20, 50),
@@ -52,22 +59,23 @@ SETTINGS = {
     "seed": (0, 5775709),
 }
 TOY, PAPER = ({name: both[i] for name, both in SETTINGS.items()} for i in (0, 1))
-# The paper does not say these. Clipping and mirroring are as in Diffusion-DPO's public code, 50 sampling steps as in
-# the authors' demonstration.
-ASSUMED = ("clip", "flip", "sampler", "sampler_steps", "micro_batch", "generation_batch", "grid_prompts")
+# The paper does not say these. Clipping and mirroring are as in Diffusion-DPO's public code, which also drops a fifth of
+# the prompts; 50 sampling steps as in the authors' demonstration.
+ASSUMED = ("clip", "flip", "prompt_dropout", "sampler", "sampler_steps", "generation_batch", "grid_prompts")
 # Found on the validation prompts by tutorial/tuning.py, with as many trials for each method.
 TUNED = {"spin": ("lr", "beta"), "sft": ("sft_lr",), "dpo": ("dpo_lr", "dpo_beta")}  # a method's
 TUNED |= {"all": sum(TUNED.values(), ()), "spin-trajectory": TUNED["spin"]}
 PRESETS = {"toy": TOY, "paper": PAPER}
 
-ENCODE_BATCH = 4  # images a forward pass of the VAE's encoder
-GRID_SEED = 0  # of the first picture of every model in samples/
-SCORE_SEED = 1_000_000  # of the first of the pictures that are scored: the same noise for every model
 # Flags that a run may be continued with other values of: of the first three there are hashes, the others change where
 # and how a step is computed, which can change rounding, but not what is computed.
-MAY_CHANGE = ("model", "unet", "data", "out", "save_every", "device", "compile", "micro_batch", "generation_batch")
-MAY_CHANGE += ("checkpoint_activations",)
-
+MAY_CHANGE = ("model", "unet", "data", "out", "save_every", "sample_every", "skip_bad", "dry_run", "device", "compile")
+MAY_CHANGE += ("opponent_dtype", "micro_batch", "generation_batch", "checkpoint_activations")
+WATCHED = 50  # steps over which the known failure is looked for
+FORGETTING = (
+    "{model}, step {step}: for {steps} steps the errors on real and on generated images have both been up: the policy "
+    "forgets how to denoise, however good the loss looks. See 'Reading the picture' in tutorial/00_the_map.md"
+)
 
 SOURCES = """toy: chosen so that the story takes minutes on a CPU; tuned: by tutorial/tuning.py on validation prompts;
 paper: from its appendix A; assumed: the paper does not say, see ASSUMED in train.py."""
@@ -111,21 +119,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sft-lr", "SFT's learning rate; it takes the steps of all iterations", type=from_0)
     add("--dpo-lr", "Diffusion-DPO's learning rate; it takes the steps of all iterations", type=from_0)
     add("--dpo-beta", "Diffusion-DPO's beta", type=from_0)
-    add("--batch-size", "pairs an optimiser step", type=whole)
-    add("--micro-batch", "pairs a forward pass; the gradients of a batch are accumulated", type=whole)
+    add("--batch-size", "pairs an optimiser step, over all GPUs", type=whole)
+    add("--micro-batch", "pairs a forward pass on one GPU; the gradients of a batch are accumulated", type=whole)
     add("--warmup", "steps in which the learning rate rises; then it falls linearly to 0", type=run.number(int, 0))
     add("--weight-decay", "AdamW's: share of a weight lost a step, times the learning rate", type=from_0)
     add("--clip", "norm that longer gradients are cut to; 0: never", type=from_0)
     add("--resolution", "pixels a side", type=whole)
     add("--flip", "probability of mirroring a real image; 0: never, if captions say left and right", type=share)
+    add("--prompt-dropout", "probability of training a pair with the empty prompt; 0: never", type=share)
     add("--guidance", "guidance scale of the generated images; 1: none", type=from_0)
-    add("--sampler", "how the opponent draws", choices=["ddim", "ddpm"])
-    add("--sampler-steps", "network evaluations a generated image", type=whole)
+    add("--sampler", "how the opponent draws; dpm++: DPM-Solver++(2M), for which 20 steps do", choices=SAMPLERS)
+    add("--sampler-steps", "network evaluations a generated image; 20 with --sampler dpm++", type=whole)
     add("--num-prompts", "use only the first N rows of the data (default: all)", type=whole)
+    add("--skip-bad", "leave out rows of the data that cannot be used, instead of stopping", action="store_true")
     generated = {"choices": ["latents", "images"], "default": "latents"}
     add("--generated", "keep latents as drawn, or decode, round to 8 bits and encode them", **generated)
     add("--generation-batch", "images drawn at once", type=whole)
     add("--grid-prompts", "prompts that every model draws for samples/; 0: none", type=run.number(int, 0))
+    sampled = "steps between drawing them in training, too; 0: only when a model is done"
+    add("--sample-every", sampled, type=run.number(int, 0), default=0)
     splits = {"choices": ["test", "validation", "none"], "default": "test"}
     add("--score", "the miniature world's prompts that models are scored on at the end", **splits)
     add("--score-images", "pictures a prompt and model for the scores", type=whole, default=2)
@@ -133,10 +145,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", "cpu, cuda, cuda:1, ...", default="cuda" if torch.cuda.is_available() else "cpu")
     dtype = "what networks compute in; weights stay float32 (default: bfloat16 on CUDA, else float32)"
     add("--dtype", dtype, choices=["float32", "bfloat16"])
+    opponents = "what the opponent's weights are kept in while training; same answers, to the bit (default: --dtype)"
+    add("--opponent-dtype", opponents, choices=["float32", "bfloat16"])
     compiled = "compile the loss step: minutes at the start, faster steps on a GPU (default: on CUDA)"
     add("--compile", compiled, action=argparse.BooleanOptionalAction)
     add("--save-every", "steps between states to resume from; 0: at the end only", type=run.number(int, 0), default=50)
     add("--checkpoint-activations", "store fewer activations: less memory, 1/4 more work", action="store_true")
+    add("--dry-run", "say what is to do and how long it will take, measured, and stop", action="store_true")
 
     given = vars(parser.parse_args(argv))
     given["preset"] = given["preset"] or ("paper" if given["model"] else "toy")
@@ -157,6 +172,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
     if args.loss in ("sft", "dpo") and args.link != "logistic" or args.loss == "sft" and args.noise != "shared":
         parser.error(f"--link and --noise: not for --loss {args.loss}, which has no choice there")
+    if "sampler_steps" not in given and args.sampler == "dpm++":
+        args.sampler_steps = 20
+    if args.batch_size % ranks.WORLD:
+        parser.error(f"--batch-size {args.batch_size}: no multiple of the {ranks.WORLD} processes")
     for name in ("steps", "lr", "beta"):  # one value each iteration
         values = getattr(args, name)
         if len(given.get(name, ())) > args.iterations:
@@ -167,6 +186,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.model = args.model or str(toy.BASE)
     cuda = args.device.startswith("cuda")
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    args.opponent_dtype = args.opponent_dtype or args.dtype
+    if args.opponent_dtype == "bfloat16" != args.dtype:
+        parser.error("--opponent-dtype bfloat16: only with --dtype bfloat16")
     args.compile = cuda if args.compile is None else args.compile
     return args
 
@@ -194,23 +216,29 @@ class Stage:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Returns {"out": run folder, "models": a summary of each model's log, "results": results.json or None}."""
+    """Returns {"out": run folder, "models": a summary of each model's log, "results": results.json or None}.
+
+    With --dry-run {"out", "seconds": the estimate}. Of several ranks only the first has them.
+    """
     args = parse(argv)
-    this_run = run.Run(args.out)
-    with this_run.lock():
+    run.usable(args.device)
+    this_run, rank_0 = run.Run(args.out), ranks.RANK == 0
+    with ranks.together(args.device) as args.device, this_run.lock() if rank_0 else nullcontext():
         # -------------------------------------------------------------------------------------------------------------
         # the model and the data
-        if args.world and not Path(args.data).exists():
+        if args.world and rank_0 and not Path(args.data).exists():
             with run.whole(Path(args.data)) as part:
                 toy.write_curated(part)
-        images = data.CaptionedImages(args.data, args.resolution, pairs=args.loss in ("all", "dpo"))
-        theta_0 = weights.load(args.model, device=run.usable(args.device), unet=args.unet)
-        for network in (theta_0.unet, theta_0.vae, theta_0.text_encoder):
+        ranks.wait()
+        images = data.CaptionedImages(args.data, args.resolution, args.loss in ("all", "dpo"), args.num_prompts)
+        opponent = weights.load(args.model, device=args.device, unet=args.unet)  # theta_0
+        for network in (opponent.unet, opponent.vae, opponent.text_encoder):
             network.requires_grad_(False)
-        if args.resolution % theta_0.vae.downscale:
-            raise InputError(f"--resolution {args.resolution}: must be a multiple of {theta_0.vae.downscale}")
+        parts = replace(opponent, unet=None)  # what all players share
+        if args.resolution % parts.vae.downscale:
+            raise InputError(f"--resolution {args.resolution}: must be a multiple of {parts.vae.downscale}")
         try:
-            theta_0.scheduler.timesteps(args.sampler_steps)
+            parts.scheduler.timesteps(args.sampler_steps)
         except ValueError as error:
             raise InputError(f"--sampler-steps: {error}") from None
         hashes = {
@@ -218,48 +246,72 @@ def main(argv: list[str] | None = None) -> dict:
             "unet_hash": weights.checkpoint_hash(weights.locate(args.unet, ("unet",))) if args.unet else None,
             "data_hash": images.hash(),
         }
+        transform = f"{args.resolution}px{'-mirrored' if args.flip else ''}"
+        cache = this_run.folder / "cache" / f"{hashes['model_hash']}-{hashes['data_hash']}-{transform}"
+        leave_out_bad_rows(args, images, cache)
         free = {*MAY_CHANGE, *TUNED["all"]} - {*TUNED[args.loss]}  # what another method uses changes nothing
         fixed = hashes | {name: value for name, value in vars(args).items() if name not in free}
-        this_run.settle(vars(args) | hashes | run.provenance(), same=fixed)
+        if rank_0 and not args.dry_run:
+            this_run.settle(vars(args) | hashes | run.provenance(), same=fixed)
+
+        def player(model: str):
+            """theta_0, or one of the run's models."""
+            source = (args.unet or args.model) if model == "base" else this_run.checkpoint(model)
+            return replace(parts, unet=weights.load_unet(source, device=args.device).requires_grad_(False))
+
+        def draw(model: str, sd) -> None:
+            if rank_0:
+                report.draw_samples(args, this_run, player, images, (model, sd))
+
+        # -------------------------------------------------------------------------------------------------------------
+        # what is to do, and what it costs
+        done = this_run.promoted()
+        if done:
+            opponent = player(f"spin-{done}")
+        iterations = range(done + 1, args.iterations + 1) if args.loss not in ("sft", "dpo") else []
+        self_play = [Stage.of(f"spin-{k}", args) for k in iterations]
+        baselines = [model for model in ("sft", "dpo") if args.loss in ("all", model)]
+        baselines = [Stage.of(model, args) for model in baselines if not this_run.checkpoint(model).exists()]
+        real = data.LatentShards(cache, range(len(images)))
+        seconds = 0.0
+        copied = lambda args, sd, stage: players(args, replace(sd, unet=copy.deepcopy(sd.unet)), stage)  # noqa: E731
+        for line, more in cost.estimate(args, this_run, opponent, images, real, self_play + baselines, copied):
+            say(f"{line}")
+            seconds += more
+        say(f"in all, about {run.duration(seconds)}")
+        if args.dry_run:
+            return {"out": args.out, "seconds": seconds}
 
         # -------------------------------------------------------------------------------------------------------------
         # real images -> latents, once
-        print(f"{len(images)} images; {args.iterations} iterations; steps {args.steps} of {args.batch_size} pairs")
-        count = min(len(images), args.num_prompts or len(images))
-        real = data.LatentShards(this_run.folder / "cache", range(count))
-        encode_images(args, theta_0, images, real)
-        draw_samples(args, this_run, theta_0, images.captions)
+        pairs.encode(args, parts, images, real)
+        draw("base", player("base") if done else opponent)
 
         # -------------------------------------------------------------------------------------------------------------
         # Algorithm 1: the player theta_k against its own past, theta_{k-1}
-        done = this_run.promoted()
-        opponent = player(this_run, theta_0, f"spin-{done}" if done else "base")
-        iterations = range(done + 1, args.iterations + 1) if args.loss not in ("sft", "dpo") else []
-        for k in iterations:
+        for stage in self_play:
             # generate: x'_0 ~ p_theta_{k-1}(. | c) for the prompts that this iteration will draw
-            stage = Stage.of(f"spin-{k}", args)
-            drawn = {row for _, s in stage.batches for row in data.batch_rows(args.seed, k, s, args.batch_size, count)}
-            generated = data.LatentShards(this_run.place(stage.model) / "generated", sorted(drawn))
-            generate(args, opponent, images.captions, generated, k)
+            generated = pairs.shards_of(args, this_run, stage, images)
+            pairs.generate(args, opponent, images, generated, stage.batches[0][0])
 
             # train: theta_k, started from theta_{k-1}, which stays as it is; then promote: it is the next opponent
-            opponent = train(args, this_run, opponent, stage, images.captions, real, generated)
-            draw_samples(args, this_run, theta_0, images.captions)
+            opponent = train(args, this_run, opponent, stage, images, real, generated, draw)
+            draw(stage.model, opponent)
 
         # -------------------------------------------------------------------------------------------------------------
         # the baselines, from theta_0
-        for model in ("sft", "dpo"):
-            if args.loss in ("all", model) and not this_run.checkpoint(model).exists():
-                train(args, this_run, theta_0, Stage.of(model, args), images.captions, real, None)
-                draw_samples(args, this_run, theta_0, images.captions)
+        for stage in baselines:
+            draw(stage.model, train(args, this_run, player("base"), stage, images, real, None, draw))
 
         # -------------------------------------------------------------------------------------------------------------
         # what came of it
-        draw_curves(this_run)
+        if not rank_0:
+            return {"out": args.out}
+        report.draw_curves(this_run)
         summary = this_run.summary()
         for line in summary:
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
-        results = judge(args, this_run, theta_0) if args.world and args.score != "none" else None
+        results = report.judge(args, this_run, player) if args.world and args.score != "none" else None
         if results:
             print("\n" + report.markdown(results, brief=True))
     files = ["samples/grid.png", "curves.png", "results.md", "results.png"]
@@ -268,113 +320,105 @@ def main(argv: list[str] | None = None) -> dict:
     return {"out": args.out, "models": summary, "results": results}
 
 
-def player(this_run: run.Run, theta_0, model: str):
-    """theta_0, with the UNet of one of the run's models in its place unless that is "base"."""
-    if model == "base":
-        return theta_0
-    unet = weights.load_unet(this_run.checkpoint(model), device=theta_0.unet.conv_in.weight.device)
-    return replace(theta_0, unet=unet.requires_grad_(False))
+def say(line: str) -> None:
+    """On a line of its own, above any progress bar, once for all ranks."""
+    if ranks.RANK == 0:
+        ranks.bar.write(line)
 
 
-def models_of(args, this_run: run.Run) -> list[str]:
-    """Those whose checkpoints are there; the baselines come first."""
-    names = ["sft", "dpo", *(f"spin-{k}" for k in range(1, args.iterations + 1))]
-    return ["base", *(name for name in names if this_run.checkpoint(name).exists())]
+def leave_out_bad_rows(args, images: data.CaptionedImages, cache: Path) -> None:
+    """Looks at every row of the data, once; those that cannot be used are listed in cache/bad_rows.txt.
 
-
-@torch.no_grad()
-def encode_images(args, sd, images: data.CaptionedImages, real: data.LatentShards) -> None:
-    """Stores mean and log-variance of every image's latent, and of its mirror image's if that may be drawn."""
-    todo = real.missing()
-    kinds = {"": images.image} | ({"rejected_": images.rejected_image} if images.pairs else {})
-    with tqdm(total=sum(len(rows) for _, rows in todo), desc="encoding real images", disable=not todo) as bar:
-        for shard, rows in todo:
-            parts = []
-            for at in range(0, len(rows), ENCODE_BATCH):
-                encoded = {}
-                for kind, image in kinds.items():
-                    batch = torch.stack([image(row) for row in rows[at : at + ENCODE_BATCH]]).to(args.device)
-                    encoded |= dict(zip((f"{kind}mean", f"{kind}logvar"), sd.vae.encode(batch)))
-                    if args.flip:
-                        names = (f"{kind}mean_flipped", f"{kind}logvar_flipped")
-                        encoded |= dict(zip(names, sd.vae.encode(batch.flip(3))))
-                parts.append(encoded)
-                bar.update(len(batch))
-            real.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-
-
-def generate(args, sd, captions: list[str], generated: data.LatentShards, k: int) -> None:
-    """Draws and stores theta_{k-1}'s latent for every row of `generated`; its noise depends on seed, k, row alone.
-
-    For (C.5) it stores the path, [sampler steps,4,h,w] a row, instead of its end: 1.6 MB a row at 512 px and 50 steps.
+    With --skip-bad the others are `images` from now on. Without, InputError if there is one.
     """
-    todo = generated.missing()
-    with tqdm(total=sum(len(rows) for _, rows in todo), desc=f"iteration {k}: generating", disable=not todo) as bar:
-        for shard, rows in todo:
-            parts = []
-            for at in range(0, len(rows), args.generation_batch):
-                batch = rows[at : at + args.generation_batch]
-                generators = [data.generator(args.seed, k, row) for row in batch]
-                path: list[torch.Tensor] | None = [] if args.loss == "spin-trajectory" else None
-                x0 = draw_latents(args, sd, [captions[row] for row in batch], generators, path)
-                x0 = through_pixels(sd, x0, generators) if args.generated == "images" else x0
-                parts.append({"path": torch.stack(path, dim=1).half().cpu()} if path else {"x0": x0})
-                bar.update(len(batch))
-            generated.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    usable, listed = cache / "usable_rows.npy", cache / "bad_rows.txt"
+    if ranks.RANK == 0 and not usable.exists():
+        keep = np.ones(len(images), dtype=bool)
+        with ranks.bar(total=len(images), desc="looking at the data") as bar, run.whole(listed) as part:
+            with open(part, "w", encoding="utf-8") as file:
+                for row, problem in images.inspect(bar):
+                    file.write(problem.replace("\n", " ") + "\n")
+                    keep[row] = False
+        if keep.all() or args.skip_bad:
+            with run.whole(usable) as part, open(part, "wb") as file:
+                np.save(file, keep.nonzero()[0])
+    ranks.wait()
+    with open(listed, encoding="utf-8") as file:
+        first = list(islice(file, 5))
+        bad = len(first) + sum(1 for _ in file)
+    if bad:
+        found = f"{bad} of {len(images)} rows cannot be used; {listed} names them all"
+        say("\n".join([f"{found}, of which the first are", *(f"  {line.strip()}" for line in first)]))
+        if not args.skip_bad or bad == len(images):
+            raise InputError(f"{found}. Mend them, or go on without them: --skip-bad")
+        images.keep(np.load(usable))
 
 
-def train(args, this_run: run.Run, sd, stage: Stage, captions: list[str], real, generated):
-    """Trains a copy of sd.unet, with sd.unet as its opponent, a line of the log each step; returns sd with the copy.
+def players(args, sd, stage: Stage) -> PolicyStep:
+    """A policy, the copy of sd.unet that is trained, in the step of its loss, with sd.unet as its opponent.
 
-    Begins after the last saved state, if there is one. generated: the opponent's latents, for self-play.
+    Which is kept in --opponent-dtype from then on.
     """
-    steps, dtype = len(stage.batches), getattr(torch, args.dtype)
     policy = copy.deepcopy(sd.unet).requires_grad_(True)
     policy.checkpoint_activations = args.checkpoint_activations
-    alphas_cumprod = sd.scheduler.alphas_cumprod.to(args.device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=args.weight_decay, fused=True)
     loss_step = {"sft": sft_step, "spin-trajectory": spin_trajectory_step}.get(stage.loss, spin_step)
-    players, game = (policy,), {}
+    given = {
+        "alphas_cumprod": sd.scheduler.alphas_cumprod.to(args.device),
+        "prediction_type": sd.scheduler.prediction_type,
+        "autocast": getattr(torch, args.dtype),
+    }
     if stage.loss != "sft":
-        players = (policy, sd.unet)
-        game = {"beta": torch.tensor(stage.beta, device=args.device), "link": args.link}
-    if stage.loss == "dpo":
-        game["link"] = "logistic"
-    if args.compile:
-        loss_step = compiled(loss_step)
+        given["opponent"] = as_autocast_would(sd.unet, getattr(torch, args.opponent_dtype))
+        given["beta"] = torch.tensor(stage.beta, device=args.device)
+        given["link"] = "logistic" if stage.loss == "dpo" else args.link
+    return PolicyStep(policy, partial(compiled(loss_step) if args.compile else loss_step, **given))
+
+
+def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, draw: Callable):
+    """Trains a copy of sd.unet, with sd.unet as its opponent, a line of the log each step; returns sd with the copy.
+
+    Begins after the last saved state, if there is one. real, generated: latents of the images and, for self-play, of
+    the opponent's. draw(name, model): draws samples.
+    """
+    steps, rank_0 = len(stage.batches), ranks.RANK == 0
+    step_of_loss = players(args, sd, stage)
+    policy = step_of_loss.policy
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=args.weight_decay, fused=True)
 
     first, state = 1, this_run.load_state(stage.model)
     if "policy" in state:
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"] + 1
-    this_run.rewind_log(stage.model, first - 1)
+    del state
+    ranks.wait()
+    if rank_0:
+        this_run.rewind_log(stage.model, first - 1)
 
+    step_of_loss = ranks.parallel(step_of_loss)
+    share = args.batch_size // ranks.WORLD  # of a batch, this rank's
+    begin, end = ranks.RANK * share, (ranks.RANK + 1) * share
+    recent: deque[tuple[float, float]] = deque(maxlen=WATCHED)
     pairs_done, pairs_all = (first - 1) * args.batch_size, steps * args.batch_size
-    bar = tqdm(desc=f"training {stage.model}", unit="pair", initial=pairs_done, total=pairs_all)
+    bar = ranks.bar(desc=f"training {stage.model}", unit="pair", initial=pairs_done, total=pairs_all)
     for step, (k, s) in enumerate(stage.batches[first - 1 :], start=first):
         began = time.perf_counter()
-        rows = data.batch_rows(args.seed, k, s, args.batch_size, len(real.rows))
+        rows = data.batch_rows(args.seed, k, s, args.batch_size, len(images))
         means: dict[str, torch.Tensor] = {}
-        for at in range(0, args.batch_size, args.micro_batch):
-            micro = rows[at : at + args.micro_batch]
-            pairs = load_pairs(args, sd, stage, real, generated, micro, (k, s, at))
-            with torch.no_grad(), torch.autocast(policy.conv_in.weight.device.type, dtype, dtype != torch.float32):
-                context = sd.encode_prompts([captions[row] for row in micro])
-            loss, metrics = loss_step(
-                *players, **pairs, **game, context=context, alphas_cumprod=alphas_cumprod,
-                prediction_type=sd.scheduler.prediction_type, autocast=dtype,
-            )  # fmt: skip
-            share = len(micro) / args.batch_size
-            (share * loss).backward()
+        for at in range(begin, end, args.micro_batch):
+            micro = rows[at : min(at + args.micro_batch, end)]
+            batch = pairs.read(args, sd, stage.loss, images, real, generated, micro, (k, s, at))
+            with ranks.alone(step_of_loss, at + args.micro_batch < end):
+                loss, metrics = step_of_loss(**batch)
+                (len(micro) / share * loss).backward()
             for name, value in ({"loss": loss.detach()} | metrics).items():
-                means[name] = means.get(name, 0.0) + share * value.mean()
-            bar.update(len(micro))
+                means[name] = means.get(name, 0.0) + len(micro) / args.batch_size * value.mean()
+            bar.update(len(micro) * ranks.WORLD)
 
         lr = learning_rate(stage.lr, step, steps, args.warmup)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip or math.inf)
         line = {"model": stage.model, "iteration": k, "step": s}
-        line |= dict(zip(means, torch.stack(list(means.values())).tolist()))  # read back at once
+        line |= dict(zip(means, ranks.total(torch.stack(list(means.values()))).tolist()))  # read back at once
         line |= {"lr": lr, "grad_norm": grad_norm.item()}
         if not math.isfinite(line["loss"] + line["grad_norm"]):
             bar.close()
@@ -385,20 +429,36 @@ def train(args, this_run: run.Run, sd, stage: Stage, captions: list[str], real, 
         optimizer.step()
         optimizer.zero_grad()
 
-        this_run.log(line | {"seconds": time.perf_counter() - began})
         bar.set_postfix(step=step, loss=f"{line['loss']:.4f}")
-        if step == steps or (args.save_every and step % args.save_every == 0):
-            # no random state: every draw is a function of the step
-            state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
-            this_run.save_state(stage.model, state)
-            draw_curves(this_run)
+        recent.append((line.get("delta_data", 0.0), line.get("delta_gen", 0.0)))
+        if forgetting(recent):
+            say(FORGETTING.format(model=stage.model, step=step, steps=WATCHED))
+            recent = deque(maxlen=0)  # said once
+        if args.sample_every and step % args.sample_every == 0 and step < steps:
+            draw(f"{stage.model}-step-{step:05d}", replace(sd, unet=policy))
+        if rank_0:
+            this_run.log(line | {"seconds": time.perf_counter() - began})
+            if step == steps or (args.save_every and step % args.save_every == 0):
+                # no random state: every draw is a function of the step
+                state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
+                this_run.save_state(stage.model, state)
+                report.draw_curves(this_run)
     bar.close()
 
     sd = replace(sd, unet=policy.requires_grad_(False))
-    with run.whole(this_run.checkpoint(stage.model)) as part:
-        weights.save(sd, part)
-    this_run.save_state(stage.model, {"step": steps})  # its tensors are in the checkpoint now
+    if rank_0:
+        with run.whole(this_run.checkpoint(stage.model)) as part:
+            weights.save(sd, part)
+        this_run.save_state(stage.model, {"step": steps})  # its tensors are in the checkpoint now
     return sd
+
+
+def forgetting(recent: deque[tuple[float, float]]) -> bool:
+    """Whether both errors were up, on real images by more than half as much: the means of (delta_data, delta_gen)."""
+    if len(recent) < WATCHED:
+        return False
+    delta_data, delta_gen = np.mean(recent, axis=0)
+    return delta_data > delta_gen / 2 > 0
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
@@ -408,138 +468,5 @@ def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
     return peak * min(1.0, rise, fall)
 
 
-def load_pairs(args, sd, stage: Stage, real, generated, rows: list[int], when: tuple[int, int, int]) -> dict:
-    """What the step of the stage's loss takes of some rows of a batch, on the device: x0_data, eps, t, ...
-
-    real, generated: `data.LatentShards`. when: iteration, step, and the place in the batch of the first row.
-    """
-    (k, s, at), timesteps = when, torch.arange(sd.scheduler.num_train_timesteps)
-    if stage.loss == "spin-trajectory":
-        timesteps = sd.scheduler.timesteps(args.sampler_steps)
-    shape = real.read("mean", rows[:1]).shape[1:]
-    draws = [data.draw(args.seed, k, s, at + i, shape, len(timesteps)) for i in range(len(rows))]
-    random = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
-
-    def encoded(kind: str) -> torch.Tensor:
-        mean, logvar = real.read(f"{kind}mean", rows), real.read(f"{kind}logvar", rows)
-        if args.flip:
-            flipped = (random["flip"] < args.flip)[:, None, None, None]
-            mean = torch.where(flipped, real.read(f"{kind}mean_flipped", rows), mean)
-            logvar = torch.where(flipped, real.read(f"{kind}logvar_flipped", rows), logvar)
-        return (mean + (0.5 * logvar).exp() * random["posterior"]) * sd.vae.scaling_factor
-
-    pairs = {"x0_data": encoded(""), "eps": random["eps"], "t": timesteps[random["t"]]}
-    if stage.loss == "spin-trajectory":
-        pairs["x_t_gen"] = generated.read("path", rows, random["t"].tolist())
-    elif stage.loss != "sft":
-        pairs["x0_gen"] = generated.read("x0", rows) if stage.loss == "spin" else encoded("rejected_")
-        if args.noise == "independent":
-            pairs["eps_gen"] = random["eps_gen"]
-    return {name: tensor.to(args.device) for name, tensor in pairs.items()}
-
-
-def draw_latents(args, sd, prompts: list[str], generators: list[torch.Generator], path=None) -> torch.Tensor:
-    """Scaled latents [B,4,h,w], drawn with this run's settings; path: see `sampler.sample`'s trajectory."""
-    side, dtype = args.resolution, getattr(torch, args.dtype)
-    settings = {"height": side, "width": side, "sampler": args.sampler, "autocast": dtype, "trajectory": path}
-    try:
-        return sampler.sample(sd, prompts, args.sampler_steps, args.guidance, generators=generators, **settings)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-@torch.no_grad()
-def through_pixels(sd, x0: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-    """Scaled latents -> decoded, rounded to 8 bits, encoded: what becomes of an image that is kept as a file."""
-    pictures = (sampler.decode(sd, x0) * 255).round() / 255
-    encoded = []
-    for picture, generator in zip(pictures.split(1), generators):
-        mean, logvar = sd.vae.encode(picture * 2 - 1)
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        encoded.append((mean + (0.5 * logvar).exp() * noise) * sd.vae.scaling_factor)
-    return torch.cat(encoded)
-
-
-def draw_samples(args, this_run: run.Run, theta_0, captions: list[str]) -> None:
-    """samples/<model>/: what each model draws for a few prompts, at fixed seeds; samples/grid.png: a column a model.
-
-    The prompts are the data's first, or on the miniature world of those to be scored, with the ideal picture last.
-    """
-    scenes = toy.split()["test" if args.score == "none" else args.score][: args.grid_prompts] if args.world else []
-    prompts = [scene.caption for scene in scenes] or list(dict.fromkeys(captions))[: args.grid_prompts]
-    folder, columns = this_run.folder / "samples", {}
-    for model in models_of(args, this_run):
-        paths = [folder / model / f"{i}.png" for i in range(len(prompts))]
-        todo = [i for i, path in enumerate(paths) if not path.exists()]
-        sd = player(this_run, theta_0, model) if todo else None
-        settings = {"Steps": args.sampler_steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Model": model}
-        for i in tqdm(todo, f"samples of {model}", disable=not todo):
-            generator = torch.Generator("cpu").manual_seed(GRID_SEED + i)
-            picture = viz.to_pil(sampler.decode(sd, draw_latents(args, sd, [prompts[i]], [generator]))[0])
-            text = viz.parameters(prompts[i], "", picture.size, settings | {"Seed": GRID_SEED + i})
-            with run.whole(paths[i]) as part:
-                viz.save_png(picture, part, text)
-        columns[model] = [Image.open(path) for path in paths]
-    if scenes:
-        columns["ideal"] = [toy.to_pil(toy.ideal(scene)) for scene in scenes]
-    if prompts:
-        with run.whole(folder / "grid.png") as part:
-            cell = 4 * toy.SIDE if scenes else 192
-            viz.save_png(viz.grid(list(zip(*columns.values())), list(columns), prompts, cell), part)
-
-
-def draw_curves(this_run: run.Run) -> None:
-    """curves.png: what the log says, over the steps of self-play's iterations and of each baseline."""
-    log = this_run.read_log()
-    panels, ends = {}, []
-    for who in ("spin", "sft", "dpo"):
-        lines = [line for line in log if line["model"].startswith(who)]
-        ends += [i for i, (line, after) in enumerate(zip(lines, lines[1:]), start=1) if after["step"] == 1]
-        titles = {
-            "loss": ["loss"],
-            "margin": ["margin"],
-            "implicit accuracy": ["implicit_accuracy"],
-            "policy's error - opponent's error": ["delta_data", "delta_gen"],
-        }
-        for title, names in titles.items() if lines else ():
-            if names[0] in lines[0]:
-                panels[f"{who}: {title}"] = {name: [line[name] for line in lines] for name in names}
-    with run.whole(this_run.folder / "curves.png") as part:
-        viz.save_png(viz.line_charts(panels, sorted(set(ends))), part)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The miniature world's exact score
-
-
-def judge(args, this_run: run.Run, theta_0) -> dict:
-    """Scores every model on prompts that fine-tuning never saw; writes results.json, .md and .png.
-
-    Every model draws from the same noise, at the guidance that the opponents' images were drawn with.
-    """
-    if not (this_run.folder / "results.json").exists():
-        prompts = [scene.caption for scene in toy.split()[args.score]]
-        names = models_of(args, this_run)
-        with tqdm(total=len(names) * len(prompts) * args.score_images, desc="scoring", unit="image") as bar:
-            scores = {name: score(args, player(this_run, theta_0, name), prompts, bar) for name in names}
-        title = f"{len(prompts)} {args.score} prompts, {args.score_images} pictures each, guidance {args.guidance:g}"
-        report.write(this_run.folder, title, scores, run.read_json(this_run.folder / "config.json"), toy.LESS_IS_BETTER)
-    return run.read_json(this_run.folder / "results.json")
-
-
-def score(args, sd, prompts: list[str], bar: tqdm) -> dict[str, np.ndarray]:
-    """`toy.score` of each prompt [N], the mean over its pictures."""
-    jobs = [prompt for prompt in prompts for _ in range(args.score_images)]
-    parts = []
-    for at in range(0, len(jobs), args.generation_batch):
-        batch = jobs[at : at + args.generation_batch]
-        generators = [torch.Generator("cpu").manual_seed(SCORE_SEED + at + i) for i in range(len(batch))]
-        pictures = sampler.decode(sd, draw_latents(args, sd, batch, generators))
-        parts.append(toy.score(pictures.permute(0, 2, 3, 1).cpu().numpy(), batch))
-        bar.update(len(batch))
-    metrics = {name: np.concatenate([part[name] for part in parts]) for name in toy.METRICS}
-    return {name: values.reshape(len(prompts), -1).mean(1) for name, values in metrics.items()}
-
-
 if __name__ == "__main__":
-    sys.exit(run.script("train.py", main))
+    sys.exit(run.script("train.py", main, "what is finished is kept, and the same command goes on from the last state"))

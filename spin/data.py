@@ -1,13 +1,15 @@
 """Captioned images, latents on disk, and which sample is drawn when.
 
 Nothing here keeps a random state: every draw is a function of (seed, iteration, step, place in the batch), so a run
-that was interrupted, or split into other micro-batches, draws the same samples.
+that was interrupted, or split into other micro-batches or among more ranks, draws the same samples.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from spin.run import InputError, whole
 
@@ -29,32 +32,51 @@ SHARD = 256  # rows a file of latents holds
 class CaptionedImages:
     """A folder of images with metadata.jsonl: one object a line, `file_name` and `text` (or `caption`).
 
-    `captions[i]` and `image(i)` are row i. With `pairs`, each line also has a `rejected_file_name`, the image that DPO
-    is to like less: `rejected_image(i)`. Raises InputError for a row that names no file in the folder or no caption.
+    `caption(i)` and `image(i)` are row i. With `pairs`, each line also has a `rejected_file_name`, the image that DPO
+    is to like less: `rejected_image(i)`. What is wrong with a row is an InputError when it is asked for; `inspect` asks
+    for all of them, `keep` leaves some out. In memory are only the places where lines begin, 16 bytes a row.
+    first: only the first N rows are used. Raises InputError for a folder without metadata.jsonl or without a row in it.
     """
 
-    def __init__(self, folder: str | Path, resolution: int, pairs: bool = False):
+    def __init__(self, folder: str | Path, resolution: int, pairs: bool = False, first: int | None = None):
         self.folder, self.resolution, self.pairs = Path(folder), resolution, pairs
         self.root = self.folder.resolve()
         self.metadata = self.folder / "metadata.jsonl"
-        self.files: list[Path] = []
-        self.rejected: list[Path] = []
-        self.captions: list[str] = []
         try:
-            lines = self.metadata.read_text(encoding="utf-8-sig").split("\n")
+            self.rows = np.fromiter(self.find_rows(first), dtype=np.dtype((np.int64, 2)))
         except OSError:
             raise InputError(f"{self.metadata}: no such file; it has a line for each image: file_name, text") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.metadata}: not UTF-8 text ({error})") from None
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                self.add_row(line, f"{self.metadata} line {number}")
-        if not self.files:
+        if not len(self.rows):
             raise InputError(f"{self.metadata}: no rows")
 
-    def add_row(self, line: str, where: str) -> None:
+    def find_rows(self, first: int | None) -> Iterator[tuple[int, int]]:
+        """(number, from 1 on, and place) of each line that is not empty."""
+        place, found = 0, 0
+        with open(self.metadata, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, place
+                    found += 1
+                    if found == first:
+                        return
+                place += len(line)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Uses only these rows, in this order, from now on."""
+        self.rows = self.rows[rows]
+
+    def row(self, i: int) -> tuple[str, list[Path]]:
+        """Row i's caption and its image, with `pairs` its two."""
+        number, place = self.rows[i].tolist()
+        where = f"{self.metadata} line {number}"
+        with open(self.metadata, "rb") as file:
+            file.seek(place)
+            line = file.readline()
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8-sig"))
             name, caption = row["file_name"], row["text"] if "text" in row else row["caption"]
             f"{name}{caption}".encode()  # a lone surrogate is no text
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -63,10 +85,8 @@ class CaptionedImages:
             raise InputError(f"{where}: an empty caption")
         if self.pairs and not row.get("rejected_file_name"):
             raise InputError(f"{where}: no rejected_file_name, which DPO needs")
-        self.files.append(self.locate(name, where))
-        self.captions.append(caption)
-        if self.pairs:
-            self.rejected.append(self.locate(row["rejected_file_name"], where))
+        names = [name, row["rejected_file_name"]] if self.pairs else [name]
+        return caption, [self.locate(name, where) for name in names]
 
     def locate(self, name, where: str) -> Path:
         path = self.folder / str(name)
@@ -80,32 +100,62 @@ class CaptionedImages:
             raise InputError(f"{where}: no image {name!r} in {self.folder}")
         return path
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def caption(self, i: int) -> str:
+        return self.row(i)[0]
 
-    def image(self, row: int) -> Tensor:
+    def image(self, i: int) -> Tensor:
         """[3,resolution,resolution] in [-1,1]: the square in the middle of the picture, resized (bilinear)."""
-        return self.read(self.files[row])
+        return self.square(self.row(i)[1][0])
 
-    def rejected_image(self, row: int) -> Tensor:
-        return self.read(self.rejected[row])
+    def rejected_image(self, i: int) -> Tensor:
+        return self.square(self.row(i)[1][1])
 
-    def read(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as file:
-                picture = to_rgb(file)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"{path}: not a readable image ({error})") from None
+    def square(self, path: Path) -> Tensor:
+        picture = read_picture(path)
         (width, height), short = picture.size, min(picture.size)
         centre = ((width - short) / 2, (height - short) / 2, (width + short) / 2, (height + short) / 2)
         square = picture.resize((self.resolution, self.resolution), Image.Resampling.BILINEAR, box=centre)
         return torch.from_numpy(np.asarray(square, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
 
+    def problem(self, i: int) -> str | None:
+        """What is wrong with row i, its images included, which are read for it."""
+        try:
+            for path in self.row(i)[1]:
+                read_picture(path)
+        except InputError as error:
+            return str(error)
+
+    def inspect(self, bar: tqdm) -> Iterator[tuple[int, str]]:
+        """(row, what is wrong with it) of every row that cannot be used; images are read on all cores."""
+        with ThreadPool(os.cpu_count()) as pool:
+            for at in range(0, len(self), 4096):
+                rows = range(at, min(at + 4096, len(self)))
+                for row, problem in zip(rows, pool.imap(self.problem, rows, 16)):
+                    bar.update()
+                    if problem:
+                        yield row, problem
+
     def hash(self) -> str:
-        """16 hexadecimal digits over metadata.jsonl and the sizes of the image files; their content is not read."""
-        digest = hashlib.sha256(self.metadata.read_bytes())
-        digest.update(repr([path.stat().st_size for path in self.files + self.rejected]).encode())
+        """16 hexadecimal digits over metadata.jsonl and the sizes of the images of its rows; they are not read."""
+        digest = hashlib.sha256()
+        with open(self.metadata, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        for i in range(len(self)):
+            try:
+                digest.update(repr([path.stat().st_size for path in self.row(i)[1]]).encode())
+            except InputError:
+                digest.update(b"unusable")
         return digest.hexdigest()[:16]
+
+
+def read_picture(path: Path) -> Image.Image:
+    """In RGB. InputError where the file is no whole image, or one of more than 179 million pixels: Pillow's limit."""
+    try:
+        with Image.open(path) as file:
+            return to_rgb(file)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable image ({error})") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -155,12 +205,11 @@ def read_prompts(path: str | Path) -> list[str]:
 class LatentShards:
     """Tensors of many rows in a folder, SHARD rows a file; a file appears whole or not at all.
 
-    rows: the data rows held, in order. Stored as float16: 32 KB for a latent of 4x64x64.
+    rows: the data rows held, ascending. Stored as float16: 32 KB for a latent of 4x64x64.
     """
 
     def __init__(self, folder: Path, rows: Sequence[int]):
-        self.folder, self.rows = folder, list(rows)
-        self.place = {row: place for place, row in enumerate(self.rows)}
+        self.folder, self.rows = folder, np.asarray(rows)
         self.open = lru_cache(maxsize=64)(lambda path: safe_open(path, framework="pt"))
 
     def path(self, shard: int) -> Path:
@@ -169,7 +218,7 @@ class LatentShards:
     def missing(self) -> list[tuple[int, list[int]]]:
         """(shard, its rows) of every file that is not there yet."""
         shards = range(0, len(self.rows), SHARD)
-        return [(i, self.rows[at : at + SHARD]) for i, at in enumerate(shards) if not self.path(i).exists()]
+        return [(i, self.rows[at : at + SHARD].tolist()) for i, at in enumerate(shards) if not self.path(i).exists()]
 
     def write(self, shard: int, tensors: dict[str, Tensor]) -> None:
         """tensors: [rows of the shard, ...] each."""
@@ -182,7 +231,7 @@ class LatentShards:
         entries: of each row [S, ...] only this one of its S.
         """
         found = []
-        for n, (shard, i) in enumerate(divmod(self.place[row], SHARD) for row in rows):
+        for n, (shard, i) in enumerate(divmod(int(place), SHARD) for place in np.searchsorted(self.rows, rows)):
             where = i if entries is None else (i, entries[n])
             try:
                 found.append(self.open(self.path(shard)).get_slice(name)[where])
@@ -213,8 +262,8 @@ def batch_rows(seed: int, iteration: int, step: int, batch_size: int, count: int
 
 
 def draw(seed: int, iteration: int, step: int, place: int, shape: tuple[int, ...], timesteps: int) -> dict[str, Tensor]:
-    """What is random in a pair of a batch: t in 0..timesteps-1, flip in [0,1), and three normals [*shape]: eps,
-    posterior, and eps_gen for the generated image where that is not to share eps.
+    """What is random in a pair of a batch: t in 0..timesteps-1, flip and drop in [0,1), and three normals [*shape]:
+    eps, posterior, and eps_gen for the generated image where that is not to share eps.
     """
     rng = np.random.default_rng(entropy(seed, DRAW, iteration, step, place))
     return {
@@ -223,6 +272,7 @@ def draw(seed: int, iteration: int, step: int, place: int, shape: tuple[int, ...
         "eps": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
         "posterior": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
         "eps_gen": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
+        "drop": torch.tensor(rng.random()),
     }
 
 

@@ -1,14 +1,120 @@
-"""results.json, results.md, results.png: what models score, and what that says about the paper's claims."""
+"""What came of a run: the pictures its models draw, the curves of its log, their scores, the verdict on the claims.
 
-from collections.abc import Collection
+args: train.py's flags. player: gives the model of a name, "base", "sft", "spin-1", ..., ready to draw.
+"""
+
+from collections.abc import Callable, Collection
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
 
-from spin import run, stats, viz
+from spin import pairs, run, sampler, stats, toy, viz
 
+GRID_SEED = 0  # of the first picture of every model in samples/
+SCORE_SEED = 1_000_000  # of the first of the pictures that are scored: the same noise for every model
 PLATEAU = 0.05  # points of reward that SFT may move theta_0 and be said to have stood still
 Scores = dict[str, dict[str, np.ndarray]]  # {model: {metric: [N]}}, entry i of every model being prompt i
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and curves
+
+
+def models_of(args, this_run: run.Run) -> list[str]:
+    """Those whose checkpoints are there; the baselines come first."""
+    names = ["sft", "dpo", *(f"spin-{k}" for k in range(1, args.iterations + 1))]
+    return ["base", *(name for name in names if this_run.checkpoint(name).exists())]
+
+
+def draw_samples(args, this_run: run.Run, player: Callable, images, now: tuple[str, object] | None = None) -> None:
+    """samples/<model>/: what each model draws for a few prompts, at fixed seeds; samples/grid.png: a column a model.
+
+    The prompts are the data's first, or on the miniature world of those to be scored, with the ideal picture last.
+    now: name and model of one that is still in training; its pictures stay in the grid, in the order of names.
+    """
+    scenes = toy.split()["test" if args.score == "none" else args.score][: args.grid_prompts] if args.world else []
+    captions = dict.fromkeys(images.caption(row) for row in range(min(len(images), 1000)))
+    prompts = [scene.caption for scene in scenes] or list(islice(captions, args.grid_prompts))
+    folder, columns = this_run.folder / "samples", {}
+    in_training = [path.name for path in folder.glob("*-step-*") if len(list(path.glob("*.png"))) == len(prompts)]
+    for name in dict.fromkeys([*models_of(args, this_run), *sorted({*in_training, *(now or ())[:1]})]):
+        paths = [folder / name / f"{i}.png" for i in range(len(prompts))]
+        todo = [i for i, path in enumerate(paths) if not path.exists()]
+        sd = None if not todo else now[1] if now and name == now[0] else player(name)
+        settings = {"Steps": args.sampler_steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Model": name}
+        for i in tqdm(todo, f"samples of {name}", disable=not todo):
+            generator = torch.Generator("cpu").manual_seed(GRID_SEED + i)
+            picture = viz.to_pil(sampler.decode(sd, pairs.draw_latents(args, sd, [prompts[i]], [generator]))[0])
+            text = viz.parameters(prompts[i], "", picture.size, settings | {"Seed": GRID_SEED + i})
+            with run.whole(paths[i]) as part:
+                viz.save_png(picture, part, text)
+        columns[name] = [Image.open(path) for path in paths]
+    if scenes:
+        columns["ideal"] = [toy.to_pil(toy.ideal(scene)) for scene in scenes]
+    if prompts:
+        with run.whole(folder / "grid.png") as part:
+            cell = 4 * toy.SIDE if scenes else 192
+            viz.save_png(viz.grid(list(zip(*columns.values())), list(columns), prompts, cell), part)
+
+
+def draw_curves(this_run: run.Run) -> None:
+    """curves.png: what the log says, over the steps of self-play's iterations and of each baseline."""
+    log = this_run.read_log()
+    panels, ends = {}, []
+    for who in ("spin", "sft", "dpo"):
+        lines = [line for line in log if line["model"].startswith(who)]
+        ends += [i for i, (line, after) in enumerate(zip(lines, lines[1:]), start=1) if after["step"] == 1]
+        titles = {
+            "loss": ["loss"],
+            "margin": ["margin"],
+            "implicit accuracy": ["implicit_accuracy"],
+            "policy's error - opponent's error": ["delta_data", "delta_gen"],
+        }
+        for title, names in titles.items() if lines else ():
+            if names[0] in lines[0]:
+                panels[f"{who}: {title}"] = {name: [line[name] for line in lines] for name in names}
+    with run.whole(this_run.folder / "curves.png") as part:
+        viz.save_png(viz.line_charts(panels, sorted(set(ends))), part)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The miniature world's exact score
+
+
+def judge(args, this_run: run.Run, player: Callable) -> dict:
+    """Scores every model on prompts that fine-tuning never saw; writes results.json, .md and .png.
+
+    Every model draws from the same noise, at the guidance that the opponents' images were drawn with.
+    """
+    if not (this_run.folder / "results.json").exists():
+        prompts = [scene.caption for scene in toy.split()[args.score]]
+        names = models_of(args, this_run)
+        with tqdm(total=len(names) * len(prompts) * args.score_images, desc="scoring", unit="image") as bar:
+            scores = {name: score(args, player(name), prompts, bar) for name in names}
+        title = f"{len(prompts)} {args.score} prompts, {args.score_images} pictures each, guidance {args.guidance:g}"
+        write(this_run.folder, title, scores, run.read_json(this_run.folder / "config.json"), toy.LESS_IS_BETTER)
+    return run.read_json(this_run.folder / "results.json")
+
+
+def score(args, sd, prompts: list[str], bar: tqdm) -> dict[str, np.ndarray]:
+    """`toy.score` of each prompt [N], the mean over its pictures."""
+    jobs = [prompt for prompt in prompts for _ in range(args.score_images)]
+    parts = []
+    for at in range(0, len(jobs), args.generation_batch):
+        batch = jobs[at : at + args.generation_batch]
+        generators = [torch.Generator("cpu").manual_seed(SCORE_SEED + at + i) for i in range(len(batch))]
+        pictures = sampler.decode(sd, pairs.draw_latents(args, sd, batch, generators))
+        parts.append(toy.score(pictures.permute(0, 2, 3, 1).cpu().numpy(), batch))
+        bar.update(len(batch))
+    metrics = {name: np.concatenate([part[name] for part in parts]) for name in toy.METRICS}
+    return {name: values.reshape(len(prompts), -1).mean(1) for name, values in metrics.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and verdicts
 
 
 def write(folder: Path, title: str, scores: Scores, config: dict, less_is_better: Collection[str] = ()) -> None:

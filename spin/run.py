@@ -85,13 +85,23 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def script(name: str, main: Callable[[], object]) -> int:
-    """Runs a script's main; the exit status. What the user can mend is answered on one line of stderr, status 2."""
+def duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def script(name: str, main: Callable[[], object], stopped: str = "what is finished is kept") -> int:
+    """Runs a script's main; the exit status. What the user can mend is answered on one line of stderr, status 2.
+
+    stopped: what Ctrl-C is answered.
+    """
     try:
         main()
         return 0
     except KeyboardInterrupt:
-        status, message = 130, f"\n{name}: stopped; what is finished is kept"
+        status, message = 130, f"\n{name}: stopped; {stopped}"
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         status, message = 2, f"{name}: error: {str(error).splitlines()[0]}"
     sys.stderr.write(f"{message}\n")  # after the exception has gone, and with it the progress bars of its frames

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spin.scheduler import ddim_step, ddpm_step, x0_and_eps
+from spin.scheduler import ddim_step, ddpm_step, dpmpp_step, x0_and_eps
+
+SAMPLERS = ("ddim", "ddpm", "dpm++")
 
 
 @torch.no_grad()
@@ -20,7 +22,8 @@ def sample(
     sd: `weights.StableDiffusion`, or anything with its unet, vae, scheduler and encode_prompts.
     guidance: eps_empty + guidance (eps_prompt - eps_empty), arXiv 2207.12598; 1: no guidance, at half the cost; 0:
         the empty prompt alone (below 1, diffusers turns guidance off).
-    eta: share of DDPM's noise that DDIM adds in a step, 0 to 1. sampler: "ddim", or "ddpm" (ancestral; ignores eta).
+    eta: share of DDPM's noise that DDIM adds in a step, 0 to 1; the other samplers ignore it.
+    sampler: "ddim"; "ddpm", ancestral; or "dpm++", DPM-Solver++(2M), which needs fewer steps.
     generators: one on the CPU for each prompt: its first latent and its step noise are drawn from it and from nothing
         else, so an image does not depend on the batch it is drawn in. None: seeds 0, 1, 2, ...
     negative_prompts: what takes the place of the empty prompt, one for all or one for each.
@@ -39,8 +42,8 @@ def sample(
         raise ValueError(f"{height} x {width} pixels: height and width must be multiples of {f}")
     if not len(prompts) == len(generators) == len(negative_prompts):
         raise ValueError(f"{batch} prompts, {len(generators)} generators, {len(negative_prompts)} negative prompts")
-    if sampler not in ("ddim", "ddpm"):
-        raise ValueError(f"sampler {sampler!r}: only ddim and ddpm are known")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r}: only {', '.join(SAMPLERS)} are known")
 
     device, dtype = sd.unet.conv_in.weight.device, sd.unet.conv_in.weight.dtype
     guided = guidance != 1
@@ -51,7 +54,7 @@ def sample(
 
     with torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
         context = sd.encode_prompts([*negative_prompts, *prompts] if guided else list(prompts)).to(dtype)
-        x_t = noise()
+        x_t, before = noise(), None
         for t in sd.scheduler.timesteps(steps):
             if trajectory is not None:
                 trajectory.append(x_t)
@@ -64,6 +67,8 @@ def sample(
             x0, eps = x0_and_eps(output, x_t, alpha_bar, sd.scheduler.prediction_type)
             if sampler == "ddpm":
                 x_t = ddpm_step(x_t, x0, alpha_bar, alpha_bar_prev, noise())
+            elif sampler == "dpm++":
+                x_t, before = dpmpp_step(x_t, x0, alpha_bar, alpha_bar_prev, before), (x0, alpha_bar)
             else:
                 x_t = ddim_step(x0, eps, alpha_bar, alpha_bar_prev, eta, noise() if eta else x_t)
     if not x_t.isfinite().all():

@@ -13,6 +13,9 @@ Each returns the loss of the micro-batch, 0-d, and the metrics of its loss, [B] 
 device.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -91,12 +94,38 @@ def answers(
             return answer, opponent(x_t, t, context)
 
 
+class PolicyStep(nn.Module):
+    """A step's loss as a module around the policy, forward(everything else), which is what data parallelism wraps."""
+
+    def __init__(self, policy: nn.Module, loss_step: Callable):
+        super().__init__()
+        self.policy, self.loss_step = policy, loss_step
+
+    def forward(self, **others) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss_step(self.policy, **others)
+
+
+def as_autocast_would(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Gives `unet` for good, where it stands, the rounded weights that autocast makes anew at every call.
+
+    Half the memory and no casting for the opponent, whose answers stay the same to the last bit: norms, which autocast
+    computes in float32, keep their weights.
+    """
+    for module in unet.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(dtype)
+    return unet
+
+
+@lru_cache
 def compiled(step):
     """`step`, to be compiled when it is first called: minutes for a large UNet, once for any values of its tensors.
 
     Left to itself, the compiler rounds the policy, whose activations are kept, otherwise than the opponent: under
     bfloat16 the loss at theta_k missed log 2 by 0.04 to 1 on small networks. The option makes both round as eager code.
+    One whole, also under DistributedDataParallel, which would have it cut in pieces to send gradients earlier.
     """
+    torch._dynamo.config.optimize_ddp = False
     return torch.compile(step, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
 
 

@@ -1,0 +1,141 @@
+"""The two images of a pair: real ones encoded, the opponent's drawn, both kept as latents, and read with their noise.
+
+args: train.py's flags. real, generated: `data.LatentShards`; each rank fills its share of their files.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spin import data, ranks, sampler
+from spin.run import InputError, Run
+from spin.step import mixed_precision
+
+ENCODE_BATCH = 4  # images a forward pass of the VAE's encoder
+
+
+@torch.no_grad()
+def encode(args, sd, images: data.CaptionedImages, real: data.LatentShards) -> None:
+    """Stores mean and log-variance of every image's latent, and of its mirror image's if that may be drawn."""
+    kinds = {"": images.image} | ({"rejected_": images.rejected_image} if images.pairs else {})
+
+    def encoded(rows: list[int]) -> dict[str, Tensor]:
+        found = {}
+        for kind, image in kinds.items():
+            batch = torch.stack([image(row) for row in rows]).to(args.device)
+            found |= dict(zip((f"{kind}mean", f"{kind}logvar"), sd.vae.encode(batch)))
+            if args.flip:
+                found |= dict(zip((f"{kind}mean_flipped", f"{kind}logvar_flipped"), sd.vae.encode(batch.flip(3))))
+        return found
+
+    fill(real, encoded, ENCODE_BATCH, "encoding real images")
+
+
+def generate(args, sd, images: data.CaptionedImages, generated: data.LatentShards, k: int) -> None:
+    """Draws and stores theta_{k-1}'s latent for every row of `generated`; its noise depends on seed, k, row alone.
+
+    For (C.5) it stores the path, [sampler steps,4,h,w] a row, instead of its end: 1.6 MB a row at 512 px and 50 steps.
+    """
+
+    def drawn(rows: list[int]) -> dict[str, Tensor]:
+        generators = [data.generator(args.seed, k, row) for row in rows]
+        path: list[Tensor] | None = [] if args.loss == "spin-trajectory" else None
+        x0 = draw_latents(args, sd, [images.caption(row) for row in rows], generators, path)
+        x0 = through_pixels(sd, x0, generators) if args.generated == "images" else x0
+        return {"path": torch.stack(path, dim=1).half().cpu()} if path else {"x0": x0}
+
+    fill(generated, drawn, args.generation_batch, f"iteration {k}: generating")
+
+
+def fill(shards: data.LatentShards, make, batch_size: int, title: str) -> None:
+    """Writes every file that is missing, this rank's share of them, with what make(rows) returns for batches of rows.
+
+    The batches are the same for any number of ranks, and so is what is written.
+    """
+    todo = shards.missing()[ranks.RANK :: ranks.WORLD]
+    with ranks.bar(total=sum(len(rows) for _, rows in todo), desc=title, disable=not todo or ranks.RANK > 0) as bar:
+        for shard, rows in todo:
+            parts = []
+            for at in range(0, len(rows), batch_size):
+                parts.append(make(rows[at : at + batch_size]))
+                bar.update(min(batch_size, len(rows) - at))
+            shards.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    ranks.wait()
+
+
+def draw_latents(args, sd, prompts: list[str], generators: list[torch.Generator], path=None, steps=None) -> Tensor:
+    """Scaled latents [B,4,h,w], drawn with this run's settings; path: see `sampler.sample`'s trajectory."""
+    side, dtype = args.resolution, getattr(torch, args.dtype)
+    settings = {"height": side, "width": side, "sampler": args.sampler, "autocast": dtype, "trajectory": path}
+    try:
+        return sampler.sample(
+            sd, prompts, steps or args.sampler_steps, args.guidance, generators=generators, **settings
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+@torch.no_grad()
+def through_pixels(sd, x0: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Scaled latents -> decoded, rounded to 8 bits, encoded: what becomes of an image that is kept as a file."""
+    pictures = (sampler.decode(sd, x0) * 255).round() / 255
+    encoded = []
+    for picture, generator in zip(pictures.split(1), generators):
+        mean, logvar = sd.vae.encode(picture * 2 - 1)
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        encoded.append((mean + (0.5 * logvar).exp() * noise) * sd.vae.scaling_factor)
+    return torch.cat(encoded)
+
+
+def shards_of(args, this_run: Run, stage, images: data.CaptionedImages) -> data.LatentShards:
+    """The opponent's latents for the rows that a self-play stage will draw, and for no others."""
+    drawn = [data.batch_rows(args.seed, k, s, args.batch_size, len(images)) for k, s in stage.batches]
+    return data.LatentShards(this_run.place(stage.model) / "generated", np.unique(drawn))
+
+
+@torch.no_grad()
+def read(args, sd, loss: str, images, real, generated, rows: list[int], when: tuple[int, int, int]) -> dict:
+    """What the step of a loss takes of some rows of a batch, on the device: x0_data, eps, t, context, ...
+
+    when: iteration, step, and the place in the batch of the first row.
+    """
+    (k, s, at), timesteps = when, torch.arange(sd.scheduler.num_train_timesteps)
+    if loss == "spin-trajectory":
+        timesteps = sd.scheduler.timesteps(args.sampler_steps)
+    shape = real.read("mean", rows[:1]).shape[1:]
+    draws = [data.draw(args.seed, k, s, at + i, shape, len(timesteps)) for i in range(len(rows))]
+    random = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+
+    def encoded(kind: str) -> Tensor:
+        mean, logvar = real.read(f"{kind}mean", rows), real.read(f"{kind}logvar", rows)
+        if args.flip:
+            flipped = (random["flip"] < args.flip)[:, None, None, None]
+            mean = torch.where(flipped, real.read(f"{kind}mean_flipped", rows), mean)
+            logvar = torch.where(flipped, real.read(f"{kind}logvar_flipped", rows), logvar)
+        return (mean + (0.5 * logvar).exp() * random["posterior"]) * sd.vae.scaling_factor
+
+    pairs = {"x0_data": encoded(""), "eps": random["eps"], "t": timesteps[random["t"]]}
+    if loss == "spin-trajectory":
+        pairs["x_t_gen"] = generated.read("path", rows, random["t"].tolist())
+    elif loss != "sft":
+        pairs["x0_gen"] = generated.read("x0", rows) if loss == "spin" else encoded("rejected_")
+        if args.noise == "independent":
+            pairs["eps_gen"] = random["eps_gen"]
+    pairs = {name: tensor.to(args.device) for name, tensor in pairs.items()}
+    prompts = ["" if drop < args.prompt_dropout else images.caption(row) for drop, row in zip(random["drop"], rows)]
+    with mixed_precision(pairs["x0_data"], getattr(torch, args.dtype)):
+        return pairs | {"context": sd.encode_prompts(prompts)}
+
+
+@torch.no_grad()
+def blank(args, sd, loss: str, n: int) -> dict[str, Tensor]:
+    """What `read` returns, n pairs of nothing: to see how long a step takes."""
+    side = args.resolution // sd.vae.downscale
+    x = torch.zeros((n, 4, side, side), device=args.device)
+    batch = {"x0_data": x, "eps": x, "t": torch.zeros(n, dtype=torch.int64, device=args.device)}
+    if loss != "sft":
+        batch["x_t_gen" if loss == "spin-trajectory" else "x0_gen"] = x
+    if loss in ("spin", "dpo") and args.noise == "independent":
+        batch["eps_gen"] = x
+    with mixed_precision(x, getattr(torch, args.dtype)):
+        return batch | {"context": sd.encode_prompts([""] * n)}

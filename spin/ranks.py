@@ -1,0 +1,68 @@
+"""One process, or the several that torchrun starts: each rank has its share of the work, rank 0 writes the rest.
+
+Everything here does nothing where there is one process.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+bar = partial(tqdm, disable=True) if RANK else tqdm
+
+
+@contextmanager
+def together(device: str) -> Iterator[str]:
+    """Joins the other ranks for the block; yields this rank's device, its own GPU where `device` is cuda.
+
+    Raises ConnectionError where one of them ends too early.
+    """
+    if WORLD == 1:
+        yield device
+        return
+    cuda = device.startswith("cuda")
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's, to those who are left: as Ctrl-C
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))  # rank 0 may draw and score for long
+    try:
+        yield device
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in ("gloo", "NCCL")):
+            raise
+        lost = f"rank {RANK} of {WORLD} has lost another, which ended; the same command goes on from the last state"
+        raise ConnectionError(lost) from None
+    dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until every rank has come here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all ranks."""
+    if WORLD > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def parallel(network: nn.Module) -> nn.Module:
+    """Its backward pass leaves every rank the gradients' mean over the ranks."""
+    return DistributedDataParallel(network, gradient_as_bucket_view=True) if WORLD > 1 else network
+
+
+def alone(network: nn.Module, yes: bool) -> AbstractContextManager:
+    """For the block, if `yes`, a backward pass of a `parallel` network adds up gradients of this rank only."""
+    return network.no_sync() if WORLD > 1 and yes else nullcontext()
