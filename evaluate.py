@@ -12,19 +12,6 @@ from pathlib import Path
 from spin import run
 from spin.run import InputError
 
-COLUMNS = {
-    "model": "{}",
-    "steps": "{:.0f}",
-    "seconds": "{:.1f}",
-    "first_loss": "{:.6f}",
-    "loss": "{:.4f}",
-    "margin": "{:.3e}",
-    "implicit_accuracy": "{:.3f}",
-    "delta_data": "{:.3e}",
-    "delta_gen": "{:.3e}",
-    "grad_norm": "{:.3g}",
-}
-
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Returns the rows of the table."""
@@ -36,8 +23,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if not rows:
         raise InputError(f"{args.run}: no log.jsonl with a whole line in it; is it the --out of a train.py run?")
 
-    lines = [list(COLUMNS), ["---:"] * len(COLUMNS)]
-    lines += [[form.format(row[name]) if name in row else "" for name, form in COLUMNS.items()] for row in rows]
+    columns = list(max(rows, key=len))  # SFT has no opponent, and fewer
+    lines = [columns, ["---:"] * len(columns)]
+    cells = [[row.get(name, "") for name in columns] for row in rows]
+    lines += [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in line] for line in cells]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     folder = Path(args.out or Path(args.run, "evaluation"))
     with run.whole(folder / "log.md") as part:

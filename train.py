@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,7 @@ import torch
 from spin import cost, data, pairs, ranks, report, run, toy, weights
 from spin.loss import LINKS
 from spin.run import InputError
-from spin.sampler import SAMPLERS
+from spin.sampler import SAMPLERS, timesteps
 from spin.step import PolicyStep, as_autocast_would, compiled, sft_step, spin_step, spin_trajectory_step
 
 # Of the miniature world, whose captions say left and right, so that nothing is mirrored; and the paper's (appendix A),
@@ -59,8 +60,8 @@ SETTINGS = {
     "seed": (0, 5775709),
 }
 TOY, PAPER = ({name: both[i] for name, both in SETTINGS.items()} for i in (0, 1))
-# The paper does not say these. Clipping and mirroring are as in Diffusion-DPO's public code, which also drops a fifth of
-# the prompts; 50 sampling steps as in the authors' demonstration.
+# The paper does not say these. Clipping and mirroring are as in Diffusion-DPO's public code, which also drops a fifth
+# of the prompts; 50 sampling steps as in the authors' demonstration.
 ASSUMED = ("clip", "flip", "prompt_dropout", "sampler", "sampler_steps", "generation_batch", "grid_prompts")
 # Found on the validation prompts by tutorial/tuning.py, with as many trials for each method.
 TUNED = {"spin": ("lr", "beta"), "sft": ("sft_lr",), "dpo": ("dpo_lr", "dpo_beta")}  # a method's
@@ -72,10 +73,8 @@ PRESETS = {"toy": TOY, "paper": PAPER}
 MAY_CHANGE = ("model", "unet", "data", "out", "save_every", "sample_every", "skip_bad", "dry_run", "device", "compile")
 MAY_CHANGE += ("opponent_dtype", "micro_batch", "generation_batch", "checkpoint_activations")
 WATCHED = 50  # steps over which the known failure is looked for
-FORGETTING = (
-    "{model}, step {step}: for {steps} steps the errors on real and on generated images have both been up: the policy "
-    "forgets how to denoise, however good the loss looks. See 'Reading the picture' in tutorial/00_the_map.md"
-)
+FORGETTING = "both errors have long been up, on real images more than half as much as on generated ones. The policy "
+FORGETTING += "forgets how to denoise, however good its loss: see 'Reading the picture' in tutorial/00_the_map.md"
 
 SOURCES = """toy: chosen so that the story takes minutes on a CPU; tuned: by tutorial/tuning.py on validation prompts;
 paper: from its appendix A; assumed: the paper does not say, see ASSUMED in train.py."""
@@ -103,14 +102,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--unet", "another one, or a folder unet/, whose UNet to start from instead of the model's own")
     add("--data", "folder of images with metadata.jsonl: file_name, text (default: the miniature world's curated set)")
     add("--out", "run folder (default: runs/toy, or runs/<name of the data folder>)")
-    presets = "where flags that are not given get their values (default: toy without --model, paper with it)"
+    presets = "where other flags get their values (default: toy without --model, paper with it)"
     add("--preset", presets, choices=list(PRESETS))
-    losses = "spin: self-play by equation (C.6); spin-trajectory: by (C.5), on the path by which the opponent drew, "
-    losses += "guided, but compared to its prediction without guidance; sft, dpo: a baseline; all: spin and both "
-    losses += "(default: all without --data, spin with it)"
+    losses = "spin: self-play by (C.6); spin-trajectory: by (C.5), on the guided path by which the opponent drew; sft, "
+    losses += "dpo: a baseline; all: spin and both (default: all without --data, spin with it)"
     add("--loss", losses, choices=["all", "spin", "spin-trajectory", "sft", "dpo"])
-    noises = "whether the images of a pair, also of DPO's, are drowned in the same noise; the paper says both"
-    add("--noise", noises, choices=["shared", "independent"], default="shared")
+    noises = {"choices": ["shared", "independent"], "default": "shared"}
+    add("--noise", "of a pair's two images, also of DPO's; the paper says both", **noises)
     add("--link", "self-play's convex function l around the margin", choices=list(LINKS), default="logistic")
     add("--iterations", "self-play iterations K; each renews the opponent", type=whole)
     add("--steps", "optimiser steps: one value, or one an iteration, the last repeated", type=whole, nargs="+")
@@ -136,19 +134,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--generated", "keep latents as drawn, or decode, round to 8 bits and encode them", **generated)
     add("--generation-batch", "images drawn at once", type=whole)
     add("--grid-prompts", "prompts that every model draws for samples/; 0: none", type=run.number(int, 0))
-    sampled = "steps between drawing them in training, too; 0: only when a model is done"
-    add("--sample-every", sampled, type=run.number(int, 0), default=0)
+    add("--sample-every", "steps between drawing them also in training; 0: never", type=run.number(int, 0), default=0)
     splits = {"choices": ["test", "validation", "none"], "default": "test"}
     add("--score", "the miniature world's prompts that models are scored on at the end", **splits)
     add("--score-images", "pictures a prompt and model for the scores", type=whole, default=2)
     add("--seed", "of every random choice in training and generation", type=run.SEED)
     add("--device", "cpu, cuda, cuda:1, ...", default="cuda" if torch.cuda.is_available() else "cpu")
-    dtype = "what networks compute in; weights stay float32 (default: bfloat16 on CUDA, else float32)"
-    add("--dtype", dtype, choices=["float32", "bfloat16"])
-    opponents = "what the opponent's weights are kept in while training; same answers, to the bit (default: --dtype)"
-    add("--opponent-dtype", opponents, choices=["float32", "bfloat16"])
-    compiled = "compile the loss step: minutes at the start, faster steps on a GPU (default: on CUDA)"
-    add("--compile", compiled, action=argparse.BooleanOptionalAction)
+    dtypes = {"choices": ["float32", "bfloat16"]}
+    add("--dtype", "what networks compute in; weights stay float32 (default: bfloat16 on CUDA, else float32)", **dtypes)
+    add("--opponent-dtype", "of the opponent's weights in training; no answer changes (default: --dtype)", **dtypes)
+    compiling = "compile the loss step: minutes at the start, faster steps on a GPU (default: on CUDA)"
+    add("--compile", compiling, action=argparse.BooleanOptionalAction)
     add("--save-every", "steps between states to resume from; 0: at the end only", type=run.number(int, 0), default=50)
     add("--checkpoint-activations", "store fewer activations: less memory, 1/4 more work", action="store_true")
     add("--dry-run", "say what is to do and how long it will take, measured, and stop", action="store_true")
@@ -195,21 +191,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @dataclass
 class Stage:
-    """One model to train, from the opponent it is trained against."""
+    """One model to train."""
 
     model: str  # spin-1, spin-2, ..., sft, dpo
     loss: str  # spin, spin-trajectory, sft, dpo
     batches: list[tuple[int, int]]  # (iteration, step) of each optimiser step: the draws' key
     lr: float
-    beta: float = 0.0
+    beta: float  # SFT has none
 
     @classmethod
     def of(cls, model: str, args) -> "Stage":
         every = [(k, s) for k in range(1, args.iterations + 1) for s in range(1, args.steps[k - 1] + 1)]
-        if model == "sft":
-            return cls(model, "sft", every, args.sft_lr)
-        if model == "dpo":
-            return cls(model, "dpo", every, args.dpo_lr, args.dpo_beta)
+        if model in ("sft", "dpo"):
+            return cls(model, model, every, getattr(args, f"{model}_lr"), args.dpo_beta)
         k = int(model.removeprefix("spin-"))
         loss = "spin" if args.loss == "all" else args.loss
         return cls(model, loss, [(i, s) for i, s in every if i == k], args.lr[k - 1], args.beta[k - 1])
@@ -224,8 +218,7 @@ def main(argv: list[str] | None = None) -> dict:
     run.usable(args.device)
     this_run, rank_0 = run.Run(args.out), ranks.RANK == 0
     with ranks.together(args.device) as args.device, this_run.lock() if rank_0 else nullcontext():
-        # -------------------------------------------------------------------------------------------------------------
-        # the model and the data
+        # ---- the model and the data ----------------------------------------------------------------------------------
         if args.world and rank_0 and not Path(args.data).exists():
             with run.whole(Path(args.data)) as part:
                 toy.write_curated(part)
@@ -237,10 +230,7 @@ def main(argv: list[str] | None = None) -> dict:
         parts = replace(opponent, unet=None)  # what all players share
         if args.resolution % parts.vae.downscale:
             raise InputError(f"--resolution {args.resolution}: must be a multiple of {parts.vae.downscale}")
-        try:
-            parts.scheduler.timesteps(args.sampler_steps)
-        except ValueError as error:
-            raise InputError(f"--sampler-steps: {error}") from None
+        timesteps(parts, args.sampler_steps)
         hashes = {
             "model_hash": weights.checkpoint_hash(weights.locate(args.model)),
             "unet_hash": weights.checkpoint_hash(weights.locate(args.unet, ("unet",))) if args.unet else None,
@@ -263,8 +253,7 @@ def main(argv: list[str] | None = None) -> dict:
             if rank_0:
                 report.draw_samples(args, this_run, player, images, (model, sd))
 
-        # -------------------------------------------------------------------------------------------------------------
-        # what is to do, and what it costs
+        # ---- what is to do, and what it costs ------------------------------------------------------------------------
         done = this_run.promoted()
         if done:
             opponent = player(f"spin-{done}")
@@ -274,21 +263,18 @@ def main(argv: list[str] | None = None) -> dict:
         baselines = [Stage.of(model, args) for model in baselines if not this_run.checkpoint(model).exists()]
         real = data.LatentShards(cache, range(len(images)))
         seconds = 0.0
-        copied = lambda args, sd, stage: players(args, replace(sd, unet=copy.deepcopy(sd.unet)), stage)  # noqa: E731
-        for line, more in cost.estimate(args, this_run, opponent, images, real, self_play + baselines, copied):
-            say(f"{line}")
+        for line, more in cost.estimate(args, this_run, opponent, images, real, self_play + baselines, players):
+            say(line)
             seconds += more
-        say(f"in all, about {run.duration(seconds)}")
+        say(f"in all, about {timedelta(seconds=round(seconds))}")
         if args.dry_run:
             return {"out": args.out, "seconds": seconds}
 
-        # -------------------------------------------------------------------------------------------------------------
-        # real images -> latents, once
+        # ---- real images -> latents, once ----------------------------------------------------------------------------
         pairs.encode(args, parts, images, real)
         draw("base", player("base") if done else opponent)
 
-        # -------------------------------------------------------------------------------------------------------------
-        # Algorithm 1: the player theta_k against its own past, theta_{k-1}
+        # ---- Algorithm 1: the player theta_k against its own past, theta_{k-1} ---------------------------------------
         for stage in self_play:
             # generate: x'_0 ~ p_theta_{k-1}(. | c) for the prompts that this iteration will draw
             generated = pairs.shards_of(args, this_run, stage, images)
@@ -298,13 +284,11 @@ def main(argv: list[str] | None = None) -> dict:
             opponent = train(args, this_run, opponent, stage, images, real, generated, draw)
             draw(stage.model, opponent)
 
-        # -------------------------------------------------------------------------------------------------------------
-        # the baselines, from theta_0
+        # ---- the baselines, from theta_0 -----------------------------------------------------------------------------
         for stage in baselines:
             draw(stage.model, train(args, this_run, player("base"), stage, images, real, None, draw))
 
-        # -------------------------------------------------------------------------------------------------------------
-        # what came of it
+        # ---- what came of it -----------------------------------------------------------------------------------------
         if not rank_0:
             return {"out": args.out}
         report.draw_curves(this_run)
@@ -399,8 +383,8 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
     share = args.batch_size // ranks.WORLD  # of a batch, this rank's
     begin, end = ranks.RANK * share, (ranks.RANK + 1) * share
     recent: deque[tuple[float, float]] = deque(maxlen=WATCHED)
-    pairs_done, pairs_all = (first - 1) * args.batch_size, steps * args.batch_size
-    bar = ranks.bar(desc=f"training {stage.model}", unit="pair", initial=pairs_done, total=pairs_all)
+    of_all = {"initial": (first - 1) * args.batch_size, "total": steps * args.batch_size}
+    bar = ranks.bar(desc=f"training {stage.model}", unit="pair", **of_all)
     for step, (k, s) in enumerate(stage.batches[first - 1 :], start=first):
         began = time.perf_counter()
         rows = data.batch_rows(args.seed, k, s, args.batch_size, len(images))
@@ -432,8 +416,8 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
         bar.set_postfix(step=step, loss=f"{line['loss']:.4f}")
         recent.append((line.get("delta_data", 0.0), line.get("delta_gen", 0.0)))
         if forgetting(recent):
-            say(FORGETTING.format(model=stage.model, step=step, steps=WATCHED))
-            recent = deque(maxlen=0)  # said once
+            say(f"warning: {stage.model}, step {step}: {FORGETTING}")
+            recent = deque([(0.0, 0.0)], maxlen=1)  # said once
         if args.sample_every and step % args.sample_every == 0 and step < steps:
             draw(f"{stage.model}-step-{step:05d}", replace(sd, unet=policy))
         if rank_0:
@@ -455,10 +439,8 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
 
 def forgetting(recent: deque[tuple[float, float]]) -> bool:
     """Whether both errors were up, on real images by more than half as much: the means of (delta_data, delta_gen)."""
-    if len(recent) < WATCHED:
-        return False
     delta_data, delta_gen = np.mean(recent, axis=0)
-    return delta_data > delta_gen / 2 > 0
+    return len(recent) == WATCHED and delta_data > delta_gen / 2 > 0
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:

@@ -6,11 +6,15 @@ args: train.py's flags.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from datetime import timedelta
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from spin import pairs, ranks, report, run, toy
+from spin import pairs, ranks, report, run, sampler, toy
 
 QUICK = 10.0  # seconds; a call that takes less is measured a second time, awake
 
@@ -18,57 +22,51 @@ QUICK = 10.0  # seconds; a call that takes less is measured a second time, awake
 def estimate(args, this_run: run.Run, sd, images, real, stages: list, players: Callable) -> Iterator[tuple[str, float]]:
     """(a line of text, seconds) for each kind of work that is left; files and the scores' arithmetic are not counted.
 
-    real: shards of latents. stages: those to train. players: of sd and a stage, makes the module that is trained.
+    real: shards of latents. stages: those to train. players: of args, sd and a stage, makes the module that is trained.
     """
+
+    side = args.resolution // sd.vae.downscale
+    blank = SimpleNamespace(read=lambda name, rows, entries=None: torch.zeros((len(rows), 4, side, side)))
+
+    def encode(n: int) -> Tensor:
+        with torch.no_grad():
+            return sd.vae.encode(torch.zeros((n, 3, args.resolution, args.resolution), device=args.device))[0]
 
     def draw(n: int) -> Tensor:
         """Two steps of the sampler, or its only one."""
-        generators = [torch.Generator().manual_seed(i) for i in range(n)]
-        return pairs.draw_latents(args, sd, [""] * n, generators, steps=min(2, args.sampler_steps))
+        return sampler.sample(sd, [""] * n, **pairs.how_to_draw(args) | {"steps": min(2, args.sampler_steps)})
+
+    def train(n: int) -> Tensor:
+        rows = [i % len(images) for i in range(n)]
+        loss, _ = step(**pairs.read(args, sd, stage.loss, images, blank, blank, rows, (0, 0, 0)))
+        loss.backward()
+        return loss.detach()
 
     def measured(what: str, count: int, most: int, work: Callable, parts: float = 1.0, share: int = ranks.WORLD):
         """work(n): one of the `parts` of doing n <= most of `count` things. Each of `share` ranks does as many."""
-        n = min(most, count)
         for _ in range(2):
-            began = time.perf_counter()
+            began, n = time.perf_counter(), min(most, count)
             work(n).sum().item()  # waits for the device
-            took = time.perf_counter() - began
-            if took > QUICK and not args.compile:
+            each = parts * (time.perf_counter() - began) / n / share
+            if each * n * share > QUICK * parts and not args.compile:
                 break
-        each = parts * took / n / share
-        return f"{count} {what}, {each:.2g} s each: {run.duration(count * each)}", count * each
+        return f"{count} {what}, {each:.2g} s each: {timedelta(seconds=round(count * each))}", count * each
 
-    to_encode = sum(len(rows) for _, rows in real.missing())
-    if to_encode:
-        blank = torch.zeros((3, args.resolution, args.resolution), device=args.device)
-        passes = (2 if images.pairs else 1) * (2 if args.flip else 1)
-        encode = torch.no_grad()(lambda n: sd.vae.encode(blank.expand(n, -1, -1, -1))[0])
-        yield measured("real images to encode", to_encode, pairs.ENCODE_BATCH, encode, passes)
-
-    to_draw, parts = 0, max(1, args.sampler_steps / 2)
-    for stage in stages:
-        if stage.loss.startswith("spin"):
-            to_draw += sum(len(rows) for _, rows in pairs.shards_of(args, this_run, stage, images).missing())
-    if to_draw:
-        yield measured("images for the opponent to draw", to_draw, args.generation_batch, draw, parts)
-
+    passes = (2 if images.pairs else 1) * (2 if args.flip else 1)
+    if count := real.count_missing():
+        yield measured("real images to encode", count, pairs.ENCODE_BATCH, encode, passes)
+    self_play = [stage for stage in stages if stage.loss.startswith("spin")]
+    if count := sum(pairs.shards_of(args, this_run, stage, images).count_missing() for stage in self_play):
+        yield measured("images for the opponent to draw", count, args.generation_batch, draw, args.sampler_steps / 2)
     logged = Counter(line["model"] for line in this_run.read_log())
-    for loss in dict.fromkeys(stage.loss for stage in stages):
-        same = [stage for stage in stages if stage.loss == loss]
-        steps = sum(len(stage.batches) - logged[stage.model] for stage in same)
-        step = players(args, sd, same[0])
-
-        def train(n: int) -> Tensor:
-            loss, _ = step(**pairs.blank(args, sd, same[0].loss, n))
-            loss.backward()
-            return loss.detach()
-
-        if steps:
-            yield measured(f"pairs for {loss}", steps * args.batch_size, args.micro_batch, train)
-
+    for stage in {stage.loss: stage for stage in stages}.values():
+        left = [len(other.batches) - logged[other.model] for other in stages if other.loss == stage.loss]
+        step = players(args, replace(sd, unet=deepcopy(sd.unet)), stage)
+        yield measured(f"pairs for {stage.loss}", max(1, sum(left)) * args.batch_size, args.micro_batch, train)
     pictures = len(stages) * args.grid_prompts
     if args.world and args.score != "none" and not (this_run.folder / "results.json").exists():
         models = len(stages) + len(report.models_of(args, this_run))
         pictures += models * args.score_images * len(toy.split()[args.score])
     if pictures:
-        yield measured("pictures for grids and scores", pictures, args.generation_batch, draw, parts, share=1)
+        what = "pictures for grids and scores"
+        yield measured(what, pictures, args.generation_batch, draw, args.sampler_steps / 2, share=1)

@@ -4,7 +4,6 @@ Nothing here keeps a random state: every draw is a function of (seed, iteration,
 that was interrupted, or split into other micro-batches or among more ranks, draws the same samples.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -20,21 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from spin.run import InputError, whole
+from spin.run import InputError, hash_files, read_text, whole
 
 SHARD = 256  # rows a file of latents holds
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Captioned images
-
-
+# ---- Captioned images ------------------------------------------------------------------------------------------------
 class CaptionedImages:
     """A folder of images with metadata.jsonl: one object a line, `file_name` and `text` (or `caption`).
 
     `caption(i)` and `image(i)` are row i. With `pairs`, each line also has a `rejected_file_name`, the image that DPO
-    is to like less: `rejected_image(i)`. What is wrong with a row is an InputError when it is asked for; `inspect` asks
-    for all of them, `keep` leaves some out. In memory are only the places where lines begin, 16 bytes a row.
+    is to like less: `image(i, rejected=True)`. What is wrong with a row is an InputError when it is asked for;
+    `inspect` asks for all, `keep` leaves some out. In memory are only the places where lines begin, 16 bytes a row.
     first: only the first N rows are used. Raises InputError for a folder without metadata.jsonl or without a row in it.
     """
 
@@ -103,15 +99,9 @@ class CaptionedImages:
     def caption(self, i: int) -> str:
         return self.row(i)[0]
 
-    def image(self, i: int) -> Tensor:
+    def image(self, i: int, rejected: bool = False) -> Tensor:
         """[3,resolution,resolution] in [-1,1]: the square in the middle of the picture, resized (bilinear)."""
-        return self.square(self.row(i)[1][0])
-
-    def rejected_image(self, i: int) -> Tensor:
-        return self.square(self.row(i)[1][1])
-
-    def square(self, path: Path) -> Tensor:
-        picture = read_picture(path)
+        picture = read_picture(self.row(i)[1][rejected])
         (width, height), short = picture.size, min(picture.size)
         centre = ((width - short) / 2, (height - short) / 2, (width + short) / 2, (height + short) / 2)
         square = picture.resize((self.resolution, self.resolution), Image.Resampling.BILINEAR, box=centre)
@@ -137,16 +127,14 @@ class CaptionedImages:
 
     def hash(self) -> str:
         """16 hexadecimal digits over metadata.jsonl and the sizes of the images of its rows; they are not read."""
-        digest = hashlib.sha256()
-        with open(self.metadata, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        for i in range(len(self)):
+
+        def size(i: int) -> str:
             try:
-                digest.update(repr([path.stat().st_size for path in self.row(i)[1]]).encode())
+                return repr([path.stat().st_size for path in self.row(i)[1]])
             except InputError:
-                digest.update(b"unusable")
-        return digest.hexdigest()[:16]
+                return "unusable"
+
+        return hash_files([self.metadata], map(size, range(len(self))))
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -177,8 +165,8 @@ def read_prompts(path: str | Path) -> list[str]:
     Objects say `prompt`, `text` or `caption`. Raises InputError where the file holds no prompt or something else.
     """
     path = Path(path)
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             entries = json.loads(text)
             if not isinstance(entries, list):
@@ -189,8 +177,6 @@ def read_prompts(path: str | Path) -> list[str]:
             entries = [line.strip() for line in text.split("\n") if line.strip()]
         keys = ("prompt", "text", "caption")
         entries = [next(e[key] for key in keys if key in e) if isinstance(e, dict) else e for e in entries]
-    except OSError as error:
-        raise InputError(f"{path}: not readable ({error.strerror})") from None
     except (ValueError, TypeError, StopIteration) as error:
         raise InputError(f"{path}: not a list of prompts ({error or 'no prompt, text or caption'})") from None
     if not entries or not all(isinstance(entry, str) for entry in entries):
@@ -198,10 +184,7 @@ def read_prompts(path: str | Path) -> list[str]:
     return entries
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Latents on disk
-
-
+# ---- Latents on disk -------------------------------------------------------------------------------------------------
 class LatentShards:
     """Tensors of many rows in a folder, SHARD rows a file; a file appears whole or not at all.
 
@@ -219,6 +202,9 @@ class LatentShards:
         """(shard, its rows) of every file that is not there yet."""
         shards = range(0, len(self.rows), SHARD)
         return [(i, self.rows[at : at + SHARD].tolist()) for i, at in enumerate(shards) if not self.path(i).exists()]
+
+    def count_missing(self) -> int:
+        return sum(len(rows) for _, rows in self.missing())
 
     def write(self, shard: int, tensors: dict[str, Tensor]) -> None:
         """tensors: [rows of the shard, ...] each."""
@@ -240,8 +226,7 @@ class LatentShards:
         return torch.stack(found).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which sample is drawn when
+# ---- Which sample is drawn when --------------------------------------------------------------------------------------
 
 ORDER, DRAW, GENERATE = range(3)  # streams of random numbers that never meet
 

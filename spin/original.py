@@ -1,11 +1,14 @@
 """The single-file layout in which Stable Diffusion was first published: its names, and what its files leave unsaid.
 
 One file holds model.diffusion_model.* (UNet), first_stage_model.* (VAE) and cond_stage_model.* (text tower), and no
-config: `SD_1` and `SD_2` are what it would say. `names` is the whole translation of UNet and VAE, a bijection made from
-a network's own names. A training checkpoint's other keys, its averaged weights (model_ema.*) among them, are not read.
+config: `SD_1` and `SD_2`, from configs.json, are what it would say. `names` is the whole translation of UNet and VAE,
+a bijection made from a network's own names. A training checkpoint's other keys, its averaged weights (model_ema.*)
+among them, are not read.
 """
 
+import json
 import re
+from pathlib import Path
 
 from torch import Tensor
 
@@ -13,40 +16,10 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT_1 = "cond_stage_model.transformer.text_model."  # of SD-1.x, then transformers' names
 TEXT_2 = "cond_stage_model.model."  # of SD-2.x, then open_clip's
 
-# fmt: off
-UNET_1 = dict(
-    sample_size=64, in_channels=4, out_channels=4, block_out_channels=[320, 640, 1280, 1280], layers_per_block=2,
-    down_block_types=[*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"], cross_attention_dim=768, attention_head_dim=8,
-    up_block_types=["UpBlock2D", *["CrossAttnUpBlock2D"] * 3], norm_num_groups=32, act_fn="silu",
-)
-UNET_2 = dict(
-    sample_size=96, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True,
-)
-AUTOENCODER = dict(
-    sample_size=512, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[128, 256, 512, 512],
-    down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2,
-    norm_num_groups=32, act_fn="silu",
-)
-CLIP_L = dict(
-    vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-    max_position_embeddings=77, hidden_act="quick_gelu",
-)
-# of OpenCLIP's ViT-H all layers but the last: SD-2.x reads the last but one
-CLIP_H = dict(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu",
-)
-SCHEDULE = dict(
-    _class_name="DDIMScheduler", num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085,
-    beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
-)
-# fmt: on
-SD_1 = {"unet": UNET_1, "vae": AUTOENCODER, "text_encoder": CLIP_L, "scheduler": SCHEDULE}
-SD_2 = {
-    "unet": UNET_1 | UNET_2,
-    "vae": AUTOENCODER | {"sample_size": 768},
-    "text_encoder": CLIP_L | CLIP_H,
-    "scheduler": SCHEDULE | {"prediction_type": "v_prediction"},
-}
+# What a file leaves unsaid, {"unet": its config.json, ...}; of OpenCLIP's ViT-H, SD-2.x reads all layers but the last.
+# And settings that our networks and samplers have built in: another value in a config.json means another architecture
+# (SDXL, an inpainting model, ...), which might load and would draw nonsense.
+SD_1, SD_2, BUILT_IN = json.loads(Path(__file__).with_name("configs.json").read_text()).values()
 
 # what other files are, by a part of a name in them
 FOREIGN = {
@@ -88,6 +61,18 @@ IN_VAE = {
 }
 
 
+def is_sd_2(tensors: dict[str, Tensor]) -> bool:
+    return any(name.startswith(TEXT_2) for name in tensors)
+
+
+def config_of(tensors: dict[str, Tensor]) -> dict[str, dict]:
+    return SD_2 if is_sd_2(tensors) else SD_1
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def unet_name(ours: str, depth: int, cross: list[bool]) -> str:
     """depth: residual blocks a level on the way down. cross: of each level on the way up, if it has attentions."""
     for here, there in UNET_ENDS.items():
@@ -113,10 +98,9 @@ def unet_name(ours: str, depth: int, cross: list[bool]) -> str:
 
 
 def vae_name(ours: str, levels: int) -> str:
-    name = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", ours)
-    name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", name)
-    name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
+    name = re.sub(r"down_blocks\.(\d+)", r"down.\1", ours)
     name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
+    name = re.sub(r"(down|up)\.(\d+)\.resnets", r"\1.\2.block", name)
     for here, there in IN_VAE.items():
         name = name.replace(here, there)
     return VAE + name

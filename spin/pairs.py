@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spin import data, ranks, sampler
-from spin.run import InputError, Run
+from spin.run import Run
 from spin.step import mixed_precision
 
 ENCODE_BATCH = 4  # images a forward pass of the VAE's encoder
@@ -17,12 +17,12 @@ ENCODE_BATCH = 4  # images a forward pass of the VAE's encoder
 @torch.no_grad()
 def encode(args, sd, images: data.CaptionedImages, real: data.LatentShards) -> None:
     """Stores mean and log-variance of every image's latent, and of its mirror image's if that may be drawn."""
-    kinds = {"": images.image} | ({"rejected_": images.rejected_image} if images.pairs else {})
+    kinds = {"": False} | ({"rejected_": True} if images.pairs else {})
 
     def encoded(rows: list[int]) -> dict[str, Tensor]:
         found = {}
-        for kind, image in kinds.items():
-            batch = torch.stack([image(row) for row in rows]).to(args.device)
+        for kind, rejected in kinds.items():
+            batch = torch.stack([images.image(row, rejected) for row in rows]).to(args.device)
             found |= dict(zip((f"{kind}mean", f"{kind}logvar"), sd.vae.encode(batch)))
             if args.flip:
                 found |= dict(zip((f"{kind}mean_flipped", f"{kind}logvar_flipped"), sd.vae.encode(batch.flip(3))))
@@ -40,7 +40,8 @@ def generate(args, sd, images: data.CaptionedImages, generated: data.LatentShard
     def drawn(rows: list[int]) -> dict[str, Tensor]:
         generators = [data.generator(args.seed, k, row) for row in rows]
         path: list[Tensor] | None = [] if args.loss == "spin-trajectory" else None
-        x0 = draw_latents(args, sd, [images.caption(row) for row in rows], generators, path)
+        prompts = [images.caption(row) for row in rows]
+        x0 = sampler.sample(sd, prompts, generators=generators, trajectory=path, **how_to_draw(args))
         x0 = through_pixels(sd, x0, generators) if args.generated == "images" else x0
         return {"path": torch.stack(path, dim=1).half().cpu()} if path else {"x0": x0}
 
@@ -63,16 +64,11 @@ def fill(shards: data.LatentShards, make, batch_size: int, title: str) -> None:
     ranks.wait()
 
 
-def draw_latents(args, sd, prompts: list[str], generators: list[torch.Generator], path=None, steps=None) -> Tensor:
-    """Scaled latents [B,4,h,w], drawn with this run's settings; path: see `sampler.sample`'s trajectory."""
-    side, dtype = args.resolution, getattr(torch, args.dtype)
-    settings = {"height": side, "width": side, "sampler": args.sampler, "autocast": dtype, "trajectory": path}
-    try:
-        return sampler.sample(
-            sd, prompts, steps or args.sampler_steps, args.guidance, generators=generators, **settings
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from None
+def how_to_draw(args) -> dict:
+    """This run's settings of `sampler.sample`."""
+    size = {"height": args.resolution, "width": args.resolution}
+    settings = {"steps": args.sampler_steps, "guidance": args.guidance, "sampler": args.sampler}
+    return size | settings | {"autocast": getattr(torch, args.dtype)}
 
 
 @torch.no_grad()
@@ -125,17 +121,3 @@ def read(args, sd, loss: str, images, real, generated, rows: list[int], when: tu
     prompts = ["" if drop < args.prompt_dropout else images.caption(row) for drop, row in zip(random["drop"], rows)]
     with mixed_precision(pairs["x0_data"], getattr(torch, args.dtype)):
         return pairs | {"context": sd.encode_prompts(prompts)}
-
-
-@torch.no_grad()
-def blank(args, sd, loss: str, n: int) -> dict[str, Tensor]:
-    """What `read` returns, n pairs of nothing: to see how long a step takes."""
-    side = args.resolution // sd.vae.downscale
-    x = torch.zeros((n, 4, side, side), device=args.device)
-    batch = {"x0_data": x, "eps": x, "t": torch.zeros(n, dtype=torch.int64, device=args.device)}
-    if loss != "sft":
-        batch["x_t_gen" if loss == "spin-trajectory" else "x0_gen"] = x
-    if loss in ("spin", "dpo") and args.noise == "independent":
-        batch["eps_gen"] = x
-    with mixed_precision(x, getattr(torch, args.dtype)):
-        return batch | {"context": sd.encode_prompts([""] * n)}

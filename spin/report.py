@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -19,10 +18,8 @@ SCORE_SEED = 1_000_000  # of the first of the pictures that are scored: the same
 PLATEAU = 0.05  # points of reward that SFT may move theta_0 and be said to have stood still
 Scores = dict[str, dict[str, np.ndarray]]  # {model: {metric: [N]}}, entry i of every model being prompt i
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures and curves
 
-
+# ---- Pictures and curves ---------------------------------------------------------------------------------------------
 def models_of(args, this_run: run.Run) -> list[str]:
     """Those whose checkpoints are there; the baselines come first."""
     names = ["sft", "dpo", *(f"spin-{k}" for k in range(1, args.iterations + 1))]
@@ -45,19 +42,16 @@ def draw_samples(args, this_run: run.Run, player: Callable, images, now: tuple[s
         todo = [i for i, path in enumerate(paths) if not path.exists()]
         sd = None if not todo else now[1] if now and name == now[0] else player(name)
         settings = {"Steps": args.sampler_steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Model": name}
-        for i in tqdm(todo, f"samples of {name}", disable=not todo):
-            generator = torch.Generator("cpu").manual_seed(GRID_SEED + i)
-            picture = viz.to_pil(sampler.decode(sd, pairs.draw_latents(args, sd, [prompts[i]], [generator]))[0])
-            text = viz.parameters(prompts[i], "", picture.size, settings | {"Seed": GRID_SEED + i})
-            with run.whole(paths[i]) as part:
-                viz.save_png(picture, part, text)
+        jobs = [(prompts[i], GRID_SEED + i) for i in todo]
+        drawn = tqdm(sampler.pictures(sd, jobs, **pairs.how_to_draw(args)), f"samples of {name}", disable=not todo)
+        for i, image in zip(todo, drawn):
+            viz.save_png(viz.to_pil(image), paths[i], prompts[i], settings | {"Seed": GRID_SEED + i})
         columns[name] = [Image.open(path) for path in paths]
     if scenes:
         columns["ideal"] = [toy.to_pil(toy.ideal(scene)) for scene in scenes]
     if prompts:
-        with run.whole(folder / "grid.png") as part:
-            cell = 4 * toy.SIDE if scenes else 192
-            viz.save_png(viz.grid(list(zip(*columns.values())), list(columns), prompts, cell), part)
+        cell = 4 * toy.SIDE if scenes else 192
+        viz.save_png(viz.grid(list(zip(*columns.values())), list(columns), prompts, cell), folder / "grid.png")
 
 
 def draw_curves(this_run: run.Run) -> None:
@@ -67,23 +61,15 @@ def draw_curves(this_run: run.Run) -> None:
     for who in ("spin", "sft", "dpo"):
         lines = [line for line in log if line["model"].startswith(who)]
         ends += [i for i, (line, after) in enumerate(zip(lines, lines[1:]), start=1) if after["step"] == 1]
-        titles = {
-            "loss": ["loss"],
-            "margin": ["margin"],
-            "implicit accuracy": ["implicit_accuracy"],
-            "policy's error - opponent's error": ["delta_data", "delta_gen"],
-        }
+        titles = {name.replace("_", " "): [name] for name in ("loss", "margin", "implicit_accuracy")}
+        titles["policy's error - opponent's error"] = ["delta_data", "delta_gen"]
         for title, names in titles.items() if lines else ():
             if names[0] in lines[0]:
                 panels[f"{who}: {title}"] = {name: [line[name] for line in lines] for name in names}
-    with run.whole(this_run.folder / "curves.png") as part:
-        viz.save_png(viz.line_charts(panels, sorted(set(ends))), part)
+    viz.save_png(viz.line_charts(panels, sorted(set(ends))), this_run.folder / "curves.png")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The miniature world's exact score
-
-
+# ---- The miniature world's exact score -------------------------------------------------------------------------------
 def judge(args, this_run: run.Run, player: Callable) -> dict:
     """Scores every model on prompts that fine-tuning never saw; writes results.json, .md and .png.
 
@@ -101,27 +87,21 @@ def judge(args, this_run: run.Run, player: Callable) -> dict:
 
 def score(args, sd, prompts: list[str], bar: tqdm) -> dict[str, np.ndarray]:
     """`toy.score` of each prompt [N], the mean over its pictures."""
-    jobs = [prompt for prompt in prompts for _ in range(args.score_images)]
-    parts = []
-    for at in range(0, len(jobs), args.generation_batch):
-        batch = jobs[at : at + args.generation_batch]
-        generators = [torch.Generator("cpu").manual_seed(SCORE_SEED + at + i) for i in range(len(batch))]
-        pictures = sampler.decode(sd, pairs.draw_latents(args, sd, batch, generators))
-        parts.append(toy.score(pictures.permute(0, 2, 3, 1).cpu().numpy(), batch))
-        bar.update(len(batch))
-    metrics = {name: np.concatenate([part[name] for part in parts]) for name in toy.METRICS}
-    return {name: values.reshape(len(prompts), -1).mean(1) for name, values in metrics.items()}
+    captions = [prompt for prompt in prompts for _ in range(args.score_images)]
+    jobs = list(zip(captions, range(SCORE_SEED, SCORE_SEED + len(captions))))
+    pictures = []
+    for image in sampler.pictures(sd, jobs, args.generation_batch, **pairs.how_to_draw(args)):
+        pictures.append(image.permute(1, 2, 0).cpu().numpy())
+        bar.update()
+    scores = toy.score(np.stack(pictures), captions)
+    return {name: scores[name].reshape(len(prompts), -1).mean(1) for name in toy.METRICS}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and verdicts
-
-
+# ---- Tables and verdicts ---------------------------------------------------------------------------------------------
 def write(folder: Path, title: str, scores: Scores, config: dict, less_is_better: Collection[str] = ()) -> None:
     """Writes the three files into `folder`. less_is_better: names of metrics of which that is so."""
     results = {"title": title} | stats.compare(scores, less_is_better) | {"claims": claims(scores), "config": config}
-    with run.whole(folder / "results.png") as part:
-        viz.save_png(viz.interval_charts(gains(results)), part)
+    viz.save_png(viz.interval_charts(gains(results)), folder / "results.png")
     with run.whole(folder / "results.md") as part:
         part.write_text(markdown(results))
     run.write_json(folder / "results.json", results)  # last: its presence says that the others are there

@@ -1,6 +1,7 @@
 """A run folder on disk: files that appear whole or not at all, one process at a time, a log, refusals in one line."""
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -35,7 +36,8 @@ def whole(path: Path) -> Iterator[Path]:
         remove(part)  # what a killed process left
         yield part
         if part.is_file():
-            part.chmod(0o666 & ~umask())  # safetensors keeps its files to their owner
+            os.umask(mask := os.umask(0))  # it can only be read by setting it
+            part.chmod(0o666 & ~mask)  # safetensors keeps its files to their owner
         sync(part)
         os.replace(part, path)
         sync(path.parent)  # so that the rename outlives a power cut
@@ -43,12 +45,6 @@ def whole(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', '') or error})") from error
     finally:
         remove(part)
-
-
-def umask() -> int:
-    mask = os.umask(0)  # it can only be read by setting it
-    os.umask(mask)
-    return mask
 
 
 def remove(path: Path) -> None:
@@ -72,24 +68,37 @@ def write_json(path: Path, value) -> None:
         part.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def hash_files(paths: Iterable[Path], more: Iterable[str] = ()) -> str:
+    """16 hexadecimal digits of SHA-256 over the files' names and contents, and over strings."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    for text in more:
+        digest.update(text.encode())
+    return digest.hexdigest()[:16]
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as text ({error})") from None
+
+
 def read_json(path: Path) -> dict:
     """Raises InputError where the file is missing or is no JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, not a JSON object")
     return value
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def script(name: str, main: Callable[[], object], stopped: str = "what is finished is kept") -> int:
@@ -234,9 +243,7 @@ class Run:
             lines = [line for line in log if line["model"] == model]
             last = lines[-math.ceil(len(lines) / 10) :]
             row = {"model": model, "steps": len(lines), "seconds": sum(line["seconds"] for line in lines)}
-            row["first_loss"] = lines[0]["loss"]
-            for name in ("loss", "margin", "implicit_accuracy", "delta_data", "delta_gen", "grad_norm"):
-                if name in last[0]:  # SFT has no opponent
-                    row[name] = sum(line[name] for line in last) / len(last)
-            rows.append(row)
+            names = ("loss", "margin", "implicit_accuracy", "delta_data", "delta_gen", "grad_norm")
+            means = {name: sum(line[name] for line in last) / len(last) for name in names if name in last[0]}
+            rows.append(row | {"first_loss": lines[0]["loss"]} | means)  # SFT has no opponent
         return rows

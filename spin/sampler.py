@@ -1,10 +1,11 @@
 """Guided sampling: prompts in, latents out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from spin.run import InputError
 from spin.scheduler import ddim_step, ddpm_step, dpmpp_step, x0_and_eps
 
 SAMPLERS = ("ddim", "ddpm", "dpm++")
@@ -30,20 +31,20 @@ def sample(
     height, width: pixels, multiples of the VAE's factor; None: the size the UNet was trained at.
     autocast: dtype the networks compute in.
     trajectory: a list to which x_t [B,4,h,w] is appended at each of the scheduler's timesteps, noisiest first.
-    Raises ValueError where an argument is out of range, or what was drawn is not finite.
+    Raises InputError, a ValueError, where an argument is out of range, or what was drawn is not finite.
     """
     batch, f = len(prompts), sd.vae.downscale
     if isinstance(prompts, str) or not batch:
-        raise ValueError("prompts must be a list of at least one prompt")
+        raise InputError("prompts must be a list of at least one prompt")
     negative_prompts = [negative_prompts] * batch if isinstance(negative_prompts, str) else list(negative_prompts)
     generators = [torch.Generator("cpu").manual_seed(i) for i in range(batch)] if generators is None else generators
     height, width = (size or sd.unet.sample_size * f for size in (height, width))
     if height % f or width % f or min(height, width) < f:
-        raise ValueError(f"{height} x {width} pixels: height and width must be multiples of {f}")
+        raise InputError(f"{height} x {width} pixels: height and width must be multiples of {f}")
     if not len(prompts) == len(generators) == len(negative_prompts):
-        raise ValueError(f"{batch} prompts, {len(generators)} generators, {len(negative_prompts)} negative prompts")
+        raise InputError(f"{batch} prompts, {len(generators)} generators, {len(negative_prompts)} negative prompts")
     if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r}: only {', '.join(SAMPLERS)} are known")
+        raise InputError(f"sampler {sampler!r}: only {', '.join(SAMPLERS)} are known")
 
     device, dtype = sd.unet.conv_in.weight.device, sd.unet.conv_in.weight.dtype
     guided = guidance != 1
@@ -55,7 +56,7 @@ def sample(
     with torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
         context = sd.encode_prompts([*negative_prompts, *prompts] if guided else list(prompts)).to(dtype)
         x_t, before = noise(), None
-        for t in sd.scheduler.timesteps(steps):
+        for t in timesteps(sd, steps):
             if trajectory is not None:
                 trajectory.append(x_t)
             inputs = torch.cat([x_t, x_t]) if guided else x_t
@@ -72,8 +73,24 @@ def sample(
             else:
                 x_t = ddim_step(x0, eps, alpha_bar, alpha_bar_prev, eta, noise() if eta else x_t)
     if not x_t.isfinite().all():
-        raise ValueError("what was drawn is not finite: too large a guidance, or a broken checkpoint")
+        raise InputError("what was drawn is not finite: too large a guidance, or a broken checkpoint")
     return x_t
+
+
+def timesteps(sd, steps: int) -> Tensor:
+    """`Scheduler.timesteps`, noisiest first; InputError where the schedule has no room for as many."""
+    try:
+        return sd.scheduler.timesteps(steps)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def pictures(sd, jobs: Sequence[tuple[str, int]], at_once: int = 1, **settings) -> Iterator[Tensor]:
+    """A picture [3,H,W] in [0,1] for each (prompt, seed of its generator). settings: `sample`'s other arguments."""
+    for at in range(0, len(jobs), at_once):
+        prompts, seeds = zip(*jobs[at : at + at_once])
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        yield from decode(sd, sample(sd, prompts, generators=generators, **settings))
 
 
 @torch.no_grad()

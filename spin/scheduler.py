@@ -119,9 +119,8 @@ def error_weight(alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float) -> Tenso
     as the last factor; the algebra gives sqrt(1 - alpha_t). Part of what beta stands for: it is nowhere multiplied.
     """
     s = eta * posterior_std(alpha_bar, alpha_bar_prev)
-    return (1 - alpha_bar_prev - s**2).clamp(min=0).sqrt() - (alpha_bar_prev / alpha_bar).sqrt() * (
-        1 - alpha_bar
-    ).sqrt()
+    of_eps = (1 - alpha_bar_prev - s**2).clamp(min=0).sqrt()
+    return of_eps - (alpha_bar_prev / alpha_bar).sqrt() * (1 - alpha_bar).sqrt()
 
 
 def ddim_step(x0: Tensor, eps: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float, noise: Tensor) -> Tensor:

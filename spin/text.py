@@ -7,6 +7,7 @@ import gzip
 import re
 import tempfile
 import unicodedata
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -121,28 +122,22 @@ LAYER_NAMES = {
 STACKED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
-def layer_pairs(layer: int) -> list[tuple[str, str]]:
-    ours, theirs = f"encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
-    return [(f"{ours}{a}.{p}", f"{theirs}{b}.{p}") for a, b in LAYER_NAMES.items() for p in ("weight", "bias")]
+def names(layers: int) -> list[tuple[list[str], str]]:
+    """(a checkpoint's names, the one in open_clip's tower that has them as its rows) of every tensor."""
+    pairs = [([ours], theirs) for ours, theirs in NAMES.items()]
+    for i, p in product(range(layers), ("weight", "bias")):
+        ours, theirs = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
+        pairs += [([f"{ours}{a}.{p}"], f"{theirs}{b}.{p}") for a, b in LAYER_NAMES.items()]
+        pairs += [([f"{ours}{a}.{p}" for a in STACKED], f"{theirs}attn.in_proj_{p}")]
+    return pairs
 
 
 def to_tower(tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     """A checkpoint's text tensors -> open_clip's."""
-    state = {theirs: tensors[ours] for ours, theirs in NAMES.items()}
-    for i in range(layers):
-        state |= {theirs: tensors[ours] for ours, theirs in layer_pairs(i)}
-        for p in ("weight", "bias"):
-            rows = [tensors[f"encoder.layers.{i}.{name}.{p}"] for name in STACKED]
-            state[f"transformer.resblocks.{i}.attn.in_proj_{p}"] = torch.cat(rows)
-    return state
+    return {theirs: torch.cat([tensors[name] for name in ours]) for ours, theirs in names(layers)}
 
 
 def from_tower(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """open_clip's tensors -> a checkpoint's: `to_tower` backwards."""
-    tensors = {ours: state[theirs] for ours, theirs in NAMES.items()}
-    for i in range(layers):
-        tensors |= {ours: state[theirs] for ours, theirs in layer_pairs(i)}
-        for p in ("weight", "bias"):
-            rows = state[f"transformer.resblocks.{i}.attn.in_proj_{p}"].chunk(3)
-            tensors |= {f"encoder.layers.{i}.{name}.{p}": part for name, part in zip(STACKED, rows)}
-    return tensors
+    """open_clip's tensors -> a checkpoint's: `to_tower` backwards. What is missing there is missing here."""
+    found = [(ours, state[theirs]) for ours, theirs in names(layers) if theirs in state]
+    return {name: part for ours, tensor in found for name, part in zip(ours, tensor.chunk(len(ours)))}

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 SIDE = 32
-BASE = Path(__file__).parent / "toy_base"  # the checkpoint that `python -m spin.pretrain` made
+BASE = Path(__file__).parent / "toy_base"  # the checkpoint that tutorial/pretrain.py made
 COLOURS = {
     "red": (0.86, 0.16, 0.16),
     "green": (0.16, 0.66, 0.24),
@@ -37,10 +37,8 @@ PLACES = {
 }
 VALUES = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES, "background": COLOURS}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scenes and their captions
 
-
+# ---- Scenes and their captions ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Scene:
     """What a picture shows. An attribute that is None is left out of the caption."""
@@ -69,10 +67,7 @@ def split() -> dict[str, list[Scene]]:
     return {name: [SCENES[i] for i in part] for name, part in parts.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-
-
+# ---- Drawing ---------------------------------------------------------------------------------------------------------
 def coverage(shape: str, radius: float, centre: tuple[float, float], angle: float = 0.0) -> np.ndarray:
     """[32,32]: the part of each pixel that the shape covers, from the signed distance to its edge.
 
@@ -104,11 +99,14 @@ def ideal(scene: Scene) -> np.ndarray:
     return paint(mask, COLOURS[scene.colour], COLOURS[scene.background])
 
 
+def about(scene: Scene, sd: float, rng: np.random.Generator) -> list[np.ndarray]:
+    """The scene's two colours, jittered."""
+    return [np.array(COLOURS[name]) + rng.normal(0, sd, 3) for name in (scene.colour, scene.background)]
+
+
 def curated(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """The scene with a little jitter of colour (sd .015) and place (.4 px)."""
-    colour, background = (
-        np.array(COLOURS[name]) + rng.normal(0, 0.015, 3) for name in (scene.colour, scene.background)
-    )
+    colour, background = about(scene, 0.015, rng)
     mask = coverage(scene.shape, SIZES[scene.size], PLACES[scene.place] + rng.normal(0, 0.4, 2))
     return np.clip(paint(mask, colour, background), 0, 1)
 
@@ -119,9 +117,7 @@ def web(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     But for a little noise, sd .015, which every picture has.
     """
     u = rng.uniform(0.15, 1)
-    colour, background = (
-        np.array(COLOURS[name]) + rng.normal(0, 0.08 * u, 3) for name in (scene.colour, scene.background)
-    )
+    colour, background = about(scene, 0.08 * u, rng)
     centre = PLACES[scene.place] + rng.normal(0, 1.8 * u, 2)
     radius = SIZES[scene.size] * (1 + rng.normal(0, 0.12 * u))
     picture = paint(coverage(scene.shape, radius, centre, rng.normal(0, 0.35 * u)), colour, background)
@@ -151,13 +147,6 @@ def loser(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return web(mistaken(scene, rng), rng)
 
 
-def careless_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Each attribute wrong in 8 of 100 captions, missing (but never the shape) in 20."""
-    told = mistaken(scene, rng, 0.08)
-    drop = [field.name for field in fields(Scene) if field.name != "shape" and rng.random() < 0.2]
-    return replace(told, **dict.fromkeys(drop)).caption
-
-
 def curated_set(seed: int = 0) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """(caption, picture, rejected picture) of each scene of "train"."""
     rngs = [np.random.default_rng([seed, i]) for i in range(len(SCENES))]
@@ -181,8 +170,7 @@ def to_pil(picture: np.ndarray) -> Image.Image:
     return Image.fromarray((picture * 255).round().astype(np.uint8))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The score
+# ---- The score -------------------------------------------------------------------------------------------------------
 
 METRICS = ("aligned", "clean", "reward", "palette")
 LESS_IS_BETTER = ("palette",)

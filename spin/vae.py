@@ -40,6 +40,10 @@ class Level(nn.Module):
         return x
 
 
+def levels(channels: list[int], depth: int, groups: int) -> nn.ModuleList:
+    return nn.ModuleList(Level(before, c, depth, groups) for before, c in zip([channels[0], *channels], channels))
+
+
 class MidLevel(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -54,12 +58,9 @@ class Encoder(nn.Module):
     def __init__(self, in_channels: int, latent_channels: int, channels: list[int], depth: int, groups: int):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        for level, width in enumerate(channels):
-            block = Level(channels[max(level - 1, 0)], width, depth, groups)
-            if level < len(channels) - 1:
-                block.downsamplers = nn.ModuleList([Downsample2D(width, padding=0)])
-            self.down_blocks.append(block)
+        self.down_blocks = levels(channels, depth, groups)
+        for block, width in zip(self.down_blocks[:-1], channels):
+            block.downsamplers = nn.ModuleList([Downsample2D(width, padding=0)])
         self.mid_block = MidLevel(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
@@ -77,12 +78,9 @@ class Decoder(nn.Module):
         channels = channels[::-1]
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidLevel(channels[0], groups)
-        self.up_blocks = nn.ModuleList()
-        for level, width in enumerate(channels):
-            block = Level(channels[max(level - 1, 0)], width, depth + 1, groups)
-            if level < len(channels) - 1:
-                block.upsamplers = nn.ModuleList([Upsample2D(width)])
-            self.up_blocks.append(block)
+        self.up_blocks = levels(channels, depth + 1, groups)
+        for block, width in zip(self.up_blocks[:-1], channels):
+            block.upsamplers = nn.ModuleList([Upsample2D(width)])
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
 

@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from spin.run import whole
+
 INK, PALE, PAPER = (32, 32, 36), (200, 200, 206), (255, 255, 255)
+LEFT, TOP, RIGHT, BOTTOM = 76, 32, 14, 28  # pixels around a chart
 COLOURS = [(31, 105, 180), (214, 90, 24), (34, 139, 76), (150, 60, 160), (120, 120, 120)]
 
 
@@ -16,19 +20,24 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def parameters(prompt: str, negative_prompt: str, size: tuple[int, int], settings: dict) -> str:
-    """How a picture was made, in the three lines that Stable Diffusion programs write to and read from a PNG."""
+def parameters(prompt: str, size: tuple[int, int], settings: dict) -> str:
+    """How a picture was made, in the three lines that Stable Diffusion programs write to and read from a PNG.
+
+    settings: {"Seed": 1, ...}; its "Negative prompt", if it has one that is not empty, gets a line of its own.
+    """
     settings = settings | {"Size": f"{size[0]}x{size[1]}"}
+    negative_prompt = settings.pop("Negative prompt", "")
     lines = [prompt, f"Negative prompt: {negative_prompt}"] if negative_prompt else [prompt]
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
 
 
-def save_png(picture: Image.Image, path, text: str = "") -> None:
-    """`text` goes into the PNG's text chunk "parameters"."""
+def save_png(picture: Image.Image, path: Path, prompt: str = "", settings: dict | None = None) -> None:
+    """Whole or not at all. settings, and prompt: how it was made, for the PNG's text chunk "parameters"."""
     info = PngImagePlugin.PngInfo()
-    if text:
-        info.add_itxt("parameters", text)
-    picture.save(path, format="PNG", pnginfo=info)
+    if settings is not None:
+        info.add_itxt("parameters", parameters(prompt, picture.size, settings))
+    with whole(path) as part:
+        picture.save(part, format="PNG", pnginfo=info)
 
 
 def wrap(text: str, font, width: int) -> list[str]:
@@ -94,36 +103,40 @@ def two_a_row(panels: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
+def axes(title: str, values: Sequence[float], width: int, height: int):
+    """A panel with three labelled heights around `values`: the panel, its draw, its font, and y -> its height."""
+    panel, font = Image.new("RGB", (width, height), PAPER), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(panel)
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+
+    def level(y: float) -> float:
+        return height - BOTTOM - (y - low + pad) / (high - low + 2 * pad) * (height - BOTTOM - TOP)
+
+    draw.text((LEFT, 6), title, INK, font)
+    for y in sorted({low, (low + high) / 2, high}):
+        draw.line([(LEFT, level(y)), (width - RIGHT, level(y))], PALE)
+        draw.text((LEFT - 6, level(y)), f"{y:.4g}", INK, font, anchor="rm")
+    return panel, draw, font, level
+
+
 def line_chart(
     title: str, lines: dict[str, Sequence[float]], marks: Sequence[int], width: int, height: int
 ) -> Image.Image:
-    panel, font = Image.new("RGB", (width, height), PAPER), ImageFont.load_default(13)
-    draw = ImageDraw.Draw(panel)
-    left, top, right, bottom = 76, 30, width - 14, height - 26
-    finite = [y for values in lines.values() for y in values if math.isfinite(y)] or [0.0]
-    low, high = min(finite), max(finite)
-    pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    low, high = low - pad, high + pad
+    finite = [y for values in lines.values() for y in values if math.isfinite(y)]
+    panel, draw, font, level = axes(title, finite, width, height)
     count = max(2, *(len(values) for values in lines.values()))
-
-    def place(step: int, y: float) -> tuple[float, float]:
-        return left + (step - 1) / (count - 1) * (right - left), bottom - (y - low) / (high - low) * (bottom - top)
-
-    draw.text((left, 6), title, INK, font)
-    for y in (low + pad, (low + high) / 2, high - pad):
-        height_of_y = place(1, y)[1]
-        draw.line([(left, height_of_y), (right, height_of_y)], PALE)
-        draw.text((left - 6, height_of_y), f"{y:.4g}", INK, font, anchor="rm")
+    across = lambda step: LEFT + (step - 1) / (count - 1) * (width - RIGHT - LEFT)  # noqa: E731
     for mark in marks:
-        draw.line([place(mark, low), place(mark, high)], PALE)
-    draw.text((left, bottom + 6), "step 1", INK, font)
-    draw.text((right, bottom + 6), str(count), INK, font, anchor="ra")
-    legend = right
+        draw.line([(across(mark), height - BOTTOM), (across(mark), TOP)], PALE)
+    draw.text((LEFT, height - BOTTOM + 6), "step 1", INK, font)
+    draw.text((width - RIGHT, height - BOTTOM + 6), str(count), INK, font, anchor="ra")
+    legend = width - RIGHT
     for (name, values), colour in reversed(list(zip(lines.items(), COLOURS))):
-        points = [place(step, y) for step, y in enumerate(values, start=1) if math.isfinite(y)]
+        points = [(across(step), level(y)) for step, y in enumerate(values, start=1) if math.isfinite(y)]
         draw.line(points, colour, 2)
         if len(points) == 1:
-            draw.ellipse([points[0][0] - 2, points[0][1] - 2, points[0][0] + 2, points[0][1] + 2], colour)
+            draw.circle(points[0], 2, colour)
         if len(lines) > 1:
             draw.text((legend, 6), name, colour, font, anchor="ra")
             legend -= font.getlength(name) + 14
@@ -131,25 +144,13 @@ def line_chart(
 
 
 def interval_chart(title: str, points: dict[str, dict[str, float]], width: int, height: int) -> Image.Image:
-    panel, font = Image.new("RGB", (width, height), PAPER), ImageFont.load_default(13)
-    draw = ImageDraw.Draw(panel)
-    left, top, right, bottom = 76, 34, width - 14, height - 30
-    low, high = min(point["low"] for point in points.values()), max(point["high"] for point in points.values())
-    pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-
-    def place(y: float) -> float:
-        return bottom - (y - low + pad) / (high - low + 2 * pad) * (bottom - top)
-
-    draw.text((left, 6), f"{title}, mean and 95 % interval", INK, font)
-    for y in (low, (low + high) / 2, high):
-        draw.line([(left, place(y)), (right, place(y))], PALE)
-        draw.text((left - 6, place(y)), f"{y:.4g}", INK, font, anchor="rm")
+    ends = [point[end] for point in points.values() for end in ("low", "high")]
+    panel, draw, font, level = axes(f"{title}, mean and 95 % interval", ends, width, height)
     for i, (name, point) in enumerate(points.items()):
-        x = left + (i + 0.5) * (right - left) / len(points)
-        draw.line([(x, place(point["low"])), (x, place(point["high"]))], COLOURS[0], 3)
+        x = LEFT + (i + 0.5) * (width - RIGHT - LEFT) / len(points)
+        draw.line([(x, level(point["low"])), (x, level(point["high"]))], COLOURS[0], 3)
         for end in ("low", "high"):
-            draw.line([(x - 6, place(point[end])), (x + 6, place(point[end]))], COLOURS[0], 2)
-        middle = place(point["mean"])
-        draw.ellipse([x - 5, middle - 5, x + 5, middle + 5], COLOURS[1])
-        draw.text((x, bottom + 8), name, INK, font, anchor="ma")
+            draw.line([(x - 6, level(point[end])), (x + 6, level(point[end]))], COLOURS[0], 2)
+        draw.circle((x, level(point["mean"])), 5, COLOURS[1])
+        draw.text((x, height - BOTTOM + 8), name, INK, font, anchor="ma")
     return panel

@@ -1,19 +1,14 @@
 """Checkpoints in and out, read strictly: the folder layout of diffusers, from the hub too, and single original files.
 
-    model_index.json
-    unet/config.json          unet/diffusion_pytorch_model.safetensors
-    vae/config.json           vae/diffusion_pytorch_model.safetensors
-    text_encoder/config.json  text_encoder/model.safetensors
-    tokenizer/                vocab.json + merges.txt, or tokenizer.json; without it, CLIP's own
-    scheduler/scheduler_config.json
+    unet/, vae/: config.json, diffusion_pytorch_model.safetensors    text_encoder/: config.json, model.safetensors
+    scheduler/: scheduler_config.json    tokenizer/: vocab.json + merges.txt, or tokenizer.json; without it, CLIP's own
 
 Folders of several generations of diffusers and transformers are read; the newest names are written.
 """
 
-import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -23,34 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spin import original
-from spin.run import InputError, read_json, whole, write_json
+from spin.run import InputError, hash_files, read_json, read_text, whole, write_json
 from spin.scheduler import Scheduler
 from spin.text import EOS, TextEncoder, Tokenizer, from_tower, to_tower
 from spin.unet import UNet
 from spin.vae import AutoencoderKL
 
-# Settings that our networks and samplers have built in, and the value they have there. Another value in a config.json
-# means another architecture (SDXL, an inpainting model, ...), which might load and would draw nonsense.
-BUILT_IN = {
-    "unet": dict(
-        in_channels=4, out_channels=4, act_fn="silu", center_input_sample=False, mid_block_scale_factor=1,
-        mid_block_type="UNetMidBlock2DCrossAttn", transformer_layers_per_block=1, dual_cross_attention=False,
-        only_cross_attention=False, resnet_time_scale_shift="default", time_embedding_type="positional",
-        time_embedding_dim=None, time_embedding_act_fn=None, resnet_skip_time_act=False, timestep_post_act=None,
-        time_cond_proj_dim=None, class_embed_type=None, num_class_embeds=None, addition_embed_type=None,
-        encoder_hid_dim=None, attention_type="default", conv_in_kernel=3, conv_out_kernel=3,
-    ),
-    "vae": dict(
-        act_fn="silu", latent_channels=4, mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True,
-        latents_mean=None, latents_std=None, shift_factor=None,
-    ),
-    "text_encoder": dict(layer_norm_eps=1e-5),
-    "scheduler": dict(
-        timestep_spacing="leading", clip_sample=False, thresholding=False, trained_betas=None,
-        rescale_betas_zero_snr=False, use_karras_sigmas=False,
-    ),
-}  # fmt: skip
-
+NETWORKS = {"unet": UNet, "vae": AutoencoderKL}
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")  # the folders of a checkpoint
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
@@ -72,10 +46,7 @@ class StableDiffusion:
         return self.text_encoder(prompts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In
-
-
+# ---- In --------------------------------------------------------------------------------------------------------------
 def load(
     source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", unet: str | Path | None = None
 ) -> StableDiffusion:
@@ -87,26 +58,79 @@ def load(
     Raises InputError, one line, where a file is missing, cut short or foreign, a tensor's name or shape is not
     what config.json says, or config.json describes another architecture.
     """
-    folder = locate(source)
-    if folder.is_file():
-        sd = load_single(folder, dtype, device)
-        return replace(sd, unet=load_unet(unet, dtype, device)) if unet else sd
+    path = locate(source)
+    single = read_single(path) if path.is_file() else None
+    text_config, tensors, where = read_part(path, "text_encoder", single)
+    if single:
+        sd_2 = original.is_sd_2(single)
+        tokenizer, schedule = Tokenizer(None, "!" if sd_2 else EOS), original.config_of(single)["scheduler"]
+    else:
+        tokenizer = load_tokenizer(path / "tokenizer", text_config.get("max_position_embeddings", 77))
+        schedule = read_config(path / "scheduler" / "scheduler_config.json", "scheduler")
+    text_encoder = build(lambda config: TextEncoder(config, tokenizer), text_config, where)
+    if len(tokenizer.vocab) > text_config["vocab_size"]:
+        raise InputError(f"{where}: {text_config['vocab_size']} embeddings for {len(tokenizer.vocab)} tokens")
+    layers = text_config["num_hidden_layers"]
+    compare(tensors, from_tower(text_encoder.tower.state_dict(), layers), where)
+    fill(text_encoder.tower, to_tower(tensors, layers), where, dtype, device)
     return StableDiffusion(
-        unet=load_unet(unet or folder, dtype, device),
-        vae=load_vae(folder, dtype, device),
-        text_encoder=load_text_encoder(folder, dtype, device),
-        scheduler=load_scheduler(folder),
+        load_unet(unet, dtype, device) if unet else make("unet", read_part(path, "unet", single), dtype, device),
+        make("vae", read_part(path, "vae", single), dtype, device),
+        text_encoder.eval(),
+        build(Scheduler, schedule, path if single else path / "scheduler", device="cpu"),
     )
 
 
 def load_unet(source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> UNet:
     """The UNet of any checkpoint, or of its folder unet/ alone."""
-    folder = locate(source, ("unet",))
-    if folder.is_file():
-        return load_single(folder, dtype, device).unet
-    folder = folder if (folder / "config.json").exists() else folder / "unet"
-    unet = build(UNet, read_config(folder / "config.json", "unet"), folder)
-    return fill(unet, read_tensors(folder, "diffusion_pytorch_model"), folder, dtype, device)
+    return make("unet", read_part(locate(source, ("unet",)), "unet"), dtype, device)
+
+
+def make(part: str, found: tuple[dict, dict[str, Tensor], Path], dtype: torch.dtype, device: str) -> nn.Module:
+    """The network that `read_part` found."""
+    config, tensors, where = found
+    return fill(build(NETWORKS[part], config, where), tensors, where, dtype, device)
+
+
+def read_part(path: Path, part: str, single: dict | None = None) -> tuple[dict, dict[str, Tensor], Path]:
+    """A network's config and tensors, under the names that diffusers and transformers give them now, and their place.
+
+    path: a checkpoint's, or for a UNet its own folder. single: what `read_single` found there, if it is a file.
+    """
+    if path.is_file():
+        tensors = single or read_single(path)
+        config = original.config_of(tensors)[part]
+        if part != "text_encoder":
+            ours = list(build(NETWORKS[part], config, path).state_dict())
+            return config, original.from_original(part, tensors, ours, config), path
+        found = original.under(original.TEXT_1, tensors)
+        if original.is_sd_2(tensors):
+            found = from_tower(original.under(original.TEXT_2, tensors), config["num_hidden_layers"])
+    else:
+        path = path if part == "unet" and (path / "config.json").exists() else path / part
+        config = read_config(path / "config.json", part)
+        tensors = read_tensors(path, "model" if part == "text_encoder" else "diffusion_pytorch_model")
+        found = {newer(name, part): tensor for name, tensor in tensors.items()}
+        if len(found) < len(tensors):
+            raise InputError(f"{path}: holds some tensors twice, under an older and a newer name")
+    found.pop("embeddings.position_ids", None)  # the numbers 0..76, which older transformers stored
+    return config, found, path
+
+
+def newer(name: str, part: str) -> str:
+    """A tensor's name, written by any generation of diffusers or transformers."""
+    for old, new in OLD_VAE_NAMES.items() if part == "vae" else ():
+        name = name.replace(old, new)
+    return name.removeprefix("text_model.")
+
+
+def read_single(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file in the original layout; InputError where they tell of another model."""
+    tensors = read_file(path)
+    for part, what in original.FOREIGN.items():
+        if any(part in name for name in tensors):
+            raise InputError(f"{path}: holds {what}, and no Stable Diffusion 1.x or 2.x")
+    return tensors
 
 
 def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
@@ -129,35 +153,6 @@ def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
         reason = (str(error) or type(error).__name__).split("\n")[0]
         raise InputError(f"{source}: no such folder here, and not to be had from the hub: {reason}") from None
     return folder
-
-
-def load_vae(source: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> AutoencoderKL:
-    folder = source / "vae"
-    vae = build(AutoencoderKL, read_config(folder / "config.json", "vae"), folder)
-
-    def newer(name: str) -> str:
-        for old, new in OLD_VAE_NAMES.items():
-            name = name.replace(old, new)
-        return name
-
-    return fill(vae, rename(read_tensors(folder, "diffusion_pytorch_model"), newer, folder), folder, dtype, device)
-
-
-def load_text_encoder(source: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TextEncoder:
-    folder = source / "text_encoder"
-    config = read_config(folder / "config.json", "text_encoder")
-    tokenizer = load_tokenizer(source / "tokenizer", config.get("max_position_embeddings", 77))
-    encoder = build(lambda config: TextEncoder(config, tokenizer), config, folder)
-    if len(tokenizer.vocab) > config["vocab_size"]:
-        raise InputError(f"{folder}: {config['vocab_size']} embeddings for {len(tokenizer.vocab)} tokens")
-
-    tensors = read_tensors(folder, "model")
-    tensors = rename(tensors, lambda name: name.removeprefix("text_model."), folder)
-    tensors.pop("embeddings.position_ids", None)  # the numbers 0..76, which older transformers stored
-    layers = config["num_hidden_layers"]
-    compare(tensors, from_tower(encoder.tower.state_dict(), layers), folder)
-    fill(encoder.tower, to_tower(tensors, layers), folder, dtype, device)
-    return encoder.eval()
 
 
 def load_tokenizer(folder: Path, length: int = 77) -> Tokenizer:
@@ -194,14 +189,9 @@ def find_pad_token(folder: Path) -> str:
     return EOS
 
 
-def load_scheduler(source: Path) -> Scheduler:
-    path = source / "scheduler" / "scheduler_config.json"
-    return build(Scheduler, read_config(path, "scheduler"), path, device="cpu")
-
-
 def read_config(path: Path, part: str) -> dict:
     config = read_json(path)
-    for key, value in BUILT_IN[part].items():
+    for key, value in original.BUILT_IN[part].items():
         found = config.get(key, value)
         if found != value and not (isinstance(found, list) and all(item == value for item in found)):
             raise InputError(f"{path}: {key} is {found!r}, in Stable Diffusion 1.x and 2.x it is {value!r}")
@@ -218,13 +208,6 @@ def build(make: Callable[[dict], object], config: dict, where: Path, device: str
     except (ArithmeticError, AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{where}: its config is not usable: {reason}") from None
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as text ({error})") from None
 
 
 def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
@@ -252,14 +235,6 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: {reason}; not read. A .safetensors file is safe to read") from None
 
 
-def rename(tensors: dict[str, Tensor], new: Callable[[str], str], where: Path) -> dict[str, Tensor]:
-    """Every tensor under its new name; InputError where two would share one."""
-    renamed = {new(name): tensor for name, tensor in tensors.items()}
-    if len(renamed) < len(tensors):
-        raise InputError(f"{where}: holds some tensors twice, under an older and a newer name")
-    return renamed
-
-
 def fill(network: nn.Module, tensors: dict[str, Tensor], where: Path, dtype: torch.dtype, device: str) -> nn.Module:
     """Gives a network built on the meta device its weights, converted one by one into memory of their own."""
     compare(tensors, network.state_dict(), where)
@@ -275,11 +250,8 @@ def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], where: Path) ->
         for name in found.keys() & wanted.keys()
         if found[name].shape != wanted[name].shape
     ]
-    differences = {
-        "missing": wanted.keys() - found.keys(),
-        "unexpected": found.keys() - wanted.keys(),
-        "of another shape": reshaped,
-    }
+    differences = {"missing": wanted.keys() - found.keys(), "unexpected": found.keys() - wanted.keys()}
+    differences["of another shape"] = reshaped
     found_any = [f"{len(names)} {kind} ({listed(sorted(names))})" for kind, names in differences.items() if names]
     if found_any:
         raise InputError(f"{where}: its tensors are not those of its config: {'; '.join(found_any)}")
@@ -289,59 +261,7 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Single files in the original layout (`spin.original`)
-
-
-def load_single(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StableDiffusion:
-    """A file's model; keys of training, averaged weights and unused layers of the text tower are ignored."""
-    tensors = read_file(path)
-    for part, what in original.FOREIGN.items():
-        if any(part in name for name in tensors):
-            raise InputError(f"{path}: holds {what}, and no Stable Diffusion 1.x or 2.x")
-    sd_2 = any(name.startswith(original.TEXT_2) for name in tensors)
-    config = original.SD_2 if sd_2 else original.SD_1
-
-    def network(part: str, make) -> nn.Module:
-        made = build(make, config[part], path)
-        found = original.from_original(part, tensors, list(made.state_dict()), config[part])
-        return fill(made, found, path, dtype, device)
-
-    unet, vae = network("unet", UNet), network("vae", AutoencoderKL)
-    tokenizer = Tokenizer(None, "!" if sd_2 else EOS)
-    encoder = build(lambda of: TextEncoder(of, tokenizer), config["text_encoder"], path)
-    layers = config["text_encoder"]["num_hidden_layers"]
-    wanted = encoder.tower.state_dict()
-    if sd_2:
-        found = {name.removeprefix(original.TEXT_2): tensor for name, tensor in tensors.items()}
-        found = {name: found[name] for name in wanted if name in found}
-    else:
-        found = {n.removeprefix(original.TEXT_1): t for n, t in tensors.items() if n.startswith(original.TEXT_1)}
-        found.pop("embeddings.position_ids", None)
-        compare(found, from_tower(wanted, layers), path)
-        found = to_tower(found, layers)
-    fill(encoder.tower, found, path, dtype, device)
-    return StableDiffusion(unet, vae, encoder.eval(), Scheduler(config["scheduler"]))
-
-
-def save_single(sd: StableDiffusion, path: str | Path) -> None:
-    """One .safetensors file in the original layout, as other programs read it; `load` gives back every bit."""
-    tensors = {}
-    for part, network in (("unet", sd.unet), ("vae", sd.vae)):
-        tensors |= original.to_original(part, network.state_dict(), network.config)
-    tower, layers = sd.text_encoder.tower.state_dict(), sd.text_encoder.config["num_hidden_layers"]
-    if sd.text_encoder.config.get("hidden_act", "quick_gelu") == "gelu":
-        tensors |= {original.TEXT_2 + name: tensor for name, tensor in tower.items()}
-    else:
-        tensors |= {original.TEXT_1 + name: tensor for name, tensor in from_tower(tower, layers).items()}
-    with whole(Path(path)) as part:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Out
-
-
+# ---- Out -------------------------------------------------------------------------------------------------------------
 def save(sd: StableDiffusion, folder: str | Path) -> None:
     """Writes the diffusers layout; StableDiffusionPipeline.from_pretrained opens it, `load` gives back every bit."""
     folder = Path(folder)
@@ -355,20 +275,13 @@ def save(sd: StableDiffusion, folder: str | Path) -> None:
     text_config = encoder.config | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     save_network(folder / "text_encoder", text_config, "model", text)
     save_tokenizer(folder / "tokenizer", encoder.tokenizer)
-    scheduler_class = sd.scheduler.config.get("_class_name", "DDIMScheduler")
-    write_json(folder / "scheduler" / "scheduler_config.json", sd.scheduler.config | {"_class_name": scheduler_class})
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", scheduler_class],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    write_json(folder / "model_index.json", index)
+    schedule = {"_class_name": "DDIMScheduler"} | sd.scheduler.config
+    write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+    index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    index |= {"feature_extractor": [None, None], "safety_checker": [None, None]}
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    write_json(folder / "model_index.json", index | {"scheduler": ["diffusers", schedule["_class_name"]]})
 
 
 def save_network(folder: Path, config: dict, stem: str, tensors: dict[str, Tensor]) -> None:
@@ -390,15 +303,22 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     write_json(folder / "special_tokens_map.json", specials)
 
 
+def save_single(sd: StableDiffusion, path: str | Path) -> None:
+    """One .safetensors file in the original layout, as other programs read it; `load` gives back every bit."""
+    tensors = {}
+    for part, network in (("unet", sd.unet), ("vae", sd.vae)):
+        tensors |= original.to_original(part, network.state_dict(), network.config)
+    tower, layers = sd.text_encoder.tower.state_dict(), sd.text_encoder.config["num_hidden_layers"]
+    if sd.text_encoder.config.get("hidden_act", "quick_gelu") == "gelu":
+        tensors |= {original.TEXT_2 + name: tensor for name, tensor in tower.items()}
+    else:
+        tensors |= {original.TEXT_1 + name: tensor for name, tensor in from_tower(tower, layers).items()}
+    with whole(Path(path)) as part:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
+
+
 def checkpoint_hash(folder: str | Path) -> str:
     """16 hexadecimal digits of SHA-256 over everything in a checkpoint, or in its unet/ alone, that is read."""
-    parts = [Path(folder, part) for part in PARTS]
-    digest = hashlib.sha256()
-    for part in [part for part in parts if part.is_dir()] or [Path(folder)]:
-        for path in sorted(part.iterdir()) if part.is_dir() else [part]:
-            if path.suffix in (".safetensors", ".json", ".txt", *PICKLES):
-                digest.update(path.name.encode())
-                with open(path, "rb") as file:
-                    while block := file.read(1 << 20):
-                        digest.update(block)
-    return digest.hexdigest()[:16]
+    parts = [Path(folder, part) for part in PARTS if Path(folder, part).is_dir()] or [Path(folder)]
+    paths = [path for part in parts for path in (sorted(part.iterdir()) if part.is_dir() else [part])]
+    return hash_files([path for path in paths if path.suffix in (".safetensors", ".json", ".txt", *PICKLES)])

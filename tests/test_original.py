@@ -251,7 +251,7 @@ def test_a_file_of_another_size_is_refused(sd, tmp_path):
 
 
 def test_train_starts_from_a_single_file(sd, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(original, "SD_1", tiny.MANIFEST["tiny.config"] | {"scheduler": original.SCHEDULE})
+    monkeypatch.setattr(original, "SD_1", tiny.MANIFEST["tiny.config"] | {"scheduler": original.SD_1["scheduler"]})
     weights.save_single(sd, tmp_path / "model.safetensors")
     flags = "--resolution 64 --iterations 1 --steps 1 --batch-size 1 --sampler-steps 2 --grid-prompts 0 --device cpu"
     given = ["--model", str(tmp_path / "model.safetensors"), "--data", str(pictures), "--out", str(tmp_path / "run")]

@@ -1,6 +1,6 @@
 """How the miniature world's base checkpoint was made: a tiny Stable Diffusion, trained from nothing.
 
-    python -m spin.pretrain --out runs/base        (about an hour on one CPU core)
+    python tutorial/pretrain.py --out runs/base        (about an hour on one CPU core)
 
 Three stages, each a folder of OUT in the diffusers layout; one that is there is not made again:
 
@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,29 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spin import run, sampler, toy, weights
-from spin.original import SCHEDULE
-from spin.scheduler import Scheduler, add_noise
-from spin.text import BOS, EOS, TextEncoder, Tokenizer
-from spin.unet import UNet
-from spin.vae import AutoencoderKL
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-# fmt: off
-VAE = dict(
-    sample_size=toy.SIDE, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=[16, 32, 48],
-    down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, layers_per_block=1,
-    norm_num_groups=8, act_fn="silu",
-)
-UNET = dict(
-    sample_size=toy.SIDE // 4, in_channels=4, out_channels=4, block_out_channels=[32, 64], layers_per_block=1,
-    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-    cross_attention_dim=64, attention_head_dim=2, norm_num_groups=8, act_fn="silu",  # two heads: SD-1.x's name for it
-)
-TEXT = dict(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77,
-    projection_dim=64, hidden_act="quick_gelu", layer_norm_eps=1e-5,
-)
-# fmt: on
+from spin import run, sampler, toy, weights  # noqa: E402
+from spin.original import SD_1  # noqa: E402
+from spin.scheduler import Scheduler, add_noise  # noqa: E402
+from spin.text import BOS, EOS, TextEncoder, Tokenizer  # noqa: E402
+from spin.unet import UNet  # noqa: E402
+from spin.vae import AutoencoderKL  # noqa: E402
+
+# the networks' sizes are those of the checkpoint that this made
+UNET, VAE, TEXT = (run.read_json(toy.BASE / part / "config.json") for part in ("unet", "vae", "text_encoder"))
 KL_WEIGHT = 1e-5  # of the latents' KL divergence from N(0,1), beside the mean squared error of pixels
 PROMPT_DROPOUT = 0.1  # captions replaced by "", so that guidance has an unconditional model
 SAMPLING = {"steps": 20, "guidance": 3.0}  # for the scores
@@ -88,7 +78,7 @@ def main(argv: list[str] | None = None) -> dict:
     rng = np.random.default_rng(args.seed)
     scenes = [toy.SCENES[i] for i in rng.integers(len(toy.SCENES), size=args.pictures)]
     pictures = to_tensor([toy.web(scene, rng) for scene in scenes])
-    captions = [toy.careless_caption(scene, rng) for scene in scenes]
+    captions = [careless_caption(scene, rng) for scene in scenes]
     sd = stage("vae", lambda: make_vae(pictures, args.vae_steps, args.seed))
     latents = encode(sd, pictures)
     sd = stage("web", lambda: make_unet(sd, latents, captions, args.web_steps, 1e-3, args.seed + 1))
@@ -99,6 +89,13 @@ def main(argv: list[str] | None = None) -> dict:
     return report
 
 
+def careless_caption(scene: toy.Scene, rng: np.random.Generator) -> str:
+    """Each attribute wrong in 8 of 100 captions, missing (but never the shape) in 20."""
+    told = toy.mistaken(scene, rng, 0.08)
+    drop = [field.name for field in fields(toy.Scene) if field.name != "shape" and rng.random() < 0.2]
+    return replace(told, **dict.fromkeys(drop)).caption
+
+
 def make_vae(pictures: Tensor, steps: int, seed: int) -> tuple[weights.StableDiffusion, dict]:
     """All four parts with fresh weights, the VAE trained; its scaling_factor makes latents of unit variance."""
     with torch.random.fork_rng():  # modules draw their weights from the global generator, which is left as it was
@@ -106,7 +103,7 @@ def make_vae(pictures: Tensor, steps: int, seed: int) -> tuple[weights.StableDif
         tokenizer = small_tokenizer()
         ids = {"bos_token_id": tokenizer.vocab[BOS], "eos_token_id": tokenizer.vocab[EOS]}
         text_encoder = TextEncoder(TEXT | {"vocab_size": len(tokenizer.vocab)} | ids, tokenizer)
-        sd = weights.StableDiffusion(UNet(UNET), AutoencoderKL(VAE), text_encoder, Scheduler(SCHEDULE))
+        sd = weights.StableDiffusion(UNet(UNET), AutoencoderKL(VAE), text_encoder, Scheduler(SD_1["scheduler"]))
 
     def losses(draw: torch.Generator) -> Iterator[Tensor]:
         while True:
