@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     seeds = range(args.seed, args.seed + args.num_images)
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
 
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     pictures, paths = [], [Path(args.out, f"{i:05d}.png") for i in range(len(jobs))]
     settings = {"Steps": args.steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Eta": args.eta}
     settings["Model"] = "/".join(Path(args.unet or args.model).resolve().parts[-2:])  # iter3/checkpoint, say

@@ -318,7 +318,7 @@ def leave_out_bad_rows(args, images: data.CaptionedImages, cache: Path) -> None:
     usable, listed = cache / "usable_rows.npy", cache / "bad_rows.txt"
     if ranks.RANK == 0 and not usable.exists():
         keep = np.ones(len(images), dtype=bool)
-        with ranks.bar(total=len(images), desc="looking at the data") as bar, run.whole(listed) as part:
+        with ranks.bar(total=len(images), desc="looking at the data", delay=1) as bar, run.whole(listed) as part:
             with open(part, "w", encoding="utf-8") as file:
                 for row, problem in images.inspect(bar):
                     file.write(problem.replace("\n", " ") + "\n")

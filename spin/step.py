@@ -14,7 +14,6 @@ device.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +116,6 @@ def as_autocast_would(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
     return unet
 
 
-@lru_cache
 def compiled(step):
     """`step`, to be compiled when it is first called: minutes for a large UNet, once for any values of its tensors.
 

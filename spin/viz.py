@@ -11,7 +11,7 @@ from torch import Tensor
 from spin.run import whole
 
 INK, PALE, PAPER = (32, 32, 36), (200, 200, 206), (255, 255, 255)
-LEFT, TOP, RIGHT, BOTTOM = 76, 32, 14, 28  # pixels around a chart
+LEFT, TOP, RIGHT, BOTTOM = 76, 34, 14, 30  # pixels around a chart
 COLOURS = [(31, 105, 180), (214, 90, 24), (34, 139, 76), (150, 60, 160), (120, 120, 120)]
 
 

@@ -60,6 +60,8 @@ def load(
     """
     path = locate(source)
     single = read_single(path) if path.is_file() else None
+    network = load_unet(unet, dtype, device) if unet else make("unet", read_part(path, "unet", single), dtype, device)
+    vae = make("vae", read_part(path, "vae", single), dtype, device)
     text_config, tensors, where = read_part(path, "text_encoder", single)
     if single:
         sd_2 = original.is_sd_2(single)
@@ -73,12 +75,8 @@ def load(
     layers = text_config["num_hidden_layers"]
     compare(tensors, from_tower(text_encoder.tower.state_dict(), layers), where)
     fill(text_encoder.tower, to_tower(tensors, layers), where, dtype, device)
-    return StableDiffusion(
-        load_unet(unet, dtype, device) if unet else make("unet", read_part(path, "unet", single), dtype, device),
-        make("vae", read_part(path, "vae", single), dtype, device),
-        text_encoder.eval(),
-        build(Scheduler, schedule, path if single else path / "scheduler", device="cpu"),
-    )
+    scheduler = build(Scheduler, schedule, path if single else path / "scheduler", device="cpu")
+    return StableDiffusion(network, vae, text_encoder.eval(), scheduler)
 
 
 def load_unet(source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> UNet:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tqdm import tqdm
 
 from spin import data
 from spin.data import CaptionedImages, LatentShards, batch_rows, draw, read_prompts
@@ -27,8 +30,8 @@ def folder_of(tmp_path: Path, picture: Image.Image, name: str = "a.png", **row) 
 
 def test_pictures_of_all_sizes_and_modes(pictures):
     images = CaptionedImages(pictures, 32)
-    assert len(images) == len(images.captions) == 12
-    modes = {Image.open(path).mode for path in images.files}
+    assert len(images) == 12
+    modes = {Image.open(images.row(i)[1][0]).mode for i in range(12)}
     assert {"RGB", "RGBA", "L", "LA"} <= modes
     for row in range(len(images)):
         image = images.image(row)
@@ -40,20 +43,20 @@ def test_pictures_of_all_sizes_and_modes(pictures):
 
 def test_preference_pairs(tmp_path):
     folder = folder_of(tmp_path, Image.new("RGB", (8, 8), "white"), rejected_file_name="bad.png")
-    assert CaptionedImages(folder, 8).rejected == []  # not asked for, not looked at
+    assert len(CaptionedImages(folder, 8).row(0)[1]) == 1  # not asked for, not looked at
     with pytest.raises(InputError, match="line 1: no image 'bad.png'"):
-        CaptionedImages(folder, 8, pairs=True)
+        CaptionedImages(folder, 8, pairs=True).row(0)
     Image.new("RGB", (8, 8), "black").save(folder / "bad.png")
     images = CaptionedImages(folder, 8, pairs=True)
-    assert images.image(0).min() == 1 and images.rejected_image(0).max() == -1
+    assert images.image(0).min() == 1 and images.image(0, rejected=True).max() == -1
     before = images.hash()
     Image.new("RGB", (9, 90), "black").save(folder / "bad.png")
     assert images.hash() != before != CaptionedImages(folder, 8).hash()
     with pytest.raises(InputError, match="line 1: no rejected_file_name, which DPO needs"):
-        CaptionedImages(folder_of(tmp_path, Image.new("RGB", (8, 8))), 8, pairs=True)
+        CaptionedImages(folder_of(tmp_path, Image.new("RGB", (8, 8))), 8, pairs=True).row(0)
     with pytest.raises(InputError, match="leaves the folder"):
         row = folder_of(tmp_path, Image.new("RGB", (8, 8)), rejected_file_name="../out.png")
-        CaptionedImages(row, 8, pairs=True)
+        CaptionedImages(row, 8, pairs=True).row(0)
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (20, 20), (31, 20)])
@@ -94,7 +97,8 @@ def test_sixteen_bits(tmp_path):
 def test_caption_is_accepted_for_text(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "two words"}\n\n')
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    assert CaptionedImages(tmp_path, 8).captions == ["two words"]
+    images = CaptionedImages(tmp_path, 8)
+    assert len(images) == 1 and images.caption(0) == "two words"
 
 
 GOOD = '{"file_name": "a.png", "text": "a caption"}'
@@ -121,8 +125,55 @@ def test_bad_metadata_is_one_line(expected, tmp_path):
     if BAD_ROWS[expected]:
         (tmp_path / "metadata.jsonl").write_text(BAD_ROWS[expected])
     with pytest.raises(InputError) as error:
-        CaptionedImages(tmp_path, 8)
+        images = CaptionedImages(tmp_path, 8)
+        for i in range(len(images)):
+            images.row(i)
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def bad_and_good_rows(folder: Path) -> Path:
+    """Nine rows; the first, sixth and last can be used."""
+    Image.new("RGB", (32, 32), "red").save(folder / "good.png")
+    content = (folder / "good.png").read_bytes()
+    (folder / "broken.png").write_bytes(content[: len(content) // 2])
+    (folder / "text.jpg").write_text("no picture")
+    chunk = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"  # 900 million pixels in few bytes
+    bomb = content[:8] + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + content[33:]
+    (folder / "bomb.png").write_bytes(bomb)
+    names = ["good", "missing", "broken", "bomb", "../good", "good", "text.jpg", "good"]
+    rows = [{"file_name": name if "." in name[2:] else f"{name}.png", "text": f"caption {name}"} for name in names]
+    rows.insert(4, {"file_name": "good.png", "text": " "})
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return folder
+
+
+def test_inspection_names_every_row_that_cannot_be_used(tmp_path):
+    images = CaptionedImages(bad_and_good_rows(tmp_path), 8)
+    found = dict(images.inspect(tqdm(disable=True)))
+    reasons = ["no image 'missing.png'", "broken.png: not a readable", "bomb.png: not a readable image (Image size",
+               "an empty caption", "leaves the folder", "text.jpg: not a readable"]  # fmt: skip
+    assert list(found) == [1, 2, 3, 4, 5, 7]
+    for problem, reason in zip(found.values(), reasons):
+        assert reason in problem and "\n" not in problem
+    images.keep(np.array([0, 6, 8]))
+    assert len(images) == 3 and all(images.image(i).mean(dim=(1, 2))[0] > 0.5 for i in range(3))
+
+
+def test_a_million_rows_are_not_held_in_memory(tmp_path):
+    line = '{"file_name": "%06d.png", "text": "a caption of some length, number %06d"}\n'
+    with open(tmp_path / "metadata.jsonl", "w") as file:
+        file.writelines(line % (i, i) for i in range(1_000_000))
+    size = (tmp_path / "metadata.jsonl").stat().st_size
+    tracemalloc.start()
+    images = CaptionedImages(tmp_path, 8)
+    shards = LatentShards(tmp_path / "cache", range(len(images)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(images) == 1_000_000 and peak < 70e6 < size
+    Image.new("RGB", (8, 8)).save(tmp_path / "999999.png")
+    assert images.caption(999_999) == "a caption of some length, number 999999"
+    assert images.image(999_999).shape == (3, 8, 8) and len(shards.missing()) == -(-1_000_000 // data.SHARD)
+    assert len(CaptionedImages(tmp_path, 8, first=10)) == 10
 
 
 def test_a_broken_image_is_named(tmp_path):

@@ -154,6 +154,11 @@ PICTURES = {  # prompt, other flags
     "tiny_ddim": ("a red circle, café!", "--negative-prompt blurry --steps 12 --seed 3 --height 128 --width 128"),
     "tiny_ddim_eta": ("a red circle", "--eta 0.6 --guidance 3 --steps 7 --seed 11 --height 72 --width 104"),
     "tiny_ddpm": ("a blue square", "--sampler ddpm --guidance 1 --steps 10 --seed 5 --height 64 --width 64"),
+    "tiny_dpmpp": ("a red circle, two blue squares", "--sampler dpm++ --seed 4 --height 64 --width 96"),
+    "tiny2_v_dpmpp": (
+        "a tall tower",
+        "--sampler dpm++ --steps 16 --guidance 4 --seed 6 --height 64 --width 64",
+    ),
     "tiny2_v": ("wow!! a tall tower!", "--guidance 5 --steps 10 --seed 2 --height 64 --width 64"),
 }
 

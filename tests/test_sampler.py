@@ -8,7 +8,7 @@ import torch
 from gaussian import best_eps, marginal
 
 from spin.sampler import decode, sample
-from spin.scheduler import Scheduler, ddim_step, x0_and_eps
+from spin.scheduler import Scheduler, ddim_step, dpmpp_step, x0_and_eps
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -18,7 +18,9 @@ def generators(*seeds: int) -> list[torch.Generator]:
 SMALL = {"height": 64, "width": 64}
 
 
-@pytest.mark.parametrize("settings", [{"eta": 0.0}, {"eta": 0.7}, {"sampler": "ddpm"}, {"guidance": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"eta": 0.0}, {"eta": 0.7}, {"sampler": "ddpm"}, {"sampler": "dpm++"}, {"guidance": 1.0}]
+)
 def test_an_image_does_not_depend_on_the_batch_it_is_drawn_in(sd, settings):
     prompts = ["a red circle", "a blue square", ""]
     together = sample(sd, prompts, steps=5, generators=generators(7, 8, 9), **SMALL, **settings)
@@ -186,6 +188,29 @@ def test_converges_to_the_data_at_first_order(monkeypatch, settings):
         errors.append(variance - 0.4)
     for coarse, fine in zip(errors, errors[1:]):
         assert 1.6 < coarse / fine < 2.5 and abs(fine) > 1e-4
+
+
+def test_dpmpp_converges_at_second_order_and_ddim_at_first():
+    """Along the path of a Gaussian, which is known: x_t is as many standard deviations off its mean as at the start."""
+    mean, variance, start = 0.8, 0.4, torch.tensor([1.7], dtype=torch.float64)
+
+    def error(steps: int, sampler: str) -> float:
+        levels = torch.sigmoid(torch.linspace(-5, 4, steps + 1, dtype=torch.float64))  # even in the log of signal/noise
+        x_t, before = start, None
+        for a, b in zip(levels, levels[1:]):
+            x0, eps = x0_and_eps(best_eps(x_t, mean, variance, a), x_t, a, "epsilon")
+            if sampler == "ddim":
+                x_t = ddim_step(x0, eps, a, b, 0.0, x_t)
+            else:
+                x_t, before = dpmpp_step(x_t, x0, a, b, before), (x0, a)
+        (m0, v0), (m1, v1) = marginal(mean, variance, levels[0]), marginal(mean, variance, levels[-1])
+        return abs(x_t - (m1 + (v1 / v0) ** 0.5 * (start - m0))).item()
+
+    for sampler, order in (("ddim", 1), ("dpm++", 2)):
+        errors = [error(steps, sampler) for steps in (40, 80, 160)]
+        orders = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:])]
+        assert orders == pytest.approx([order] * 2, abs=0.15), sampler
+    assert error(20, "dpm++") < error(100, "ddim")
 
 
 def test_the_trajectory_is_the_path_of_the_latents(sd):

@@ -11,9 +11,10 @@ from PIL import Image
 
 import sample
 import train
-from spin import data, pretrain, run, toy, weights
+from spin import data, pairs, report, run, toy, weights
 from spin.run import InputError
 from spin.text import Tokenizer
+from tutorial import pretrain
 
 FEW = "--steps 3 --iterations 1 --score-images 1 --device cpu --out".split()
 MODELS = ["base", "sft", "dpo", "spin-1"]
@@ -47,7 +48,7 @@ def test_the_base_draws_what_it_is_told(base):
     prompts = [scene.caption for scene in toy.split()["test"]]
     args = train.parse(["--device", "cpu"])
     args.score_images = 1
-    scores = train.score(args, base, prompts, train.tqdm(disable=True))
+    scores = report.score(args, base, prompts, report.tqdm(disable=True))
     assert scores["aligned"].mean() >= 0.8, "all five attributes are right"
     assert scores["reward"].mean() > 6 and scores["reward"].shape == (200,)
 
@@ -77,7 +78,7 @@ def test_the_defaults_are_the_tunings_best():
 def test_every_file_of_the_story(story):
     out, _ = story
     files = "config.json log.jsonl lock curves.png results.json results.md results.png samples/grid.png".split()
-    files += ["iter1/generated/shard-00000.safetensors", "cache/shard-00000.safetensors", "curated/metadata.jsonl"]
+    files += ["iter1/generated/shard-00000.safetensors", "curated/metadata.jsonl"]
     files += [f"{place}/{file}" for place in ("iter1", "sft", "dpo") for file in ("checkpoint", "state/state.pt")]
     for name in files:
         assert (out / name).exists(), name
@@ -126,25 +127,26 @@ def test_baselines_see_the_same_batches(story, base):
     out, _ = story
     args = train.parse(["--device", "cpu", "--iterations", "2", "--steps", "3"])
     images = data.CaptionedImages(out / "curated", toy.SIDE, pairs=True)
-    real = data.LatentShards(out / "cache", range(600))
+    [cache] = (out / "cache").iterdir()
+    real = data.LatentShards(cache, range(600))
     steps = {s: data.batch_rows(0, 1, s, 16, 600) for s in (1, 2, 3)}
     rows, generated = steps[2], data.LatentShards(out / "iter1/generated", sorted(sum(steps.values(), [])))
     stages = {name: train.Stage.of(name, args) for name in ("spin-1", "spin-2", "sft", "dpo")}
     assert stages["sft"].batches == stages["dpo"].batches == stages["spin-1"].batches + stages["spin-2"].batches
     assert stages["spin-1"].batches == [(1, 1), (1, 2), (1, 3)]
-    pairs = {
-        name: train.load_pairs(args, base, stages[name], real, generated, rows, (1, 2, 0))
+    batch = {
+        name: pairs.read(args, base, stages[name].loss, images, real, generated, rows, (1, 2, 0))
         for name in ("spin-1", "sft", "dpo")
     }
-    assert "x0_gen" not in pairs["sft"]
-    for name in ("x0_data", "eps", "t"):
-        assert torch.equal(pairs["spin-1"][name], pairs["sft"][name])
-        assert torch.equal(pairs["spin-1"][name], pairs["dpo"][name])
-    assert torch.equal(pairs["spin-1"]["x0_gen"], generated.read("x0", rows))
-    mean, logvar = base.vae.encode(images.rejected_image(rows[3])[None])
+    assert "x0_gen" not in batch["sft"]
+    for name in ("x0_data", "eps", "t", "context"):
+        assert torch.equal(batch["spin-1"][name], batch["sft"][name])
+        assert torch.equal(batch["spin-1"][name], batch["dpo"][name])
+    assert torch.equal(batch["spin-1"]["x0_gen"], generated.read("x0", rows))
+    mean, logvar = base.vae.encode(images.image(rows[3], rejected=True)[None])
     noise = data.draw(0, 1, 2, 3, (4, 8, 8), 1000)["posterior"]
     rejected = (mean + (0.5 * logvar).exp() * noise) * base.vae.scaling_factor
-    torch.testing.assert_close(pairs["dpo"]["x0_gen"][3], rejected[0], atol=5e-3, rtol=2e-3)
+    torch.testing.assert_close(batch["dpo"]["x0_gen"][3], rejected[0], atol=5e-3, rtol=2e-3)
 
 
 def test_the_log_of_the_story(story):

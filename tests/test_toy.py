@@ -11,6 +11,7 @@ from PIL import Image
 
 from spin import data, toy
 from spin.toy import SCENES, Scene, coverage, ideal, score
+from tutorial.pretrain import careless_caption
 
 scenes = st.sampled_from(SCENES)
 seeds = st.integers(0, 2**32)
@@ -158,7 +159,7 @@ def test_mistakes(scene, seed):
 
 def test_careless_captions_are_wrong_or_short_as_often_as_said():
     rng = np.random.default_rng(0)
-    captions = [toy.careless_caption(scene, rng) for scene in SCENES for _ in range(4)]
+    captions = [careless_caption(scene, rng) for scene in SCENES for _ in range(4)]
     pairs = [(caption.split(), scene) for caption, scene in zip(captions, np.repeat(SCENES, 4))]
     told = [scene.shape in words for words, scene in pairs]
     assert np.mean(told) == pytest.approx(0.92, abs=0.02)
@@ -171,16 +172,17 @@ def test_careless_captions_are_wrong_or_short_as_often_as_said():
 def test_the_curated_set_is_a_data_set_like_any_other(tmp_path):
     toy.write_curated(tmp_path / "curated")
     images = data.CaptionedImages(tmp_path / "curated", toy.SIDE, pairs=True)
-    assert images.captions == [scene.caption for scene in toy.split()["train"]]
+    captions = [images.caption(i) for i in range(len(images))]
+    assert captions == [scene.caption for scene in toy.split()["train"]]
     right, rejected = (
-        np.stack([(read(i).permute(1, 2, 0).numpy() + 1) / 2 for i in range(600)])
-        for read in (images.image, images.rejected_image)
+        np.stack([(images.image(i, which).permute(1, 2, 0).numpy() + 1) / 2 for i in range(600)])
+        for which in (False, True)
     )
-    assert score(right, images.captions)["aligned"].mean() == 1
-    assert 0.3 < score(rejected, images.captions)["aligned"].mean() < 0.6
+    assert score(right, captions)["aligned"].mean() == 1
+    assert 0.3 < score(rejected, captions)["aligned"].mean() < 0.6
     toy.write_curated(tmp_path / "again")
     for path in (tmp_path / "curated").rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "curated")).read_bytes()
     row = json.loads((tmp_path / "curated/metadata.jsonl").read_text().splitlines()[7])
-    assert row == {"file_name": "007.png", "text": images.captions[7], "rejected_file_name": "rejected/007.png"}
+    assert row == {"file_name": "007.png", "text": captions[7], "rejected_file_name": "rejected/007.png"}
     assert Image.open(tmp_path / "curated/007.png").size == (32, 32)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
-from spin import data, run, weights
+from spin import data, pairs, run, weights
 from spin.run import InputError
 from spin.sampler import sample
 
@@ -49,7 +49,7 @@ def test_input_files_are_untouched(finished, inputs):
 
 
 def test_every_file_of_a_run(finished):
-    for name in ("config.json", "log.jsonl", "cache/shard-00000.safetensors", "samples/grid.png", "curves.png", "lock"):
+    for name in ("config.json", "log.jsonl", "samples/grid.png", "curves.png", "lock"):
         assert (finished / name).is_file(), name
     for k in (1, 2):
         for name in ("generated/shard-00000.safetensors", "checkpoint/model_index.json", "state/state.pt"):
@@ -133,17 +133,17 @@ def test_pairs_are_what_they_should_be(flip, sd, pictures, tmp_path):
     args = train.parse(flags(Path("unused"), pictures, tmp_path, "--flip", str(flip)))
     images = data.CaptionedImages(pictures, 64)
     real, generated = data.LatentShards(tmp_path / "cache", range(12)), data.LatentShards(tmp_path / "gen", [2, 7, 9])
-    train.encode_images(args, sd, images, real)
+    pairs.encode(args, sd, images, real)
     generated.write(0, {"x0": torch.stack([torch.full((4, 8, 8), float(row)) for row in (2, 7, 9)])})
-    pairs = train.load_pairs(args, sd, train.Stage.of("spin-2", args), real, generated, [9, 2], (3, 5, 6))
+    batch = pairs.read(args, sd, "spin", images, real, generated, [9, 2], (3, 5, 6))
     for i, row in enumerate([9, 2]):
         drawn = data.draw(11, 3, 5, 6 + i, (4, 8, 8), 1000)
         image = images.image(row)[None]
         mean, logvar = sd.vae.encode(image.flip(3) if flip else image)
         x0 = (mean + (0.5 * logvar).exp() * drawn["posterior"]) * 0.18215
-        torch.testing.assert_close(pairs["x0_data"][i], x0[0], atol=5e-3, rtol=2e-3)  # kept in half precision
-        assert torch.equal(pairs["x0_gen"][i], torch.full((4, 8, 8), float(row)))
-        assert torch.equal(pairs["eps"][i], drawn["eps"]) and pairs["t"][i] == drawn["t"]
+        torch.testing.assert_close(batch["x0_data"][i], x0[0], atol=5e-3, rtol=2e-3)  # kept in half precision
+        assert torch.equal(batch["x0_gen"][i], torch.full((4, 8, 8), float(row)))
+        assert torch.equal(batch["eps"][i], drawn["eps"]) and batch["t"][i] == drawn["t"]
 
 
 @torch.no_grad()
@@ -155,17 +155,17 @@ def test_independent_noise_and_places_on_the_path(sd, pictures, tmp_path):
     found = {}
     for more in (["--noise", "independent"], ["--loss", "spin-trajectory"]):
         args = train.parse(flags(Path("unused"), pictures, tmp_path, *more, "--flip", "0"))
-        train.encode_images(args, sd, images, real)
-        found[more[1]] = train.load_pairs(args, sd, train.Stage.of("spin-2", args), real, generated, [9, 2], (3, 5, 6))
+        pairs.encode(args, sd, images, real)
+        found[more[1]] = pairs.read(args, sd, args.loss, images, real, generated, [9, 2], (3, 5, 6))
     for i in (0, 1):
         drawn = data.draw(11, 3, 5, 6 + i, (4, 8, 8), 1000)
-        pairs = found["independent"]
-        assert torch.equal(pairs["eps"][i], drawn["eps"]) and torch.equal(pairs["eps_gen"][i], drawn["eps_gen"])
+        batch = found["independent"]
+        assert torch.equal(batch["eps"][i], drawn["eps"]) and torch.equal(batch["eps_gen"][i], drawn["eps_gen"])
         assert abs(np.corrcoef(drawn["eps"].ravel(), drawn["eps_gen"].ravel())[0, 1]) < 0.3
-        pairs, place = found["spin-trajectory"], data.draw(11, 3, 5, 6 + i, (4, 8, 8), 3)["t"].item()
-        assert pairs["t"][i] == sd.scheduler.timesteps(3)[place]
-        assert torch.equal(pairs["x_t_gen"][i], path[[2, 0][i], place])
-        assert "x0_gen" not in pairs and "eps_gen" not in pairs
+        batch, place = found["spin-trajectory"], data.draw(11, 3, 5, 6 + i, (4, 8, 8), 3)["t"].item()
+        assert batch["t"][i] == sd.scheduler.timesteps(3)[place]
+        assert torch.equal(batch["x_t_gen"][i], path[[2, 0][i], place])
+        assert "x0_gen" not in batch and "eps_gen" not in batch
 
 
 def test_the_opponents_path_is_kept_for_the_trajectory_loss(tiny_folder, pictures, tmp_path):
@@ -208,7 +208,7 @@ def test_compiling_changes_no_name_and_no_number(tiny_folder, pictures, tmp_path
         train.main(flags(tiny_folder, pictures, out, "--iterations", "1", "--steps", "1", "--micro-batch", "4", more))
         found.append((run.Run(out).read_log()[0], load_file(out / "iter1/checkpoint" / UNET)))
     (eager, plain), (traced_line, traced_weights) = found
-    assert compiled == ["spin_step"] and plain.keys() == traced_weights.keys()
+    assert compiled == ["spin_step"] * 2 and plain.keys() == traced_weights.keys()
     assert traced_line["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-3)
     assert largest_change(plain, traced_weights) <= 2e-5  # 2 lr: where a gradient is rounding alone, Adam may turn back
 
@@ -247,9 +247,10 @@ def test_the_loss_sees_each_pair_with_its_own_prompt_and_the_iterations_beta(
     monkeypatch.setattr(train, "spin_step", spy)
     with torch.enable_grad():
         train.main(flags(tiny_folder, pictures, tmp_path / "run", "--steps", "1", "--beta", "100", "200"))
-    captions = data.CaptionedImages(pictures, 64).captions
+    images = data.CaptionedImages(pictures, 64)
+    captions = [images.caption(row) for row in range(12)]
     for k in (1, 2):
-        micro = seen[2 * k - 2 : 2 * k]  # 4 pairs as 3 and 1
+        micro = seen[2 * k : 2 * k + 2]  # 4 pairs as 3 and 1, after the two that were measured
         contexts = torch.cat([inputs["context"] for inputs in micro])
         rows = data.batch_rows(11, k, 1, 4, 12)
         assert len({captions[row] for row in rows}) > 1
@@ -344,7 +345,7 @@ def test_going_on_after_a_stop_ends_at_the_same_weights(
         return whole(path)
 
     with monkeypatch.context() as patch:
-        for module in ("run", "data", "weights"):
+        for module in ("run", "data", "weights", "viz"):
             patch.setattr(f"spin.{module}.whole", dying)
         with pytest.raises(Died):
             train.main(command)

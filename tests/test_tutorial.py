@@ -1,8 +1,8 @@
 """Every line of the tutorial: its code runs, its quotes are verbatim, its commands work, the names it gives exist.
 
-    ```python             run, in order, in one namespace a chapter
-    ```python file=PATH   a verbatim piece of that file
-    ```console            its lines "$ python ..." are run
+```python             run, in order, in one namespace a chapter
+```python file=PATH   a verbatim piece of that file
+```console            its lines "$ python ..." are run
 """
 
 import importlib
