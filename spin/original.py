@@ -61,12 +61,9 @@ IN_VAE = {
 }
 
 
-def is_sd_2(tensors: dict[str, Tensor]) -> bool:
-    return any(name.startswith(TEXT_2) for name in tensors)
-
-
 def config_of(tensors: dict[str, Tensor]) -> dict[str, dict]:
-    return SD_2 if is_sd_2(tensors) else SD_1
+    """`SD_1` or `SD_2`, by a file's names."""
+    return SD_2 if any(name.startswith(TEXT_2) for name in tensors) else SD_1
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -143,12 +143,8 @@ def claims(scores: Scores, metric: str = "reward") -> list[dict]:
 def markdown(results: dict, brief: bool = False) -> str:
     """results.md: two tables, and in plain words what they say. brief: without the second, of the differences."""
     differences = {name: of | {"reward wins": of["reward"]["win_rate"]} for name, of in results["differences"].items()}
-    verdicts = [
-        "{claim}: this {verdict}, the difference being {mean:+.3f} [{low:+.3f}, {high:+.3f}].".format(
-            **line, **line["difference"]
-        )
-        for line in results["claims"]
-    ]
+    verdict = "{claim}: this {verdict}, the difference being {mean:+.3f} [{low:+.3f}, {high:+.3f}]."
+    verdicts = [verdict.format(**line, **line["difference"]) for line in results["claims"]]
     paragraphs = [f"# {results['title']}", stats.markdown(results["models"])]
     if differences and not brief:
         paragraphs += ["Differences, paired by prompt; wins: the share of prompts with more reward, ties one half."]

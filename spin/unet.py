@@ -199,8 +199,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.get("out_channels", 4), 3, padding=1)
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        config = self.config
-        flip, shift = config.get("flip_sin_to_cos", True), config.get("freq_shift", 0)
+        flip, shift = self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
         sinusoids = timestep_embedding(timesteps.expand(len(latents)), self.conv_in.out_channels, flip, shift)
         temb = self.time_embedding(sinusoids.to(latents.dtype))  # [B,1280]
 

@@ -64,8 +64,8 @@ def load(
     vae = make("vae", read_part(path, "vae", single), dtype, device)
     text_config, tensors, where = read_part(path, "text_encoder", single)
     if single:
-        sd_2 = original.is_sd_2(single)
-        tokenizer, schedule = Tokenizer(None, "!" if sd_2 else EOS), original.config_of(single)["scheduler"]
+        kind = original.config_of(single)
+        tokenizer, schedule = Tokenizer(None, "!" if kind is original.SD_2 else EOS), kind["scheduler"]
     else:
         tokenizer = load_tokenizer(path / "tokenizer", text_config.get("max_position_embeddings", 77))
         schedule = read_config(path / "scheduler" / "scheduler_config.json", "scheduler")
@@ -97,12 +97,13 @@ def read_part(path: Path, part: str, single: dict | None = None) -> tuple[dict, 
     """
     if path.is_file():
         tensors = single or read_single(path)
-        config = original.config_of(tensors)[part]
+        kind = original.config_of(tensors)
+        config = kind[part]
         if part != "text_encoder":
             ours = list(build(NETWORKS[part], config, path).state_dict())
             return config, original.from_original(part, tensors, ours, config), path
         found = original.under(original.TEXT_1, tensors)
-        if original.is_sd_2(tensors):
+        if kind is original.SD_2:
             found = from_tower(original.under(original.TEXT_2, tensors), config["num_hidden_layers"])
     else:
         path = path if part == "unet" and (path / "config.json").exists() else path / part

@@ -76,7 +76,8 @@ def test_ctrl_c_leaves_a_state_to_resume_from_and_says_so(tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130
-    assert said.decode().splitlines()[-1] == "train.py: stopped; what is finished is kept"
+    kept = "train.py: stopped; what is finished is kept, and the same command goes on from the last state"
+    assert said.decode().splitlines()[-1] == kept
     assert start(tmp_path / "run").wait() == 0
 
 
