@@ -208,14 +208,14 @@ class Stage:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Returns {"out": run folder, "models": a summary of each model's log, "results": results.json or None}.
+    """Returns {"out": run folder, "models": a summary of each one's log, "results": results.json or None} on rank 0.
 
-    With --dry-run {"out", "seconds": the estimate}. Of several ranks only the first has them.
+    With --dry-run {"out", "seconds": the estimate}.
     """
     args = parse(argv)
-    run.usable(args.device)
+    args.device = run.usable(ranks.own(args.device))
     this_run, rank_0 = run.Run(args.out), ranks.RANK == 0
-    with ranks.together(args.device) as args.device, this_run.lock() if rank_0 else nullcontext():
+    with ranks.together(args.device), this_run.lock() if rank_0 else nullcontext():
         # ---- the model and the data ----------------------------------------------------------------------------------
         if args.world and rank_0 and not Path(args.data).exists():
             with run.whole(Path(args.data)) as part:
@@ -304,7 +304,6 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def say(line: str) -> None:
-    """On a line of its own, above any progress bar, once for all ranks."""
     if ranks.RANK == 0:
         ranks.bar.write(line)
 
@@ -382,50 +381,62 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
     share = args.batch_size // ranks.WORLD  # of a batch, this rank's
     begin, end = ranks.RANK * share, (ranks.RANK + 1) * share
     recent: deque[tuple[float, float]] = deque(maxlen=WATCHED)
-    of_all = {"initial": (first - 1) * args.batch_size, "total": steps * args.batch_size}
-    bar = ranks.bar(desc=f"training {stage.model}", unit="pair", **of_all)
-    for step, (k, s) in enumerate(stage.batches[first - 1 :], start=first):
-        began = time.perf_counter()
-        rows = data.batch_rows(args.seed, k, s, args.batch_size, len(images))
-        means: dict[str, torch.Tensor] = {}
-        for at in range(begin, end, args.micro_batch):
-            micro = rows[at : min(at + args.micro_batch, end)]
-            batch = pairs.read(args, sd, stage.loss, images, real, generated, micro, (k, s, at))
-            with ranks.alone(step_of_loss, at + args.micro_batch < end):
-                loss, metrics = step_of_loss(**batch)
-                (len(micro) / share * loss).backward()
-            for name, value in ({"loss": loss.detach()} | metrics).items():
-                means[name] = means.get(name, 0.0) + len(micro) / args.batch_size * value.mean()
-            bar.update(len(micro) * ranks.WORLD)
+    title, before, pairs_all = f"training {stage.model}", (first - 1) * args.batch_size, steps * args.batch_size
+    bar = ranks.bar(None, title, pairs_all, unit="pair", initial=before)
 
-        lr = learning_rate(stage.lr, step, steps, args.warmup)
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip or math.inf)
-        line = {"model": stage.model, "iteration": k, "step": s}
-        line |= dict(zip(means, ranks.total(torch.stack(list(means.values()))).tolist()))  # read back at once
-        line |= {"lr": lr, "grad_norm": grad_norm.item()}
-        if not math.isfinite(line["loss"] + line["grad_norm"]):
-            bar.close()
-            last = this_run.checkpoint(f"spin-{k - 1}") if stage.model == f"spin-{k}" and k > 1 else args.model
-            raise InputError(f"{stage.model}, step {step}: the loss or its gradient is not finite; last good: {last}")
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
+    def save(step: int) -> None:
+        # no random state: every draw is a function of the step
+        state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
+        this_run.save_state(stage.model, state)
 
-        bar.set_postfix(step=step, loss=f"{line['loss']:.4f}")
-        recent.append((line.get("delta_data", 0.0), line.get("delta_gen", 0.0)))
-        if forgetting(recent):
-            say(f"warning: {stage.model}, step {step}: {FORGETTING}")
-            recent = deque([(0.0, 0.0)], maxlen=1)  # said once
-        if args.sample_every and step % args.sample_every == 0 and step < steps:
-            draw(f"{stage.model}-step-{step:05d}", replace(sd, unet=policy))
-        if rank_0:
-            this_run.log(line | {"seconds": time.perf_counter() - began})
-            if step == steps or (args.save_every and step % args.save_every == 0):
-                # no random state: every draw is a function of the step
-                state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
-                this_run.save_state(stage.model, state)
+    done = None
+    try:
+        for step, (k, s) in enumerate(stage.batches[first - 1 :], start=first):
+            began, now = time.perf_counter(), f"{stage.model}, step {step}"
+            rows = data.batch_rows(args.seed, k, s, args.batch_size, len(images))
+            means: dict[str, torch.Tensor] = {}
+            for at in range(begin, end, args.micro_batch):
+                micro = rows[at : min(at + args.micro_batch, end)]
+                batch = pairs.read(args, sd, stage.loss, images, real, generated, micro, (k, s, at))
+                with ranks.alone(step_of_loss, at + args.micro_batch < end):
+                    loss, metrics = step_of_loss(**batch)
+                    (len(micro) / share * loss).backward()
+                for name, value in ({"loss": loss.detach()} | metrics).items():
+                    means[name] = means.get(name, 0.0) + len(micro) / args.batch_size * value.mean()
+                bar.update(len(micro) * ranks.WORLD)
+
+            lr = learning_rate(stage.lr, step, steps, args.warmup)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip or math.inf)
+            line = {"model": stage.model, "iteration": k, "step": s}
+            line |= dict(zip(means, ranks.total(torch.stack(list(means.values()))).tolist()))  # read back at once
+            line |= {"lr": lr, "grad_norm": grad_norm.item()}
+            if not math.isfinite(line["loss"] + line["grad_norm"]):
+                bar.close()
+                last = this_run.checkpoint(f"spin-{k - 1}") if stage.model == f"spin-{k}" and k > 1 else args.model
+                raise InputError(f"{now}: the loss or its gradient is not finite; last good: {last}")
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            done = None  # until weights and log are both a step further
+            optimizer.step()
+            optimizer.zero_grad()
+            if rank_0:
+                this_run.log(line | {"seconds": time.perf_counter() - began})
+            done = step
+
+            bar.set_postfix(step=step, loss=f"{line['loss']:.4f}")
+            recent.append((line.get("delta_data", 0.0), line.get("delta_gen", 0.0)))
+            if forgetting(recent):
+                say(f"warning: {now}: {FORGETTING}")
+                recent = deque([(0.0, 0.0)], maxlen=1)  # said once
+            if args.sample_every and step % args.sample_every == 0 and step < steps:
+                draw(f"{stage.model}-step-{step:05d}", replace(sd, unet=policy))
+            if rank_0 and (step == steps or (args.save_every and step % args.save_every == 0)):
+                save(step)
                 report.draw_curves(this_run)
+    except KeyboardInterrupt:
+        if rank_0 and done:
+            save(done)
+        raise
     bar.close()
 
     sd = replace(sd, unet=policy.requires_grad_(False))
@@ -450,4 +461,4 @@ def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run.script("train.py", main, "what is finished is kept, and the same command goes on from the last state"))
+    sys.exit(run.script("train.py", main, "what is finished is kept, and the same command goes on from there"))

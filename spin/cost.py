@@ -24,7 +24,6 @@ def estimate(args, this_run: run.Run, sd, images, real, stages: list, players: C
 
     real: shards of latents. stages: those to train. players: of args, sd and a stage, makes the module that is trained.
     """
-
     side = args.resolution // sd.vae.downscale
     blank = SimpleNamespace(read=lambda name, rows, entries=None: torch.zeros((len(rows), 4, side, side)))
 
@@ -33,7 +32,6 @@ def estimate(args, this_run: run.Run, sd, images, real, stages: list, players: C
             return sd.vae.encode(torch.zeros((n, 3, args.resolution, args.resolution), device=args.device))[0]
 
     def draw(n: int) -> Tensor:
-        """Two steps of the sampler, or its only one."""
         return sampler.sample(sd, [""] * n, **pairs.how_to_draw(args) | {"steps": min(2, args.sampler_steps)})
 
     def train(n: int) -> Tensor:

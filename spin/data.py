@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -39,22 +40,19 @@ class CaptionedImages:
         self.root = self.folder.resolve()
         self.metadata = self.folder / "metadata.jsonl"
         try:
-            self.rows = np.fromiter(self.find_rows(first), dtype=np.dtype((np.int64, 2)))
+            self.rows = np.fromiter(islice(self.find_rows(), first), dtype=np.dtype((np.int64, 2)))
         except OSError:
             raise InputError(f"{self.metadata}: no such file; it has a line for each image: file_name, text") from None
         if not len(self.rows):
             raise InputError(f"{self.metadata}: no rows")
 
-    def find_rows(self, first: int | None) -> Iterator[tuple[int, int]]:
+    def find_rows(self) -> Iterator[tuple[int, int]]:
         """(number, from 1 on, and place) of each line that is not empty."""
-        place, found = 0, 0
+        place = 0
         with open(self.metadata, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, place
-                    found += 1
-                    if found == first:
-                        return
                 place += len(line)
 
     def __len__(self) -> int:

@@ -62,7 +62,6 @@ IN_VAE = {
 
 
 def config_of(tensors: dict[str, Tensor]) -> dict[str, dict]:
-    """`SD_1` or `SD_2`, by a file's names."""
     return SD_2 if any(name.startswith(TEXT_2) for name in tensors) else SD_1
 
 

@@ -53,7 +53,9 @@ def fill(shards: data.LatentShards, make, batch_size: int, title: str) -> None:
 
     The batches are the same for any number of ranks, and so is what is written.
     """
+    ranks.wait()
     todo = shards.missing()[ranks.RANK :: ranks.WORLD]
+    ranks.wait()  # all have looked before one writes, so that they share one list
     with ranks.bar(total=sum(len(rows) for _, rows in todo), desc=title, disable=not todo or ranks.RANK > 0) as bar:
         for shard, rows in todo:
             parts = []

@@ -20,23 +20,23 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 bar = partial(tqdm, disable=True) if RANK else tqdm
 
 
-@contextmanager
-def together(device: str) -> Iterator[str]:
-    """Joins the other ranks for the block; yields this rank's device, its own GPU where `device` is cuda.
+def own(device: str) -> str:
+    """Where `device` is cuda, and there are several ranks, this one's GPU."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if WORLD > 1 and device.startswith("cuda") else device
 
-    Raises ConnectionError where one of them ends too early.
-    """
+
+@contextmanager
+def together(device: str) -> Iterator[None]:
+    """Joins the other ranks, each with its `own` device, for the block. ConnectionError where one ends too early."""
     if WORLD == 1:
-        yield device
+        yield
         return
-    cuda = device.startswith("cuda")
-    if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if cuda := device.startswith("cuda"):
         torch.cuda.set_device(device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's, to those who are left: as Ctrl-C
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))  # rank 0 may draw and score for long
     try:
-        yield device
+        yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in ("gloo", "NCCL")):
             raise

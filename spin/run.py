@@ -102,10 +102,7 @@ def read_json(path: Path) -> dict:
 
 
 def script(name: str, main: Callable[[], object], stopped: str = "what is finished is kept") -> int:
-    """Runs a script's main; the exit status. What the user can mend is answered on one line of stderr, status 2.
-
-    stopped: what Ctrl-C is answered.
-    """
+    """Runs a script's main; the exit status. What the user can mend is answered on one line of stderr, status 2."""
     try:
         main()
         return 0

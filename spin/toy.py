@@ -100,7 +100,6 @@ def ideal(scene: Scene) -> np.ndarray:
 
 
 def about(scene: Scene, sd: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """The scene's two colours, jittered."""
     return [np.array(COLOURS[name]) + rng.normal(0, sd, 3) for name in (scene.colour, scene.background)]
 
 

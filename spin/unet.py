@@ -163,6 +163,9 @@ class UNet(nn.Module):
         heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
         heads = [heads] * len(channels) if isinstance(heads, int) else heads
 
+        if odd := {*config["down_block_types"]} - {*DOWN_TYPES} | {*config["up_block_types"]} - {*UP_TYPES}:
+            raise ValueError(f"level types {sorted(odd)}: only {', '.join([*DOWN_TYPES, *UP_TYPES])} are known")
+
         def transformer(level: int):
             context_channels, linear = config["cross_attention_dim"], config.get("use_linear_projection", False)
             return lambda: Transformer2D(channels[level], heads[level], context_channels, groups, linear)
@@ -174,7 +177,7 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for level, name in zip(range(len(channels)), config["down_block_types"], strict=True):
             width, before = channels[level], channels[max(level - 1, 0)]
-            attention = transformer(level) if attends(name, DOWN_TYPES) else None
+            attention = transformer(level) if DOWN_TYPES[name] else None
             block = DownLevel([before] + [width] * (depth - 1), width, temb_channels, norm, attention)
             skip_channels += [width] * depth
             if level < len(channels) - 1:
@@ -187,7 +190,7 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for level, name in zip(reversed(range(len(channels))), config["up_block_types"], strict=True):
             width, before = channels[level], channels[min(level + 1, len(channels) - 1)]
-            attention = transformer(level) if attends(name, UP_TYPES) else None
+            attention = transformer(level) if UP_TYPES[name] else None
             # one layer more than on the way down: the first level, or the last downsampling, left a skip of its own
             inputs = [c + skip_channels.pop() for c in [before] + [width] * depth]
             block = UpLevel(inputs, width, temb_channels, norm, attention)
@@ -220,9 +223,3 @@ class UNet(nn.Module):
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
-
-
-def attends(name: str, types: dict[str, bool]) -> bool:
-    if name not in types:
-        raise ValueError(f"level type {name!r}: only {', '.join(types)} are known")
-    return types[name]

@@ -76,9 +76,40 @@ def test_ctrl_c_leaves_a_state_to_resume_from_and_says_so(tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130
-    kept = "train.py: stopped; what is finished is kept, and the same command goes on from the last state"
+    kept = "train.py: stopped; what is finished is kept, and the same command goes on from there"
     assert said.decode().splitlines()[-1] == kept
     assert start(tmp_path / "run").wait() == 0
+
+
+def test_ctrl_c_keeps_every_step_that_was_done(tmp_path, monkeypatch):
+    """Pressed in the middle of the third step, with no state saved before; and while the weights move: then none is."""
+    given = [*STORY.split()[:2], *"--steps 4 --batch-size 4 --micro-batch 2 --num-prompts 12 --sampler-steps 2".split()]
+    given += "--grid-prompts 0 --score none --device cpu --loss spin --save-every 0 --out".split()
+    train.main([*given, str(tmp_path / "whole")])
+    for where, at, kept in (("pairs.read", 8, 2), ("torch.optim.AdamW.step", 3, 2)):
+        out, calls = tmp_path / where, [0]
+        owner = train.pairs if where == "pairs.read" else torch.optim.AdamW
+        real = getattr(owner, where.split(".")[-1])
+
+        def pressed(*args, **more):
+            calls[0] += 1
+            result = real(*args, **more)
+            if calls[0] == at:
+                raise KeyboardInterrupt
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, where.split(".")[-1], pressed)
+            with pytest.raises(KeyboardInterrupt):
+                train.main([*given, str(out)])
+        state = run.Run(out).load_state("spin-1")
+        if where == "pairs.read":  # twice measured, twice a step: the eighth is the second of the third step
+            assert state["step"] == kept == len(run.Run(out).read_log())
+        else:
+            assert state == {}, "half a step is no state"
+        train.main([*given, str(out)])
+        for model in ("iter1", "iter2"):
+            assert (out / model / WEIGHTS).read_bytes() == (tmp_path / "whole" / model / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("failing", ["torch.save", "safetensors"])

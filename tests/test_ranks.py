@@ -19,9 +19,12 @@ RUN += " --generation-batch 6 --grid-prompts 0 --score none --save-every 2 --dev
 LR, STEPS = 1e-5, 4
 UNET = "checkpoint/unet/diffusion_pytorch_model.safetensors"
 
-# train.py as it is, but that each rank keeps what its gradients are before they are clipped, and one may stop early
+# train.py as it is, but that each rank keeps what its gradients are before they are clipped, that it may stop early,
+# and that --compile traces the step and no more: inductor takes minutes
 WATCHED = """
 import os, sys, torch, train
+real = torch.compile
+torch.compile = lambda f, options, **given: real(f, backend="aot_eager", **given)
 clip, out, stop = torch.nn.utils.clip_grad_norm_, sys.argv[1], int(sys.argv[2])
 steps = 0
 
@@ -48,11 +51,11 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def train_watched(tmp_path: Path, name: str, ranks: int, loss: str = "spin", stop: int = 99) -> Path:
+def train_watched(tmp_path: Path, name: str, ranks: int, loss: str = "spin", stop: int = 99, *more: str) -> Path:
     script = tmp_path / "watched.py"
     script.write_text(WATCHED)
     rate = {"spin": "--lr", "sft": "--sft-lr", "dpo": "--dpo-lr"}[loss]
-    given = [str(tmp_path / name), str(stop), *RUN.split(), "--loss", loss, rate, str(LR)]
+    given = [str(tmp_path / name), str(stop), *RUN.split(), "--loss", loss, rate, str(LR), *more]
     result = subprocess.run(
         command(ranks, script, *given), env=environment(), cwd=tmp_path, capture_output=True, text=True
     )
@@ -71,7 +74,17 @@ def alone_and_together(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_first_gradients_are_equal_on_both_ranks_and_to_those_of_one(alone_and_together):
-    one, two = alone_and_together
+    assert_same_gradients(*alone_and_together)
+
+
+@pytest.mark.parametrize("more", [[], ["--checkpoint-activations"]], ids=["plain", "checkpointed"])
+def test_so_are_those_of_the_compiled_step(more, alone_and_together, tmp_path):
+    """Compiled inside, shared among the ranks outside: one graph, in spite of DistributedDataParallel."""
+    short = ["--steps", "1", "--iterations", "1", "--compile", *more]
+    assert_same_gradients(alone_and_together[0], train_watched(tmp_path, "compiled", 2, "spin", 99, *short))
+
+
+def assert_same_gradients(one: Path, two: Path) -> None:
     ours, theirs, others = gradients(one), gradients(two, 0), gradients(two, 1)
     assert all(torch.equal(a, b) for a, b in zip(theirs, others))
     norm = torch.stack([a.norm() for a in ours]).norm()
