@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> dict:
 
         # ---- real images -> latents, once ----------------------------------------------------------------------------
         pairs.encode(args, parts, images, real)
-        draw("base", player("base") if done else opponent)
+        draw("base", None if done else opponent)
 
         # ---- Algorithm 1: the player theta_k against its own past, theta_{k-1} ---------------------------------------
         for stage in self_play:

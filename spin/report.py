@@ -30,7 +30,7 @@ def draw_samples(args, this_run: run.Run, player: Callable, images, now: tuple[s
     """samples/<model>/: what each model draws for a few prompts, at fixed seeds; samples/grid.png: a column a model.
 
     The prompts are the data's first, or on the miniature world of those to be scored, with the ideal picture last.
-    now: name and model of one that is still in training; its pictures stay in the grid, in the order of names.
+    now: name and model of one that is at hand, perhaps still in training; its pictures stay in the grid.
     """
     scenes = toy.split()["test" if args.score == "none" else args.score][: args.grid_prompts] if args.world else []
     captions = dict.fromkeys(images.caption(row) for row in range(min(len(images), 1000)))
@@ -40,7 +40,7 @@ def draw_samples(args, this_run: run.Run, player: Callable, images, now: tuple[s
     for name in dict.fromkeys([*models_of(args, this_run), *sorted({*in_training, *(now or ())[:1]})]):
         paths = [folder / name / f"{i}.png" for i in range(len(prompts))]
         todo = [i for i, path in enumerate(paths) if not path.exists()]
-        sd = None if not todo else now[1] if now and name == now[0] else player(name)
+        sd = (now[1] if now and name == now[0] else None) or player(name) if todo else None
         settings = {"Steps": args.sampler_steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Model": name}
         jobs = [(prompts[i], GRID_SEED + i) for i in todo]
         drawn = tqdm(sampler.pictures(sd, jobs, **pairs.how_to_draw(args)), f"samples of {name}", disable=not todo)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spin import data, run
+from spin import data, pairs, run
 
 ROOT = Path(__file__).parent.parent
 RUN = "--iterations 2 --steps 4 --warmup 0 --batch-size 8 --micro-batch 2 --num-prompts 300 --sampler-steps 2"
@@ -166,6 +166,27 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     result = subprocess.run(wrong, env=environment(), capture_output=True, text=True)
     assert result.returncode != 0
     assert "train.py: error: --batch-size 3: no multiple of the 2 processes" in result.stderr
+
+
+def test_ranks_share_one_list_of_what_is_missing(tmp_path, monkeypatch):
+    """A rank that comes late, after another has written, must not see a shorter list, with its share elsewhere."""
+    monkeypatch.setattr(data, "SHARD", 2)
+    shards, seen = data.LatentShards(tmp_path / "latents", range(10)), []
+    make = lambda rows: {"x0": torch.tensor(rows, dtype=torch.float32)}  # noqa: E731
+    late = data.LatentShards(tmp_path / "latents", range(10))
+
+    def meet():
+        """What the other rank does at the first two meetings: it looks, and then it has written its share."""
+        seen.append(shards.missing())
+        if len(seen) == 2:
+            for shard, rows in seen[0][1::2]:
+                late.write(shard, make(rows))
+
+    monkeypatch.setattr(pairs.ranks, "WORLD", 2)
+    monkeypatch.setattr(pairs.ranks, "wait", meet)
+    pairs.fill(shards, make, 2, "")
+    assert len(seen) == 3 and seen[0] == seen[1] and seen[2] == []
+    assert shards.read("x0", range(10)).tolist() == list(range(10))
 
 
 def test_places_in_a_batch_have_their_own_noise():
