@@ -163,7 +163,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.world and args.score != "none" and args.resolution != toy.SIDE:
         parser.error(f"--resolution: the miniature world's score needs {toy.SIDE} pixels a side; or say --score none")
     if args.loss == "spin-trajectory" and (args.noise, args.generated, args.sampler) != ("shared", "latents", "ddim"):
-        parser.error("--loss spin-trajectory: only for ddim, without --noise independent or --generated images")
+        parser.error("--loss spin-trajectory: for a path drawn by ddim, no --noise independent or --generated images")
     if args.loss in ("sft", "dpo") and args.link != "logistic" or args.loss == "sft" and args.noise != "shared":
         parser.error(f"--link and --noise: not for --loss {args.loss}, which has no choice there")
     if "sampler_steps" not in given and args.sampler == "dpm++":
