@@ -44,6 +44,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.steps = args.steps or (20 if args.sampler == "dpm++" else 50)
     args.prompts = args.prompt + (data.read_prompts(args.prompts) if args.prompts else [])
+    if args.save_single and not args.save_single.endswith(".safetensors"):
+        parser.error(f"--save-single {args.save_single}: the name must end in .safetensors")
     if not (args.prompts or args.save_single):
         parser.error("nothing to draw: give --prompt or --prompts")
     return args
@@ -56,6 +58,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     sd = weights.load(args.model, dtype, run.usable(args.device), args.unet)
     if args.save_single:
         weights.save_single(sd, args.save_single)
+        print(f"the model is in {args.save_single}")
     seeds = range(args.seed, args.seed + args.num_images)
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
 

@@ -13,6 +13,7 @@ The same command, given again after an interruption, goes on where it stopped; a
 
 import argparse
 import copy
+import gc
 import math
 import sys
 import time
@@ -82,6 +83,7 @@ paper: from its appendix A; assumed: the paper does not say, see ASSUMED in trai
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS, epilog=SOURCES)
+    either = lambda *names: {"choices": names, "default": names[0]}  # noqa: E731
     whole, from_0, share = run.number(int, 1), run.number(float, 0), run.number(float, 0, 1)
 
     def add(flag: str, help: str, **kwargs) -> None:
@@ -107,8 +109,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     losses = "spin: self-play by (C.6); spin-trajectory: by (C.5), on the guided path by which the opponent drew; sft, "
     losses += "dpo: a baseline; all: spin and both (default: all without --data, spin with it)"
     add("--loss", losses, choices=["all", "spin", "spin-trajectory", "sft", "dpo"])
-    noises = {"choices": ["shared", "independent"], "default": "shared"}
-    add("--noise", "of a pair's two images, also of DPO's; the paper says both", **noises)
+    add("--noise", "of a pair's two images, also of DPO's; the paper says both", **either("shared", "independent"))
     add("--link", "self-play's convex function l around the margin", choices=list(LINKS), default="logistic")
     add("--iterations", "self-play iterations K; each renews the opponent", type=whole)
     add("--steps", "optimiser steps: one value, or one an iteration, the last repeated", type=whole, nargs="+")
@@ -130,13 +131,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sampler-steps", "network evaluations a generated image; 20 with --sampler dpm++", type=whole)
     add("--num-prompts", "use only the first N rows of the data (default: all)", type=whole)
     add("--skip-bad", "leave out rows of the data that cannot be used, instead of stopping", action="store_true")
-    generated = {"choices": ["latents", "images"], "default": "latents"}
-    add("--generated", "keep latents as drawn, or decode, round to 8 bits and encode them", **generated)
+    add("--generated", "keep latents, or decode, round to 8 bits and encode them", **either("latents", "images"))
     add("--generation-batch", "images drawn at once", type=whole)
     add("--grid-prompts", "prompts that every model draws for samples/; 0: none", type=run.number(int, 0))
     add("--sample-every", "steps between drawing them also in training; 0: never", type=run.number(int, 0), default=0)
-    splits = {"choices": ["test", "validation", "none"], "default": "test"}
-    add("--score", "the miniature world's prompts that models are scored on at the end", **splits)
+    add("--score", "the miniature world's prompts to score models on", **either("test", "validation", "none"))
     add("--score-images", "pictures a prompt and model for the scores", type=whole, default=2)
     add("--seed", "of every random choice in training and generation", type=run.SEED)
     add("--device", "cpu, cuda, cuda:1, ...", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -239,8 +238,8 @@ def main(argv: list[str] | None = None) -> dict:
         leave_out_bad_rows(args, images, cache)
         free = {*MAY_CHANGE, *TUNED["all"]} - {*TUNED[args.loss]}  # what another method uses changes nothing
         fixed = hashes | {name: value for name, value in vars(args).items() if name not in free}
-        if rank_0 and not args.dry_run:
-            this_run.settle(vars(args) | hashes | run.provenance(), same=fixed)
+        if rank_0:
+            this_run.settle(vars(args) | hashes | run.provenance(), same=fixed, write=not args.dry_run)
 
         def player(model: str):
             """theta_0, or one of the run's models."""
@@ -262,9 +261,9 @@ def main(argv: list[str] | None = None) -> dict:
         real = data.LatentShards(cache, range(len(images)))
         seconds = 0.0
         for line, more in cost.estimate(args, this_run, opponent, images, real, self_play + baselines, players):
-            say(line)
+            ranks.say(line)
             seconds += more
-        say(f"in all, about {timedelta(seconds=round(seconds))}")
+        ranks.say(f"in all, about {timedelta(seconds=round(seconds))}")
         if args.dry_run:
             return {"out": args.out, "seconds": seconds}
 
@@ -280,6 +279,7 @@ def main(argv: list[str] | None = None) -> dict:
 
             # train: theta_k, started from theta_{k-1}, which stays as it is; then promote: it is the next opponent
             opponent = train(args, this_run, opponent, stage, images, real, generated, draw)
+            gc.collect()  # the optimiser, whose references go round in a circle
             draw(stage.model, opponent)
 
         # ---- the baselines, from theta_0 -----------------------------------------------------------------------------
@@ -303,11 +303,6 @@ def main(argv: list[str] | None = None) -> dict:
     return {"out": args.out, "models": summary, "results": results}
 
 
-def say(line: str) -> None:
-    if ranks.RANK == 0:
-        ranks.bar.write(line)
-
-
 def leave_out_bad_rows(args, images: data.CaptionedImages, cache: Path) -> None:
     """Looks at every row of the data, once; those that cannot be used are listed in cache/bad_rows.txt.
 
@@ -319,7 +314,7 @@ def leave_out_bad_rows(args, images: data.CaptionedImages, cache: Path) -> None:
         with ranks.bar(total=len(images), desc="looking at the data", delay=1) as bar, run.whole(listed) as part:
             with open(part, "w", encoding="utf-8") as file:
                 for row, problem in images.inspect(bar):
-                    file.write(problem.replace("\n", " ") + "\n")
+                    file.write(problem + "\n")
                     keep[row] = False
         if keep.all() or args.skip_bad:
             with run.whole(usable) as part, open(part, "wb") as file:
@@ -330,9 +325,9 @@ def leave_out_bad_rows(args, images: data.CaptionedImages, cache: Path) -> None:
         bad = len(first) + sum(1 for _ in file)
     if bad:
         found = f"{bad} of {len(images)} rows cannot be used; {listed} names them all"
-        say("\n".join([f"{found}, of which the first are", *(f"  {line.strip()}" for line in first)]))
+        ranks.say("\n".join([f"{found}, of which the first are", *(f"  {line.strip()}" for line in first)]))
         if not args.skip_bad or bad == len(images):
-            raise InputError(f"{found}. Mend them, or go on without them: --skip-bad")
+            raise InputError(found + ". Mend them, or go on without them: --skip-bad" * (bad < len(images)))
         images.keep(np.load(usable))
 
 
@@ -362,17 +357,17 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
     Begins after the last saved state, if there is one. real, generated: latents of the images and, for self-play, of
     the opponent's. draw(name, model): draws samples.
     """
-    steps, rank_0 = len(stage.batches), ranks.RANK == 0
+    steps, rank_0, source = len(stage.batches), ranks.RANK == 0, args.unet or args.model
     step_of_loss = players(args, sd, stage)
     policy = step_of_loss.policy
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=args.weight_decay, fused=True)
 
-    first, state = 1, this_run.load_state(stage.model)
-    if "policy" in state:
+    first = this_run.steps_saved(stage.model) + 1
+    if first > 1:
+        state = this_run.load_state(stage.model)
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"] + 1
-    del state
+        del state
     ranks.wait()
     if rank_0:
         this_run.rewind_log(stage.model, first - 1)
@@ -412,7 +407,7 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
             line |= {"lr": lr, "grad_norm": grad_norm.item()}
             if not math.isfinite(line["loss"] + line["grad_norm"]):
                 bar.close()
-                last = this_run.checkpoint(f"spin-{k - 1}") if stage.model == f"spin-{k}" and k > 1 else args.model
+                last = this_run.checkpoint(f"spin-{k - 1}") if stage.model == f"spin-{k}" and k > 1 else source
                 raise InputError(f"{now}: the loss or its gradient is not finite; last good: {last}")
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -426,7 +421,7 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
             bar.set_postfix(step=step, loss=f"{line['loss']:.4f}")
             recent.append((line.get("delta_data", 0.0), line.get("delta_gen", 0.0)))
             if forgetting(recent):
-                say(f"warning: {now}: {FORGETTING}")
+                ranks.say(f"warning: {now}: {FORGETTING}")
                 recent = deque([(0.0, 0.0)], maxlen=1)  # said once
             if args.sample_every and step % args.sample_every == 0 and step < steps:
                 draw(f"{stage.model}-step-{step:05d}", replace(sd, unet=policy))
@@ -438,6 +433,8 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
             save(done)
         raise
     bar.close()
+    if not all(parameter.isfinite().all() for parameter in policy.parameters()):
+        raise InputError(f"{stage.model}: its weights are not finite after the last step; nothing is promoted")
 
     sd = replace(sd, unet=policy.requires_grad_(False))
     if rank_0:

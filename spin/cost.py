@@ -1,10 +1,6 @@
-"""What a run will take before it begins: a little of each kind of work is measured, times what is left to do.
-
-args: train.py's flags.
-"""
+"""What a run will take before it begins: a little of each kind of work is measured, times what is left to do."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -56,11 +52,11 @@ def estimate(args, this_run: run.Run, sd, images, real, stages: list, players: C
     self_play = [stage for stage in stages if stage.loss.startswith("spin")]
     if count := sum(pairs.shards_of(args, this_run, stage, images).count_missing() for stage in self_play):
         yield measured("images for the opponent to draw", count, args.generation_batch, draw, args.sampler_steps / 2)
-    logged = Counter(line["model"] for line in this_run.read_log())
     for stage in {stage.loss: stage for stage in stages}.values():
-        left = [len(other.batches) - logged[other.model] for other in stages if other.loss == stage.loss]
+        same = [other for other in stages if other.loss == stage.loss]
+        left = [len(other.batches) - this_run.steps_saved(other.model) for other in same]
         step = players(args, replace(sd, unet=deepcopy(sd.unet)), stage)
-        yield measured(f"pairs for {stage.loss}", max(1, sum(left)) * args.batch_size, args.micro_batch, train)
+        yield measured(f"pairs for {stage.loss}", sum(left) * args.batch_size, args.micro_batch, train)
     pictures = len(stages) * args.grid_prompts
     if args.world and args.score != "none" and not (this_run.folder / "results.json").exists():
         models = len(stages) + len(report.models_of(args, this_run))

@@ -107,11 +107,12 @@ class CaptionedImages:
 
     def problem(self, i: int) -> str | None:
         """What is wrong with row i, its images included, which are read for it."""
+        where = f"{self.metadata} line {self.rows[i][0]}: "
         try:
             for path in self.row(i)[1]:
                 read_picture(path)
         except InputError as error:
-            return str(error)
+            return where + " ".join(str(error).removeprefix(where).splitlines())
 
     def inspect(self, bar: tqdm) -> Iterator[tuple[int, str]]:
         """(row, what is wrong with it) of every row that cannot be used; images are read on all cores."""
@@ -140,8 +141,8 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             return to_rgb(file)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image ({error})") from None
+    except Exception as error:  # whatever a broken file makes one of Pillow's many readers do
+        raise InputError(f"{path}: not a readable image ({error or type(error).__name__})") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -220,7 +221,7 @@ class LatentShards:
             try:
                 found.append(self.open(self.path(shard)).get_slice(name)[where])
             except (SafetensorError, OSError):
-                raise InputError(f"{self.path(shard)}: damaged; delete it, and it is made anew") from None
+                raise InputError(f"{self.path(shard)}: missing or damaged; delete it, and it is made anew") from None
         return torch.stack(found).float()
 
 
@@ -249,14 +250,10 @@ def draw(seed: int, iteration: int, step: int, place: int, shape: tuple[int, ...
     eps, posterior, and eps_gen for the generated image where that is not to share eps.
     """
     rng = np.random.default_rng(entropy(seed, DRAW, iteration, step, place))
-    return {
-        "t": torch.tensor(int(rng.integers(timesteps))),
-        "flip": torch.tensor(rng.random()),
-        "eps": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
-        "posterior": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
-        "eps_gen": torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)),
-        "drop": torch.tensor(rng.random()),
-    }
+    drawn = {"t": torch.tensor(int(rng.integers(timesteps))), "flip": torch.tensor(rng.random())}
+    for name in ("eps", "posterior", "eps_gen"):
+        drawn[name] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    return drawn | {"drop": torch.tensor(rng.random())}
 
 
 def generator(seed: int, iteration: int, row: int) -> torch.Generator:

@@ -10,10 +10,12 @@ import json
 import re
 from pathlib import Path
 
+from safetensors import safe_open
 from torch import Tensor
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT_1 = "cond_stage_model.transformer.text_model."  # of SD-1.x, then transformers' names
+PREDICTION = "modelspec.prediction_type"  # in a .safetensors file's metadata, where it is said: epsilon or v
 TEXT_2 = "cond_stage_model.model."  # of SD-2.x, then open_clip's
 
 # What a file leaves unsaid, {"unet": its config.json, ...}; of OpenCLIP's ViT-H, SD-2.x reads all layers but the last.
@@ -26,7 +28,9 @@ FOREIGN = {
     "conditioner.embedders.": "SDXL",
     "joint_blocks.": "SD-3",
     "double_blocks.": "FLUX",
-    "lora_": "LoRA weights, which are no model by themselves: merge them into one first",
+    "lora_": "LoRA weights: merge them into a model first",
+    ".lora": "LoRA weights: merge them into a model first",
+    "emb_params": "a textual inversion",
     "control_model.": "a ControlNet",
 }
 
@@ -63,6 +67,14 @@ IN_VAE = {
 
 def config_of(tensors: dict[str, Tensor]) -> dict[str, dict]:
     return SD_2 if any(name.startswith(TEXT_2) for name in tensors) else SD_1
+
+
+def said_of_schedule(path: Path) -> dict:
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        said = (file.metadata() or {}).get(PREDICTION)
+    return {"prediction_type": "v_prediction" if said.startswith("v") else said} if said else {}
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -77,12 +77,9 @@ def how_to_draw(args) -> dict:
 def through_pixels(sd, x0: Tensor, generators: list[torch.Generator]) -> Tensor:
     """Scaled latents -> decoded, rounded to 8 bits, encoded: what becomes of an image that is kept as a file."""
     pictures = (sampler.decode(sd, x0) * 255).round() / 255
-    encoded = []
-    for picture, generator in zip(pictures.split(1), generators):
-        mean, logvar = sd.vae.encode(picture * 2 - 1)
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        encoded.append((mean + (0.5 * logvar).exp() * noise) * sd.vae.scaling_factor)
-    return torch.cat(encoded)
+    mean, logvar = map(torch.cat, zip(*(sd.vae.encode(picture * 2 - 1) for picture in pictures.split(1))))
+    noise = torch.cat([torch.randn(mean[:1].shape, generator=generator) for generator in generators])
+    return (mean + (0.5 * logvar).exp() * noise.to(mean.device)) * sd.vae.scaling_factor
 
 
 def shards_of(args, this_run: Run, stage, images: data.CaptionedImages) -> data.LatentShards:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-bar = partial(tqdm, disable=True) if RANK else tqdm
+LAUNCHED = "MASTER_ADDR" in os.environ  # by torchrun; some clusters set the two others by themselves
+RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if LAUNCHED else (0, 1)
+# a progress bar, and a line above it, once for all ranks
+bar, say = (partial(tqdm, disable=True), lambda line: None) if RANK else (tqdm, tqdm.write)
 
 
 def own(device: str) -> str:
@@ -41,7 +43,7 @@ def together(device: str) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in ("gloo", "NCCL")):
             raise
         lost = f"rank {RANK} of {WORLD} has lost another, which ended; the same command goes on from the last state"
-        raise ConnectionError(lost) from None
+        raise ConnectionError(f"{lost} ({str(error).splitlines()[0]})") from None
     dist.destroy_process_group()
 
 

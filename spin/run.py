@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,9 @@ def script(name: str, main: Callable[[], object], stopped: str = "what is finish
         status, message = 130, f"\n{name}: stopped; {stopped}"
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         status, message = 2, f"{name}: error: {str(error).splitlines()[0]}"
-    sys.stderr.write(f"{message}\n")  # after the exception has gone, and with it the progress bars of its frames
+    sys.stderr.write(
+        "\n" * ("RANK" in os.environ) + f"{message}\n"
+    )  # after the exception has gone, and with it the progress bars of its frames
     return status
 
 
@@ -167,7 +170,8 @@ class Run:
 
     def promoted(self) -> int:
         """The last self-play iteration whose checkpoint is there; 0 for none. Earlier ones may have been deleted."""
-        return max((int(path.parent.name[4:]) for path in self.folder.glob("iter*/checkpoint")), default=0)
+        there = [re.fullmatch(r"iter(\d+)", path.parent.name) for path in self.folder.glob("iter*/checkpoint")]
+        return max((int(match[1]) for match in there if match), default=0)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -184,7 +188,7 @@ class Run:
                 raise InputError(f"{self.folder}: another process works here; wait, or choose another --out") from None
             yield
 
-    def settle(self, config: dict, same: Iterable[str]) -> None:
+    def settle(self, config: dict, same: Iterable[str], write: bool = True) -> None:
         """Writes config.json; InputError if the run was begun with another value of one of the keys in `same`."""
         path = self.folder / "config.json"
         if path.exists():
@@ -193,7 +197,8 @@ class Run:
             if changed:
                 difference = "; ".join(f"{key} {before.get(key)!r}, now {config[key]!r}" for key in changed)
                 raise InputError(f"{self.folder}: this run was begun with {difference}. Choose another --out")
-        write_json(path, config)
+        if write:
+            write_json(path, config)
 
     def log(self, line: dict) -> None:
         """Appends one line to log.jsonl."""
@@ -223,15 +228,20 @@ class Run:
             try:
                 torch.save(state, part)
             except RuntimeError as error:  # so torch calls it when the disk is full
-                raise OSError(str(error)) from None
+                raise OSError(f"is there room? torch says: {error}") from None
 
     def load_state(self, model: str) -> dict:
         """What `save_state` last wrote for a model, on the CPU; {} if nothing. InputError if it is damaged."""
         path = self.place(model) / "state" / "state.pt"
         try:
-            return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True) if path.exists() else {}
         except (pickle.UnpicklingError, RuntimeError, EOFError):
             raise InputError(f"{path}: damaged; delete it, and this model's training begins anew") from None
+
+    def steps_saved(self, model: str) -> int:
+        """How many steps a model's training need not take again."""
+        state = self.load_state(model)
+        return state["step"] if "policy" in state else 0  # without: its weights are in the checkpoint, if it is there
 
     def summary(self) -> list[dict]:
         """Per model of the log: its steps, seconds and first loss, and means over the last tenth of its steps."""

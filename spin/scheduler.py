@@ -29,12 +29,9 @@ class Scheduler:
         self.steps_offset = int(config.get("steps_offset", 0))
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type {self.prediction_type!r}: only epsilon and v_prediction are known")
-        self.alphas_cumprod = alphas_cumprod(
-            config.get("beta_schedule", "linear"),
-            config.get("beta_start", 1e-4),
-            config.get("beta_end", 2e-2),
-            self.num_train_timesteps,
-        )  # [T] float32
+        start, end = config.get("beta_start", 1e-4), config.get("beta_end", 2e-2)
+        schedule = config.get("beta_schedule", "linear")
+        self.alphas_cumprod = alphas_cumprod(schedule, start, end, self.num_train_timesteps)  # [T] float32
         # DDIM's last step lands here: the clean image, or the training schedule's least noisy level
         self.final_alpha_cumprod = torch.tensor(1.0) if config.get("set_alpha_to_one", True) else self.alphas_cumprod[0]
 

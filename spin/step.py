@@ -105,10 +105,9 @@ class PolicyStep(nn.Module):
 
 
 def as_autocast_would(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Gives `unet` for good, where it stands, the rounded weights that autocast makes anew at every call.
+    """Gives `unet`, where it stands, the rounded weights that autocast makes anew at every call: half the memory.
 
-    Half the memory and no casting for the opponent, whose answers stay the same to the last bit: norms, which autocast
-    computes in float32, keep their weights.
+    Its answers stay the same to the last bit, since norms, which autocast computes in float32, keep their weights.
     """
     for module in unet.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

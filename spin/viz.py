@@ -1,6 +1,7 @@
 """Picture grids and line charts, drawn with Pillow."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,18 +41,6 @@ def save_png(picture: Image.Image, path: Path, prompt: str = "", settings: dict 
         picture.save(part, format="PNG", pnginfo=info)
 
 
-def wrap(text: str, font, width: int) -> list[str]:
-    """Lines of at most `width` pixels; a single word that is wider stays whole."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
 def grid(
     rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], captions: Sequence[str], cell: int = 192
 ) -> Image.Image:
@@ -68,7 +57,7 @@ def grid(
         draw.text((margin + j * (cell + gap) + cell / 2, 2), title, INK, font, anchor="ma")
     for i, (pictures, caption) in enumerate(zip(rows, captions, strict=True)):
         top = title_height + i * (cell + gap)
-        lines = wrap(caption, font, margin - 2 * gap)[: cell // line]
+        lines = textwrap.wrap(caption, 24)[: cell // line]
         draw.multiline_text((gap, top + gap), "\n".join(lines), INK, font, spacing=line - 15)
         for j, picture in enumerate(pictures):
             scale = cell / max(picture.size)

@@ -27,6 +27,8 @@ from spin.vae import AutoencoderKL
 NETWORKS = {"unet": UNet, "vae": AutoencoderKL}
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")  # the folders of a checkpoint
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+# the one class that published training checkpoints name, as a key of no interest here, and an empty one in its place
+INERT = [(type("Callback", (), {}), "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
 
 # The published SD-1.5 VAE has the attention names of an older diffusers.
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -53,8 +55,8 @@ def load(
     """Reads a checkpoint: a folder in the diffusers layout, a hub id "org/name", or a file in the original layout.
 
     unet: another checkpoint, or its UNet's folder alone, whose UNet is taken instead.
-    With prediction_type "v_prediction" (SD-2.x at 768 px; also a file of SD-2.x, which cannot say, is taken for one)
-    the networks answer v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, and v's errors are what losses compare.
+    With prediction_type "v_prediction" (SD-2.x at 768 px; also a file of SD-2.x that does not say is taken for one) the
+    networks answer v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, and v's errors are what losses compare.
     Raises InputError, one line, where a file is missing, cut short or foreign, a tensor's name or shape is not
     what config.json says, or config.json describes another architecture.
     """
@@ -66,6 +68,7 @@ def load(
     if single:
         kind = original.config_of(single)
         tokenizer, schedule = Tokenizer(None, "!" if kind is original.SD_2 else EOS), kind["scheduler"]
+        schedule = schedule | original.said_of_schedule(path)
     else:
         tokenizer = load_tokenizer(path / "tokenizer", text_config.get("max_position_embeddings", 77))
         schedule = read_config(path / "scheduler" / "scheduler_config.json", "scheduler")
@@ -109,18 +112,13 @@ def read_part(path: Path, part: str, single: dict | None = None) -> tuple[dict, 
         path = path if part == "unet" and (path / "config.json").exists() else path / part
         config = read_config(path / "config.json", part)
         tensors = read_tensors(path, "model" if part == "text_encoder" else "diffusion_pytorch_model")
-        found = {newer(name, part): tensor for name, tensor in tensors.items()}
+        found = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+        for old, new in OLD_VAE_NAMES.items() if part == "vae" else ():
+            found = {name.replace(old, new): tensor for name, tensor in found.items()}
         if len(found) < len(tensors):
             raise InputError(f"{path}: holds some tensors twice, under an older and a newer name")
     found.pop("embeddings.position_ids", None)  # the numbers 0..76, which older transformers stored
     return config, found, path
-
-
-def newer(name: str, part: str) -> str:
-    """A tensor's name, written by any generation of diffusers or transformers."""
-    for old, new in OLD_VAE_NAMES.items() if part == "vae" else ():
-        name = name.replace(old, new)
-    return name.removeprefix("text_model.")
 
 
 def read_single(path: Path) -> dict[str, Tensor]:
@@ -128,7 +126,9 @@ def read_single(path: Path) -> dict[str, Tensor]:
     tensors = read_file(path)
     for part, what in original.FOREIGN.items():
         if any(part in name for name in tensors):
-            raise InputError(f"{path}: holds {what}, and no Stable Diffusion 1.x or 2.x")
+            raise InputError(f"{path}: no Stable Diffusion 1.x or 2.x, but {what}")
+    if not any(name.startswith(original.UNET) for name in tensors):
+        raise InputError(f"{path}: no whole Stable Diffusion; a network alone goes into a diffusers folder")
     return tensors
 
 
@@ -146,8 +146,8 @@ def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
     try:
         folder = Path(snapshot_download(str(source), allow_patterns=wanted))
         if not any((folder / parts[0]).glob("*.safetensors")):
-            pickles = [f"{part}/{name}.bin" for part in parts for name in ("diffusion_pytorch_model", "pytorch_model")]
-            folder = Path(snapshot_download(str(source), allow_patterns=wanted + pickles))
+            others = [f"{part}/*{end}" for part in parts for end in ("_model.bin", "model.fp16.safetensors")]
+            folder = Path(snapshot_download(str(source), allow_patterns=wanted + others))
     except Exception as error:  # of many libraries: no network, no such repository, no permission, a full disk
         reason = (str(error) or type(error).__name__).split("\n")[0]
         raise InputError(f"{source}: no such folder here, and not to be had from the hub: {reason}") from None
@@ -224,9 +224,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
         if path.suffix not in PICKLES:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}
-        pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        with torch.serialization.safe_globals(INERT):
+            pickled = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         pickled = pickled.get("state_dict", pickled)
-        return {name: tensor for name, tensor in pickled.items() if isinstance(tensor, Tensor)}
+        return {name: t for name, t in pickled.items() if isinstance(name, str) and isinstance(t, Tensor)}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cut short, or no safetensors file ({error})") from None
     except Exception as error:  # a pickle can fail in any way
@@ -313,7 +314,8 @@ def save_single(sd: StableDiffusion, path: str | Path) -> None:
     else:
         tensors |= {original.TEXT_1 + name: tensor for name, tensor in from_tower(tower, layers).items()}
     with whole(Path(path)) as part:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
+        said = {"format": "pt", original.PREDICTION: sd.scheduler.prediction_type.removesuffix("_prediction")}
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, said)
 
 
 def checkpoint_hash(folder: str | Path) -> str:

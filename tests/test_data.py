@@ -250,7 +250,7 @@ def test_shards_hold_what_was_written_and_know_what_is_missing(tmp_path, monkeyp
     assert read.dtype == torch.float32
     assert torch.equal(read, torch.stack([values[row].half().float() for row in (41, 3, 8)]))
     shards.path(0).write_bytes(b"damaged")
-    with pytest.raises(InputError, match="shard-00000.safetensors: damaged; delete it"):
+    with pytest.raises(InputError, match="shard-00000.safetensors: missing or damaged; delete it"):
         LatentShards(tmp_path / "latents", rows).read("x0", [3])
 
 

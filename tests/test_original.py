@@ -5,6 +5,10 @@ The name tables were compared once, name by name, with diffusers' own conversion
 
 import pickle
 import shutil
+import sys
+import types
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ import sample
 import train
 from spin import original, weights
 from spin.run import InputError
+from spin.scheduler import Scheduler
 from spin.unet import UNet
 from spin.vae import AutoencoderKL
 
@@ -66,6 +71,32 @@ def test_a_training_checkpoint(model, tmp_path):
     read = weights.load(tmp_path / "model.ckpt")
     assert all(torch.equal(tensor, states(model)[name]) for name, tensor in states(read).items())
     assert weights.checkpoint_hash(tmp_path / "model.ckpt") != weights.checkpoint_hash(tmp_path / "model.safetensors")
+
+
+def test_a_file_says_what_its_network_predicts(model, tmp_path):
+    """SD-2.x at 512 px predicts noise; a file that does not say so is taken for one that predicts v."""
+    if model.scheduler.prediction_type == "v_prediction":
+        noise = Scheduler(model.scheduler.config | {"prediction_type": "epsilon"})
+        weights.save_single(replace(model, scheduler=noise), tmp_path / "model.safetensors")
+        assert weights.load(tmp_path / "model.safetensors").scheduler.prediction_type == "epsilon"
+        save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "silent.safetensors")
+        assert weights.load(tmp_path / "silent.safetensors").scheduler.prediction_type == "v_prediction"
+
+
+def test_a_checkpoint_of_pytorch_lightning(model, tmp_path, monkeypatch):
+    """The published .ckpt files name one of its classes, as the key of a callback's state; and keys may be numbers."""
+    weights.save_single(model, tmp_path / "model.safetensors")
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    callback = type("ModelCheckpoint", (), {"__module__": name})
+    with monkeypatch.context() as patch:
+        for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
+            patch.setitem(sys.modules, part, types.ModuleType(part))
+        sys.modules[name].ModelCheckpoint = callback
+        tensors = load_file(tmp_path / "model.safetensors") | {7: torch.zeros(1)}
+        torch.save({"state_dict": tensors, "callbacks": {callback: {"monitor": "loss"}}}, tmp_path / "model.ckpt")
+    assert name not in sys.modules
+    read = weights.load(tmp_path / "model.ckpt")
+    assert all(torch.equal(tensor, states(model)[name]) for name, tensor in states(read).items())
 
 
 @pytest.mark.parametrize("kind", [original.SD_1, original.SD_2], ids=["SD-1.x", "SD-2.x"])
@@ -190,7 +221,9 @@ def test_bin_files_are_downloaded_where_there_are_no_others(tiny_folder, tmp_pat
         "huggingface_hub.snapshot_download", lambda _, allow_patterns: asked.append(allow_patterns) or folder
     )
     weights.load_unet("org/name")
-    assert len(asked) == 2 and "unet/diffusion_pytorch_model.bin" in set(asked[1]) - set(asked[0])
+    wanted = ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors"]
+    for name in wanted:
+        assert [any(fnmatch(name, pattern) for pattern in patterns) for patterns in asked] == [False, True]
 
 
 @pytest.mark.parametrize("source", ["org/name", "no-such-folder", "no/such/folder", "./models/name", "model.ckpt"])
@@ -214,6 +247,9 @@ FOREIGN = {
     "SD-3": "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight",
     "FLUX": "double_blocks.0.img_attn.norm.key_norm.scale",
     "LoRA": "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight",
+    "LoRA weights": "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora.up.weight",
+    "textual inversion": "emb_params",
+    "whole Stable Diffusion; a network alone": "encoder.conv_in.weight",
     "ControlNet": "control_model.input_blocks.0.0.weight",
 }
 
@@ -221,7 +257,7 @@ FOREIGN = {
 @pytest.mark.parametrize("what", FOREIGN)
 def test_other_models_are_named(what, tmp_path):
     save_file({FOREIGN[what]: torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=f"model.safetensors: holds .*{what}"):
+    with pytest.raises(InputError, match=f"model.safetensors: no .*{what}"):
         weights.load(tmp_path / "model.safetensors")
 
 

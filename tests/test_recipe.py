@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +63,23 @@ def test_mended_data_go_on_in_the_same_folder(tiny_folder, spoiled, pictures, tm
     assert train.main(flags(tiny_folder, spoiled, out, *SHORT))["models"][0]["steps"] == 2
 
 
+@pytest.mark.parametrize("error", [struct.error, RuntimeError, NotImplementedError, AttributeError, EOFError])
+def test_whatever_pillow_does_with_a_broken_image_it_is_a_bad_row(error, pictures, monkeypatch):
+    def broken(picture):
+        raise error("of one of its many readers,\r in two lines")
+
+    monkeypatch.setattr(data, "to_rgb", broken)
+    images = data.CaptionedImages(pictures, 8)
+    found = [problem for _, problem in images.inspect(train.ranks.bar(disable=True))]
+    assert len(found) == 12 and "metadata.jsonl line 1: " in found[0] and "0.jpg: not a readable image" in found[0]
+    assert all(len(problem.splitlines()) == 1 for problem in found)
+
+
 def test_no_usable_row_is_no_data(tiny_folder, pictures, tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a"}\n')
-    with pytest.raises(InputError, match="1 of 1 rows cannot be used"):
+    with pytest.raises(InputError, match="1 of 1 rows cannot be used") as refusal:
         train.main(flags(tiny_folder, tmp_path, tmp_path / "run", *SHORT, "--skip-bad"))
+    assert "--skip-bad" not in str(refusal.value), "it would not help"
 
 
 def test_the_cache_is_keyed_by_checkpoint_data_and_transform(tiny_folder, pictures, tmp_path):
@@ -102,7 +116,27 @@ def test_only_what_is_left_is_counted(tiny_folder, pictures, tmp_path, capsys):
     capsys.readouterr()
     train.main(flags(tiny_folder, pictures, out, "--dry-run"))
     counts = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
-    assert counts == ["4 pairs for spin", "2 pictures for grids and scores", "in all"]  # its latents are still there
+    assert counts == ["12 pairs for spin", "2 pictures for grids and scores", "in all"]  # its latents are still there
+
+
+def test_steps_that_a_kill_lost_are_counted_again(tiny_folder, pictures, tmp_path, capsys, monkeypatch):
+    out, log = tmp_path / "run", run.Run.log
+
+    def dying(self, line):
+        log(self, line)
+        if line["step"] == 5:
+            raise OSError("died")
+
+    short = ["--iterations", "1", "--steps", "6", "--save-every", "4", "--grid-prompts", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "log", dying)
+        with pytest.raises(OSError, match="died"):
+            train.main(flags(tiny_folder, pictures, out, *short))
+    capsys.readouterr()
+    train.main(flags(tiny_folder, pictures, out, *short, "--dry-run"))
+    assert capsys.readouterr().out.startswith("8 pairs for spin, "), "the fifth step is logged, but not saved"
+    with pytest.raises(InputError, match="begun with beta"):
+        train.main(flags(tiny_folder, pictures, out, *short, "--dry-run", "--beta", "3"))
 
 
 def test_measuring_changes_nothing(tiny_folder, pictures, tmp_path, monkeypatch):

@@ -63,6 +63,7 @@ WRONG = {
     "train.py --model {tiny} --data {pictures} --sampler-steps 1000 --device cpu": "1000 sampling steps",
     "sample.py --model {tiny}": "nothing to draw: give --prompt or --prompts",
     "sample.py --model {tiny} --prompts missing.txt": "missing.txt: no such file",
+    "sample.py --model {tiny} --save-single model.ckpt": "model.ckpt: the name must end in .safetensors",
     "sample.py --model nowhere --prompt a": "nowhere: no such folder",
     "sample.py --model {tiny} --prompt a --height 60 --device cpu": "must be multiples of 8",
     "sample.py --model {tiny} --prompt a --steps 2000 --device cpu": "2000 sampling steps",

@@ -431,6 +431,26 @@ def test_an_exploding_run_stops_in_one_line(tiny_folder, pictures, tmp_path):
         train.main(flags(tiny_folder, pictures, tmp_path / "run", "--lr", "1e30"))
 
 
+def test_what_explodes_in_the_last_step_is_not_promoted(tiny_folder, pictures, tmp_path):
+    explode = ["--lr", "1e38", "--warmup", "0", "--steps", "1", "--unet", str(tiny_folder)]
+    with pytest.raises(InputError, match="spin-1: its weights are not finite after the last step; nothing is promoted"):
+        train.main(flags(tiny_folder, pictures, tmp_path / "run", *explode))
+    assert not (tmp_path / "run/iter1/checkpoint").exists()
+
+
+def test_the_last_good_model_is_the_one_started_from(tiny_folder, pictures, tmp_path):
+    other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
+    with pytest.raises(InputError, match=f"last good: {other}"):
+        train.main(flags(tiny_folder, pictures, tmp_path / "run", "--lr", "1e30", "--unet", str(other)))
+
+
+def test_a_copy_of_an_iterations_folder_is_no_iteration(finished, tiny_folder, pictures, tmp_path):
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.copytree(out / "iter1", out / "iter7-old")
+    assert run.Run(out).promoted() == 2
+    train.main(flags(tiny_folder, pictures, out))
+
+
 @pytest.mark.parametrize("step, expected", [(1, 5e-3), (100, 0.5), (200, 1.0), (201, 1.0), (351, 0.5), (500, 1 / 300)])
 def test_learning_rate_rises_then_falls(step, expected):
     assert train.learning_rate(1.0, step, 500, 200) == pytest.approx(expected)
