@@ -2,13 +2,12 @@
 
     python train.py                                     the miniature world, its baselines and scores: minutes on a CPU
     python train.py --model FOLDER --data FOLDER        the paper's settings on a model and images of yours
+    torchrun --nproc_per_node N train.py ...            on N GPUs of one machine
 
 For k = 1..K: generate an image from theta_{k-1} for every prompt that the iteration will draw; train theta_k, started
 from theta_{k-1}, to tell the real images from those, with the SPIN loss (C.6); promote it to be the next opponent.
 The baselines, SFT and Diffusion-DPO, start from theta_0 and see the same real images in the same batches.
 The same command, given again after an interruption, goes on where it stopped; a finished stage is not repeated.
-
-    torchrun --nproc_per_node N train.py ...            the same on N GPUs of one machine
 """
 
 import argparse

@@ -20,19 +20,9 @@ TEXT_2 = "cond_stage_model.model."  # of SD-2.x, then open_clip's
 
 # What a file leaves unsaid, {"unet": its config.json, ...}; of OpenCLIP's ViT-H, SD-2.x reads all layers but the last.
 # And settings that our networks and samplers have built in: another value in a config.json means another architecture
-# (SDXL, an inpainting model, ...), which might load and would draw nonsense.
-SD_1, SD_2, BUILT_IN = json.loads(Path(__file__).with_name("configs.json").read_text()).values()
-
-# what other files are, by a part of a name in them
-FOREIGN = {
-    "conditioner.embedders.": "SDXL",
-    "joint_blocks.": "SD-3",
-    "double_blocks.": "FLUX",
-    "lora_": "LoRA weights: merge them into a model first",
-    ".lora": "LoRA weights: merge them into a model first",
-    "emb_params": "a textual inversion",
-    "control_model.": "a ControlNet",
-}
+# (SDXL, an inpainting model, ...), which might load and would draw nonsense. And what other files are, by a part of a
+# name in them.
+SD_1, SD_2, BUILT_IN, FOREIGN = json.loads(Path(__file__).with_name("configs.json").read_text()).values()
 
 UNET_ENDS = {
     "conv_in": "input_blocks.0.0",

@@ -29,16 +29,6 @@ def timestep_embedding(t: Tensor, channels: int, flip_sin_to_cos: bool, freq_shi
     return torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=1)
 
 
-class TimestepMLP(nn.Module):
-    def __init__(self, channels: int, temb_channels: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(channels, temb_channels)
-        self.linear_2 = nn.Linear(temb_channels, temb_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
 class GEGLU(nn.Module):
     def __init__(self, channels: int, inner: int):
         super().__init__()
@@ -171,7 +161,8 @@ class UNet(nn.Module):
             return lambda: Transformer2D(channels[level], heads[level], context_channels, groups, linear)
 
         self.conv_in = nn.Conv2d(config.get("in_channels", 4), channels[0], 3, padding=1)
-        self.time_embedding = TimestepMLP(channels[0], temb_channels)
+        sizes = {"linear_1": channels[0], "linear_2": temb_channels}
+        self.time_embedding = nn.ModuleDict({name: nn.Linear(c, temb_channels) for name, c in sizes.items()})
 
         skip_channels = [channels[0]]
         self.down_blocks = nn.ModuleList()
@@ -204,7 +195,8 @@ class UNet(nn.Module):
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         flip, shift = self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
         sinusoids = timestep_embedding(timesteps.expand(len(latents)), self.conv_in.out_channels, flip, shift)
-        temb = self.time_embedding(sinusoids.to(latents.dtype))  # [B,1280]
+        temb = self.time_embedding["linear_1"](sinusoids.to(latents.dtype))
+        temb = self.time_embedding["linear_2"](F.silu(temb))  # [B,1280]
 
         x = self.conv_in(latents)  # [B,320,64,64]
         skips = [x]

@@ -155,10 +155,34 @@ def test_a_dead_rank_ends_the_job_with_a_line(tmp_path):
     _, said = job.communicate(timeout=60)
     assert job.returncode != 0
     lines = [line for line in said.splitlines() if line.startswith("train.py: ")]
-    assert lines == [
-        "train.py: error: rank 0 of 2 has lost another, which ended; the same command goes on from the last state"
-    ]
+    assert len(lines) == 1, said
+    lost = "train.py: error: rank 0 of 2 has lost another, which ended; the same command goes on from the last state ("
+    assert lines[0].startswith(lost) and "peer" in lines[0]
     assert run.Run(out).load_state("spin-1")["step"] >= 2
+
+
+WAITS = """
+import os, signal, sys, time
+from spin import ranks
+ranks.PATIENCE = 1.0
+with ranks.together("cpu"):
+    ranks.wait()
+    if ranks.RANK == 0:
+        print(os.getpid(), flush=True)
+        ranks.wait()  # for one that never comes: where no Python runs
+    time.sleep(60)
+"""
+
+
+def test_a_rank_that_waits_in_vain_ends_with_a_line_when_told_to(tmp_path):
+    (tmp_path / "waits.py").write_text(WAITS)
+    launch = command(2, tmp_path / "waits.py")
+    job = subprocess.Popen(launch, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pid = int(job.stdout.readline())
+    time.sleep(1)
+    os.kill(pid, signal.SIGTERM)
+    _, said = job.communicate(timeout=50)
+    assert "rank 0 of 2 waited for another in vain; the same command goes on from the last state" in said.splitlines()
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
