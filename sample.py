@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
         rows = [pictures[at : at + args.num_images] for at in range(0, len(pictures), args.num_images)]
         columns = [f"seed {seed}" for seed in seeds]
         viz.save_png(viz.grid(rows, columns, args.prompts[:GRID_ROWS]), Path(args.out, "grid.png"))
-    print(f"{len(paths)} image{'s' if len(paths) > 1 else ''} in {args.out}")
+    print(f"{len(paths)} image{'s' * (len(paths) != 1)} in {args.out}")
     return paths
 
 

@@ -17,11 +17,10 @@ ENCODE_BATCH = 4  # images a forward pass of the VAE's encoder
 @torch.no_grad()
 def encode(args, sd, images: data.CaptionedImages, real: data.LatentShards) -> None:
     """Stores mean and log-variance of every image's latent, and of its mirror image's if that may be drawn."""
-    kinds = {"": False} | ({"rejected_": True} if images.pairs else {})
 
     def encoded(rows: list[int]) -> dict[str, Tensor]:
         found = {}
-        for kind, rejected in kinds.items():
+        for kind, rejected in (("", False), ("rejected_", True))[: 1 + images.pairs]:
             batch = torch.stack([images.image(row, rejected) for row in rows]).to(args.device)
             found |= dict(zip((f"{kind}mean", f"{kind}logvar"), sd.vae.encode(batch)))
             if args.flip:

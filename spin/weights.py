@@ -305,6 +305,8 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 def save_single(sd: StableDiffusion, path: str | Path) -> None:
     """One .safetensors file in the original layout, as other programs read it; `load` gives back every bit."""
+    if sd.unet.config["block_out_channels"] != original.SD_1["unet"]["block_out_channels"]:
+        raise InputError(f"{path}: a single file says no sizes, so only models of Stable Diffusion's can be one")
     tensors = {}
     for part, network in (("unet", sd.unet), ("vae", sd.vae)):
         tensors |= original.to_original(part, network.state_dict(), network.config)

@@ -270,8 +270,8 @@ def test_files_that_hold_no_tensors(name, content, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
-def test_truncated_files(name, sd, tmp_path):
-    weights.save_single(sd, tmp_path / "model.safetensors")
+def test_truncated_files(name, model, tmp_path):
+    weights.save_single(model, tmp_path / "model.safetensors")
     if name == "model.ckpt":
         torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / name)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-5000])
@@ -279,9 +279,13 @@ def test_truncated_files(name, sd, tmp_path):
         weights.load(tmp_path / name)
 
 
-def test_a_file_of_another_size_is_refused(sd, tmp_path):
-    """A file has no config: tensors that are not SD-1.x's are told by their shapes."""
-    weights.save_single(sd, tmp_path / "model.safetensors")
+def test_a_file_of_another_size_is_refused(sd, tmp_path, monkeypatch):
+    """A file has no config: tensors that are not SD-1.x's are told by their shapes. And none such is written."""
+    with monkeypatch.context() as patch:
+        patch.setattr(original, "SD_1", tiny.MANIFEST["tiny.config"])
+        weights.save_single(sd, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="other.safetensors: a single file says no sizes"):
+        weights.save_single(sd, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="model.safetensors: its tensors are not those of its config: .*another shape"):
         weights.load(tmp_path / "model.safetensors")
 

@@ -4,6 +4,7 @@ import math
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,6 +108,23 @@ def test_a_dry_run_says_what_is_to_do_and_stops(tiny_folder, pictures, tmp_path,
     assert lines[4].startswith("in all, about 0:0") and len(lines) == 5
     assert not (out / "config.json").exists() and not (out / "iter1").exists() and not (out / "samples").exists()
     train.main(flags(tiny_folder, pictures, out, "--seed", "12", *SHORT))  # another run may have the folder
+
+
+def test_the_estimate_is_what_was_measured_times_what_is_left(tiny_folder, pictures, tmp_path, capsys, monkeypatch):
+    """With a clock that says that everything takes a second."""
+    monkeypatch.setattr(train.cost, "time", SimpleNamespace(perf_counter=iter(range(1000)).__next__))
+    told = train.main(flags(tiny_folder, pictures, tmp_path / "run", "--dry-run"))
+    each = {
+        "12 real images": 2 / 4,  # four at once, and mirrored once more
+        "24 images for the opponent": 1.5 / 4,  # four at once; two of the three steps are measured
+        "24 pairs for spin": 1 / 3,  # three at once
+        "4 pictures for grids": 1.5 / 4,
+    }
+    lines = capsys.readouterr().out.splitlines()
+    for line, (what, seconds) in zip(lines, each.items()):
+        count = int(what.split()[0])
+        assert line.startswith(what) and f", {seconds:.2g} s each: 0:00:{round(count * seconds):02d}" in line
+    assert told["seconds"] == pytest.approx(sum(int(what.split()[0]) * seconds for what, seconds in each.items()))
 
 
 def test_only_what_is_left_is_counted(tiny_folder, pictures, tmp_path, capsys):
