@@ -54,13 +54,14 @@ def estimate(args, this_run: run.Run, sd, images, real, stages: list, players: C
         yield measured("images for the opponent to draw", count, args.generation_batch, draw, args.sampler_steps / 2)
     for stage in {stage.loss: stage for stage in stages}.values():
         same = [other for other in stages if other.loss == stage.loss]
-        left = [len(other.batches) - this_run.steps_saved(other.model) for other in same]
-        step = players(args, replace(sd, unet=deepcopy(sd.unet)), stage)
-        yield measured(f"pairs for {stage.loss}", sum(left) * args.batch_size, args.micro_batch, train)
+        if left := sum(len(other.batches) - this_run.steps_saved(other.model) for other in same):
+            step = players(args, replace(sd, unet=deepcopy(sd.unet)), stage)
+            yield measured(f"pairs for {stage.loss}", left * args.batch_size, args.micro_batch, train)
     pictures = len(stages) * args.grid_prompts
     if args.world and args.score != "none" and not (this_run.folder / "results.json").exists():
         models = len(stages) + len(report.models_of(args, this_run))
         pictures += models * args.score_images * len(toy.split()[args.score])
     if pictures:
-        what = "pictures for grids and scores"
-        yield measured(what, pictures, args.generation_batch, draw, args.sampler_steps / 2, share=1)
+        yield measured(
+            "pictures for grids and scores", pictures, args.generation_batch, draw, args.sampler_steps / 2, 1
+        )

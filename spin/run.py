@@ -239,9 +239,8 @@ class Run:
             raise InputError(f"{path}: damaged; delete it, and this model's training begins anew") from None
 
     def steps_saved(self, model: str) -> int:
-        """How many steps a model's training need not take again."""
         state = self.load_state(model)
-        return state["step"] if "policy" in state else 0  # without: its weights are in the checkpoint, if it is there
+        return state["step"] if "policy" in state else 0  # without weights, which a checkpoint has, it begins anew
 
     def summary(self) -> list[dict]:
         """Per model of the log: its steps, seconds and first loss, and means over the last tenth of its steps."""
