@@ -111,9 +111,8 @@ def script(name: str, main: Callable[[], object], stopped: str = "what is finish
         status, message = 130, f"\n{name}: stopped; {stopped}"
     except (InputError, OSError, torch.OutOfMemoryError) as error:
         status, message = 2, f"{name}: error: {str(error).splitlines()[0]}"
-    sys.stderr.write(
-        "\n" * ("RANK" in os.environ) + f"{message}\n"
-    )  # after the exception has gone, and with it the progress bars of its frames
+    # after the exception has gone, and with it the progress bars of its frames; other ranks' may still be there
+    sys.stderr.write("\n" * ("RANK" in os.environ) + f"{message}\n")
     return status
 
 
@@ -240,7 +239,7 @@ class Run:
 
     def steps_saved(self, model: str) -> int:
         state = self.load_state(model)
-        return state["step"] if "policy" in state else 0  # without weights, which a checkpoint has, it begins anew
+        return state["step"] if "policy" in state else 0  # weights gone into a checkpoint: without it, all again
 
     def summary(self) -> list[dict]:
         """Per model of the log: its steps, seconds and first loss, and means over the last tenth of its steps."""
