@@ -174,7 +174,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: {len(values)} values for {args.iterations} iterations")
         setattr(args, name, (values + values[-1:] * args.iterations)[: args.iterations])
     args.out = args.out or ("runs/toy" if args.world else f"runs/{Path(args.data).resolve().name}")
-    args.data = args.data or f"{args.out}/curated"
+    args.data = args.data or str(toy.CURATED)
     args.model = args.model or str(toy.BASE)
     cuda = args.device.startswith("cuda")
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
@@ -215,10 +215,6 @@ def main(argv: list[str] | None = None) -> dict:
     this_run, rank_0 = run.Run(args.out), ranks.RANK == 0
     with ranks.together(args.device), this_run.lock() if rank_0 else nullcontext():
         # ---- the model and the data ----------------------------------------------------------------------------------
-        if args.world and rank_0 and not Path(args.data).exists():
-            with run.whole(Path(args.data)) as part:
-                toy.write_curated(part)
-        ranks.wait()
         images = data.CaptionedImages(args.data, args.resolution, args.loss in ("all", "dpo"), args.num_prompts)
         opponent = weights.load(args.model, device=args.device, unet=args.unet)  # theta_0
         for network in (opponent.unet, opponent.vae, opponent.text_encoder):

@@ -3,12 +3,12 @@
 Everything is drawn from seeds, and the score is computed from pixels and prompt with no learned model. Pictures are
 [32,32,3] float32 in [0,1], y downwards; lengths in pixels.
 
-Three ways to draw a scene: `curated`, the small clean set to fine-tune on; `web`, what pretraining sees: jittered,
-cluttered, washed out, carelessly captioned; `loser`, a web picture with wrong attributes, DPO's rejected image.
+toy_set/ is the small clean set to fine-tune on, as any data set for train.py: PNGs and metadata.jsonl; rejected/ has
+an image with some wrong attribute for each. toy_base/ is the model to begin with. tutorial/drawing.py and pretrain.py
+made them.
 """
 
-import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 SIDE = 32
-BASE = Path(__file__).parent / "toy_base"  # the checkpoint that tutorial/pretrain.py made
+BASE, CURATED = (Path(__file__).parent / name for name in ("toy_base", "toy_set"))
 COLOURS = {
     "red": (0.86, 0.16, 0.16),
     "green": (0.16, 0.66, 0.24),
@@ -97,71 +97,6 @@ def ideal(scene: Scene) -> np.ndarray:
     """The scene as its caption means it."""
     mask = coverage(scene.shape, SIZES[scene.size], PLACES[scene.place])
     return paint(mask, COLOURS[scene.colour], COLOURS[scene.background])
-
-
-def about(scene: Scene, sd: float, rng: np.random.Generator) -> list[np.ndarray]:
-    return [np.array(COLOURS[name]) + rng.normal(0, sd, 3) for name in (scene.colour, scene.background)]
-
-
-def curated(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene with a little jitter of colour (sd .015) and place (.4 px)."""
-    colour, background = about(scene, 0.015, rng)
-    mask = coverage(scene.shape, SIZES[scene.size], PLACES[scene.place] + rng.normal(0, 0.4, 2))
-    return np.clip(paint(mask, colour, background), 0, 1)
-
-
-def web(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene drawn carelessly; how much so, u in .15 to 1, is a matter of luck and the same for all its defects.
-
-    But for a little noise, sd .015, which every picture has.
-    """
-    u = rng.uniform(0.15, 1)
-    colour, background = about(scene, 0.08 * u, rng)
-    centre = PLACES[scene.place] + rng.normal(0, 1.8 * u, 2)
-    radius = SIZES[scene.size] * (1 + rng.normal(0, 0.12 * u))
-    picture = paint(coverage(scene.shape, radius, centre, rng.normal(0, 0.35 * u)), colour, background)
-    for _ in range(rng.poisson(u)):  # clutter
-        blob = coverage("circle", rng.uniform(0.8, 2.2), rng.uniform(0, SIDE, 2))
-        picture = paint(blob, rng.uniform(0, 1, 3), (0, 0, 0)) + (1 - blob[..., None]) * picture
-    blotches = rng.normal(0, 0.025 * u, (SIDE // 4, SIDE // 4, 3))
-    picture = picture + blotches.repeat(4, 0).repeat(4, 1)
-    fade = rng.uniform(0, 0.6 * u)
-    picture = (1 - fade) * picture + fade * 0.55  # washed out
-    return np.clip(picture + rng.normal(0, 0.015, picture.shape), 0, 1).astype(np.float32)
-
-
-def mistaken(scene: Scene, rng: np.random.Generator, chance: float = 0.12) -> Scene:
-    """Each attribute is wrong with this chance; colour and background stay different."""
-    for field in fields(Scene):
-        if rng.random() < chance:
-            taken = (getattr(scene, field.name), scene.colour if field.name == "background" else None)
-            taken += (scene.background,) if field.name == "colour" else ()
-            others = [value for value in VALUES[field.name] if value not in taken]
-            scene = replace(scene, **{field.name: others[rng.integers(len(others))]})
-    return scene
-
-
-def loser(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """[32,32,3], what DPO is told to avoid for this scene's caption: a web picture, its attributes often wrong."""
-    return web(mistaken(scene, rng), rng)
-
-
-def curated_set(seed: int = 0) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(caption, picture, rejected picture) of each scene of "train"."""
-    rngs = [np.random.default_rng([seed, i]) for i in range(len(SCENES))]
-    return [(scene.caption, curated(scene, rng), loser(scene, rng)) for scene, rng in zip(split()["train"], rngs)]
-
-
-def write_curated(folder: Path) -> None:
-    """The curated set as train.py reads it: PNGs, for each a rejected one in rejected/, and metadata.jsonl."""
-    (folder / "rejected").mkdir(parents=True)
-    rows = []
-    for i, (caption, picture, rejected) in enumerate(curated_set()):
-        row = {"file_name": f"{i:03d}.png", "text": caption, "rejected_file_name": f"rejected/{i:03d}.png"}
-        to_pil(picture).save(folder / row["file_name"])
-        to_pil(rejected).save(folder / row["rejected_file_name"])
-        rows.append(json.dumps(row))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
 
 
 def to_pil(picture: np.ndarray) -> Image.Image:

@@ -78,7 +78,7 @@ def test_the_defaults_are_the_tunings_best():
 def test_every_file_of_the_story(story):
     out, _ = story
     files = "config.json log.jsonl lock curves.png results.json results.md results.png samples/grid.png".split()
-    files += ["iter1/generated/shard-00000.safetensors", "curated/metadata.jsonl"]
+    files += ["iter1/generated/shard-00000.safetensors"]
     files += [f"{place}/{file}" for place in ("iter1", "sft", "dpo") for file in ("checkpoint", "state/state.pt")]
     for name in files:
         assert (out / name).exists(), name
@@ -126,7 +126,7 @@ def test_baselines_see_the_same_batches(story, base):
     """Real latents, noise and timesteps of a step are those of self-play; only the other image of the pair differs."""
     out, _ = story
     args = train.parse(["--device", "cpu", "--iterations", "2", "--steps", "3"])
-    images = data.CaptionedImages(out / "curated", toy.SIDE, pairs=True)
+    images = data.CaptionedImages(toy.CURATED, toy.SIDE, pairs=True)
     [cache] = (out / "cache").iterdir()
     real = data.LatentShards(cache, range(600))
     steps = {s: data.batch_rows(0, 1, s, 16, 600) for s in (1, 2, 3)}

@@ -17,7 +17,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,7 @@ from spin.scheduler import Scheduler, add_noise  # noqa: E402
 from spin.text import BOS, EOS, TextEncoder, Tokenizer  # noqa: E402
 from spin.unet import UNet  # noqa: E402
 from spin.vae import AutoencoderKL  # noqa: E402
+from tutorial import drawing  # noqa: E402
 
 # the networks' sizes are those of the checkpoint that this made
 UNET, VAE, TEXT = (run.read_json(toy.BASE / part / "config.json") for part in ("unet", "vae", "text_encoder"))
@@ -77,23 +77,16 @@ def main(argv: list[str] | None = None) -> dict:
 
     rng = np.random.default_rng(args.seed)
     scenes = [toy.SCENES[i] for i in rng.integers(len(toy.SCENES), size=args.pictures)]
-    pictures = to_tensor([toy.web(scene, rng) for scene in scenes])
-    captions = [careless_caption(scene, rng) for scene in scenes]
+    pictures = to_tensor([drawing.web(scene, rng) for scene in scenes])
+    captions = [drawing.careless_caption(scene, rng) for scene in scenes]
     sd = stage("vae", lambda: make_vae(pictures, args.vae_steps, args.seed))
     latents = encode(sd, pictures)
     sd = stage("web", lambda: make_unet(sd, latents, captions, args.web_steps, 1e-3, args.seed + 1))
 
-    captions, pictures, _ = zip(*toy.curated_set())
+    captions, pictures, _ = zip(*drawing.curated_set())
     latents = encode(sd, to_tensor(pictures))
     stage("theta_0", lambda: make_unet(sd, latents, captions, args.sft_steps, 1e-3, args.seed + 2))
     return report
-
-
-def careless_caption(scene: toy.Scene, rng: np.random.Generator) -> str:
-    """Each attribute wrong in 8 of 100 captions, missing (but never the shape) in 20."""
-    told = toy.mistaken(scene, rng, 0.08)
-    drop = [field.name for field in fields(toy.Scene) if field.name != "shape" and rng.random() < 0.2]
-    return replace(told, **dict.fromkeys(drop)).caption
 
 
 def make_vae(pictures: Tensor, steps: int, seed: int) -> tuple[weights.StableDiffusion, dict]:
