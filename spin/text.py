@@ -4,6 +4,7 @@ open_clip is imported when a text encoder is built: importing it takes seconds.
 """
 
 import gzip
+import json
 import re
 import tempfile
 import unicodedata
@@ -103,41 +104,34 @@ class TextEncoder(nn.Module):
         return tower.ln_final(tower.transformer(x, attn_mask=mask))
 
 
-# checkpoint name (transformers' CLIPTextModel, without its prefix "text_model.") -> name in open_clip's tower
-NAMES = {
-    "embeddings.token_embedding.weight": "token_embedding.weight",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "final_layer_norm.weight": "ln_final.weight",
-    "final_layer_norm.bias": "ln_final.bias",
-}
-# the same for layer {i}, "encoder.layers.{i}." -> "transformer.resblocks.{i}."; each name stands for .weight and .bias
-LAYER_NAMES = {
-    "layer_norm1": "ln_1",
-    "self_attn.out_proj": "attn.out_proj",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-# and these three are the rows of one matrix, in this order: {checkpoint name}.weight -> attn.in_proj_weight
-STACKED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+# Published names of tensors -> those in a network of ours, of CLIP's text tower (without "text_model."), of the rest of
+# CLIP, and of BLIP. {p}: weight and bias; {i}, {t}, {v}: a layer; {qkv}, {query}: three that are the rows of one.
+TABLES = json.loads(Path(__file__).with_name("names.json").read_text())
+STACKED = {"qkv": "qkv", "query": ("query", "key", "value")}
+Names = list[tuple[list[str], str]]  # (published names, the one of ours that has them as its rows)
 
 
-def names(layers: int) -> list[tuple[list[str], str]]:
-    """(a checkpoint's names, the one in open_clip's tower that has them as its rows) of every tensor."""
-    pairs = [([ours], theirs) for ours, theirs in NAMES.items()]
-    for i, p in product(range(layers), ("weight", "bias")):
-        ours, theirs = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
-        pairs += [([f"{ours}{a}.{p}"], f"{theirs}{b}.{p}") for a, b in LAYER_NAMES.items()]
-        pairs += [([f"{ours}{a}.{p}" for a in STACKED], f"{theirs}attn.in_proj_{p}")]
-    return pairs
+def names(table: str, **layers: int) -> Names:
+    """Of every tensor: a table written out. layers: how many, under each of its letters."""
+    found, ranges = [], {"p": ("weight", "bias")} | {letter: range(n) for letter, n in layers.items()}
+    for theirs, ours in TABLES[table].items():
+        letters = [letter for letter in ranges if f"{{{letter}}}" in ours]
+        stacked = next((kind for kind in STACKED if f"{{{kind}}}" in theirs), None)
+        for values in product(*(ranges[letter] for letter in letters)):
+            place = dict(zip(letters, values))
+            rows = [{stacked: part} for part in STACKED[stacked]] if stacked else [{}]
+            found.append(([theirs.format(**place, **row) for row in rows], ours.format(**place)))
+    return found
 
 
-def to_tower(tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """A checkpoint's text tensors -> open_clip's."""
-    return {theirs: torch.cat([tensors[name] for name in ours]) for ours, theirs in names(layers)}
+def stack(tensors: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """A checkpoint's tensors -> ours."""
+    parts = {ours: [tensors[name] for name in theirs] for theirs, ours in names}
+    return {name: torch.cat(of) if len(of) > 1 else of[0] for name, of in parts.items()}
 
 
-def from_tower(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """open_clip's tensors -> a checkpoint's: `to_tower` backwards. What is missing there is missing here."""
-    found = [(ours, state[theirs]) for ours, theirs in names(layers) if theirs in state]
-    return {name: part for ours, tensor in found for name, part in zip(ours, tensor.chunk(len(ours)))}
+def unstack(state: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """Our tensors -> a checkpoint's: `stack` backwards. What is missing there is missing here."""
+    found = [(theirs, state[ours]) for theirs, ours in names if ours in state]
+    parts = [(theirs, tensor.chunk(len(theirs)) if len(theirs) > 1 else [tensor]) for theirs, tensor in found]
+    return {name: part for theirs, of in parts for name, part in zip(theirs, of)}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spin import original
 from spin.run import InputError, hash_files, read_json, read_text, whole, write_json
 from spin.scheduler import Scheduler
-from spin.text import EOS, TextEncoder, Tokenizer, from_tower, to_tower
+from spin.text import EOS, Names, TextEncoder, Tokenizer, names, stack, unstack
 from spin.unet import UNet
 from spin.vae import AutoencoderKL
 
@@ -75,9 +75,7 @@ def load(
     text_encoder = build(lambda config: TextEncoder(config, tokenizer), text_config, where)
     if len(tokenizer.vocab) > text_config["vocab_size"]:
         raise InputError(f"{where}: {text_config['vocab_size']} embeddings for {len(tokenizer.vocab)} tokens")
-    layers = text_config["num_hidden_layers"]
-    compare(tensors, from_tower(text_encoder.tower.state_dict(), layers), where)
-    fill(text_encoder.tower, to_tower(tensors, layers), where, dtype, device)
+    fill(text_encoder.tower, tensors, where, dtype, device, names("text", i=text_config["num_hidden_layers"]))
     scheduler = build(Scheduler, schedule, path if single else path / "scheduler", device="cpu")
     return StableDiffusion(network, vae, text_encoder.eval(), scheduler)
 
@@ -107,7 +105,7 @@ def read_part(path: Path, part: str, single: dict | None = None) -> tuple[dict, 
             return config, original.from_original(part, tensors, ours, config), path
         found = original.under(original.TEXT_1, tensors)
         if kind is original.SD_2:
-            found = from_tower(original.under(original.TEXT_2, tensors), config["num_hidden_layers"])
+            found = unstack(original.under(original.TEXT_2, tensors), names("text", i=config["num_hidden_layers"]))
     else:
         path = path if part == "unet" and (path / "config.json").exists() else path / part
         config = read_config(path / "config.json", part)
@@ -235,11 +233,18 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: {reason}; not read. A .safetensors file is safe to read") from None
 
 
-def fill(network: nn.Module, tensors: dict[str, Tensor], where: Path, dtype: torch.dtype, device: str) -> nn.Module:
-    """Gives a network built on the meta device its weights, converted one by one into memory of their own."""
-    compare(tensors, network.state_dict(), where)
-    tensors = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
-    network.load_state_dict(tensors, assign=True)
+def fill(
+    network: nn.Module, tensors: dict[str, Tensor], where: Path, dtype: torch.dtype, device: str,
+    names: Names | None = None,
+) -> nn.Module:  # fmt: skip
+    """Gives a network built on the meta device its weights, converted one by one into memory of their own.
+
+    names: `text.Names`, where those of `tensors` are not the network's own.
+    """
+    wanted = network.state_dict()
+    compare(tensors, unstack(wanted, names) if names else wanted, where)
+    tensors = stack(tensors, names) if names else tensors
+    network.load_state_dict({name: t.to(device, dtype, copy=True) for name, t in tensors.items()}, assign=True)
     return network.eval()
 
 
@@ -266,7 +271,7 @@ def save(sd: StableDiffusion, folder: str | Path) -> None:
     """Writes the diffusers layout; StableDiffusionPipeline.from_pretrained opens it, `load` gives back every bit."""
     folder = Path(folder)
     encoder = sd.text_encoder
-    text = from_tower(encoder.tower.state_dict(), encoder.config["num_hidden_layers"])
+    text = unstack(encoder.tower.state_dict(), names("text", i=encoder.config["num_hidden_layers"]))
     text = {f"text_model.{name}": tensor for name, tensor in text.items()}
     unet_config = sd.unet.config | {"_class_name": "UNet2DConditionModel"}
     save_network(folder / "unet", unet_config, "diffusion_pytorch_model", sd.unet.state_dict())
@@ -314,7 +319,7 @@ def save_single(sd: StableDiffusion, path: str | Path) -> None:
     if sd.text_encoder.config.get("hidden_act", "quick_gelu") == "gelu":
         tensors |= {original.TEXT_2 + name: tensor for name, tensor in tower.items()}
     else:
-        tensors |= {original.TEXT_1 + name: tensor for name, tensor in from_tower(tower, layers).items()}
+        tensors |= {original.TEXT_1 + name: tensor for name, tensor in unstack(tower, names("text", i=layers)).items()}
     with whole(Path(path)) as part:
         said = {"format": "pt", original.PREDICTION: sd.scheduler.prediction_type.removesuffix("_prediction")}
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, said)

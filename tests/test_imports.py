@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     ["scheduler", "loss", "blocks", "toy", "stats", "run", "ranks", "original", "blip"],
     ["unet", "vae", "text", "data", "viz"],
-    ["weights", "rewards", "sampler", "step"],
-    ["pairs"],
+    ["weights", "sampler", "step"],
+    ["pairs", "rewards"],
     ["report"],
     ["cost"],
     ["train", "sample", "evaluate"],

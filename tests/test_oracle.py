@@ -13,7 +13,7 @@ from tiny import DATA, GOLDEN, MANIFEST, oracle_input
 import sample
 from spin import weights
 from spin.scheduler import Scheduler, add_noise, ddim_step, ddpm_step, velocity, x0_and_eps
-from spin.text import TextEncoder, Tokenizer, from_tower
+from spin.text import TextEncoder, Tokenizer, names, unstack
 from spin.unet import UNet
 from spin.vae import AutoencoderKL
 
@@ -78,7 +78,7 @@ def test_every_name_and_shape(tag):
     with torch.device("meta"):
         text = TextEncoder(config["text_encoder"], Tokenizer())
         states = {"unet": UNet(config["unet"]).state_dict(), "vae": AutoencoderKL(config["vae"]).state_dict()}
-    text_state = from_tower(text.tower.state_dict(), config["text_encoder"]["num_hidden_layers"])
+    text_state = unstack(text.tower.state_dict(), names("text", i=config["text_encoder"]["num_hidden_layers"]))
     states["text_encoder"] = {f"text_model.{name}": tensor for name, tensor in text_state.items()}
     for part, state in states.items():
         assert {name: list(tensor.shape) for name, tensor in state.items()} == MANIFEST[tag][part]

@@ -85,3 +85,13 @@ def write_pictures(folder: Path, count: int = 12) -> Path:
         rows.append({"file_name": name, "text": f"a {colour} {shape} on white"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def photograph(name: str, size: tuple[int, int]) -> Image.Image:
+    """Soft colours, edges and a little grain, width x height: what a resampler can go wrong on."""
+    width, height = size
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    soft = np.stack([np.sin(5 * x + k) * np.cos(4 * y - k) for k in range(3)], 2)
+    edges = 0.6 * ((8 * x).astype(int) % 2 ^ (6 * y).astype(int) % 2)[..., None]
+    picture = 0.5 + 0.25 * soft - 0.3 * edges + 0.08 * standard_normal(name, (height, width, 3))
+    return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))

@@ -1,0 +1,222 @@
+"""Scores of pictures by their prompts: PickScore, HPS v2.0, LAION aesthetic v2, CLIP score, ImageReward, the toy's own.
+
+Published checkpoints are read in their published layouts, strictly, from a folder or from the hub; networks compute in
+float32. Scales are as published: PickScore and CLIP score are about 100 times a cosine, HPS is the cosine itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from spin import blip, toy
+from spin.run import InputError, hash_files, read_text
+from spin.text import Names, Tokenizer, names
+from spin.weights import build, compare, fill, read_file
+
+# scorer -> its files, (repository on the hub, file), and the architecture's name in open_clip
+CLIP = ("openai/clip-vit-large-patch14", "model.safetensors")
+FILES = {
+    "toy": [],
+    "pickscore": [("yuvalkirstain/PickScore_v1", "model.safetensors")],
+    "hps": [("xswu/HPSv2", "HPS_v2_compressed.pt")],
+    "aesthetic": [CLIP, ("camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth")],
+    "clip": [CLIP],
+    "imagereward": [("THUDM/ImageReward", "ImageReward.pt"), ("google-bert/bert-base-uncased", "vocab.txt")],
+}
+ARCHITECTURES = {"pickscore": "ViT-H-14", "hps": "ViT-H-14", "aesthetic": "ViT-L-14-quickgelu"}
+ARCHITECTURES |= {"clip": "ViT-L-14-quickgelu"}
+SIDE = 224  # pixels that every network sees
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class Scorer:
+    """score(pictures, prompts, N of each) -> {metric: [N]}; the first metric is the one that models are judged by."""
+
+    name: str
+    score: Callable[[list[Image.Image], list[str]], dict[str, np.ndarray]]
+    hash: str  # 16 hexadecimal digits over its files
+    metrics: tuple[str, ...]
+
+
+def load(name: str, folder: str | Path | None = None, device: str = "cpu") -> Scorer:
+    """The scorer of a name in FILES. folder: has its files, each as <name of its repository>/<file>; else the hub has.
+
+    Raises InputError where a file cannot be had, or is not what was published.
+    """
+    paths = [find(name, repository, file, folder) for repository, file in FILES[name]]
+    if name == "toy":
+        return Scorer(name, score_toy, hash_files([Path(toy.__file__)]), ("reward", "aligned", "clean", "palette"))
+    if name == "imagereward":
+        network = load_imagereward(read_file(paths[0]), paths[0], device, blip.VISION, blip.TEXT)
+        score = partial(score_imagereward, network, read_vocab(paths[1]))
+    else:
+        network = load_clip(open_clip_config(ARCHITECTURES[name]), read_file(paths[0]), paths[0], device)
+        if name == "aesthetic":
+            weight, bias = affine(read_file(paths[1]), "layers.", network.visual.output_dim, paths[1])
+            score = partial(score_aesthetic, network, weight.to(device), bias.to(device))
+        else:
+            scale = {"pickscore": network.logit_scale.exp(), "hps": 1.0, "clip": 100.0}[name]
+            pixels = hps_pixels if name == "hps" else clip_pixels
+            score = partial(score_clip, network, scale, pixels)
+    return Scorer(
+        name, lambda pictures, prompts: {name: score(pictures, prompts).cpu().numpy()}, hash_files(paths), (name,)
+    )
+
+
+def find(name: str, repository: str, file: str, folder: str | Path | None) -> Path:
+    place = Path(folder or ".", repository.split("/")[1], file)
+    if folder and place.exists():
+        return place
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:  # of many libraries: no network, no such repository, no permission, a full disk
+        reason = (str(error) or type(error).__name__).split("\n")[0]
+        put = f"put it at {place}" if folder else f"say --scorers FOLDER, with it at FOLDER/{place}"
+    raise InputError(f"{name} needs {file} of {repository}, which the hub does not give ({reason}); {put}")
+
+
+# ---- Networks --------------------------------------------------------------------------------------------------------
+def open_clip_config(architecture: str) -> dict:
+    import open_clip
+
+    return open_clip.get_model_config(architecture)
+
+
+def load_clip(config: dict, tensors: dict[str, Tensor], where: Path, device: str):
+    """open_clip's CLIP. tensors: with its own names, as HPS has them, or with those of transformers' CLIPModel."""
+    from open_clip.model import CLIP
+
+    network = build(lambda config: CLIP(**config), config, where)
+    tensors = {name: t for name, t in tensors.items() if not name.endswith("position_ids")}  # 0, 1, 2, ...: older files
+    table = None
+    if "text_model.final_layer_norm.weight" in tensors:
+        tensors |= {
+            name: tensors[name].T for name in tensors if name in ("visual_projection.weight", "text_projection.weight")
+        }
+        text = names("text", i=config["text_cfg"]["layers"])
+        table = [([f"text_model.{name}" for name in theirs], ours) for theirs, ours in text]
+        table += names("clip", i=config["vision_cfg"]["layers"])
+    fill(network, tensors, where, torch.float32, device, table)
+    length = config["text_cfg"].get("context_length", 77)
+    network.attn_mask = torch.full((length, length), float("-inf"), device=device).triu(1)  # in no checkpoint
+    return network.requires_grad_(False)
+
+
+def clip_names(config: dict) -> Names:
+    """transformers' CLIPModel -> open_clip's CLIP; the two projections are transposed besides."""
+    text = names("text", i=config["text_cfg"]["layers"])
+    text = [([f"text_model.{name}" for name in theirs], ours) for theirs, ours in text]
+    return text + names("clip", i=config["vision_cfg"]["layers"])
+
+
+def load_imagereward(tensors: dict[str, Tensor], where: Path, device: str, vision: dict, text: dict):
+    network = build(lambda config: blip.ImageReward(*config), (vision, text), where)
+    unused = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+    head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("mlp.")}
+    weight, bias = affine(head, "mlp.layers.", text["hidden_size"], where)
+    tensors |= {"head.weight": weight, "head.bias": bias}
+    table = names("blip", v=vision["num_hidden_layers"], t=text["num_hidden_layers"])
+    table += [([name], name) for name in ("head.weight", "head.bias")]
+    return fill(network, tensors, where, torch.float32, device, table).requires_grad_(False)
+
+
+def affine(tensors: dict[str, Tensor], prefix: str, width: int, where: Path) -> tuple[Tensor, Tensor]:
+    """The published head, five linear layers of which none bends what it passes on, as the one that they are.
+
+    -> weight [1,width], bias [1]: h_5(h_4(...h_1(x))) = weight x + bias, multiplied out in float64.
+    """
+    sizes = [width, 1024, 128, 64, 16, 1]
+    layers = dict(zip((0, 2, 4, 6, 7), zip(sizes[1:], sizes)))  # the numbers between are dropout's
+    wanted = {f"{prefix}{i}.weight": torch.empty(shape) for i, shape in layers.items()}
+    wanted |= {f"{prefix}{i}.bias": torch.empty(shape[:1]) for i, shape in layers.items()}
+    compare(tensors, wanted, where)
+    weight, bias = torch.eye(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    for i in layers:
+        w = tensors[f"{prefix}{i}.weight"].double()
+        weight, bias = w @ weight, w @ bias + tensors[f"{prefix}{i}.bias"].double()
+    return weight.float(), bias.float()
+
+
+def read_vocab(path: Path) -> blip.WordPiece:
+    try:
+        return blip.WordPiece(read_text(path).rstrip("\n").split("\n"))
+    except ValueError as error:
+        raise InputError(f"{path}: not BERT's vocabulary: it {error}") from None
+
+
+# ---- Scores of N pictures by N prompts, [N] --------------------------------------------------------------------------
+@torch.no_grad()
+def score_clip(network, scale: float, pixels: Callable, pictures: list[Image.Image], prompts: list[str]) -> Tensor:
+    """scale x the cosine between picture and prompt. A prompt is cut to 77 tokens."""
+    device = network.logit_scale.device
+    said = network.encode_text(Tokenizer()(prompts).to(device), normalize=True)
+    return scale * (network.encode_image(pixels(pictures).to(device), normalize=True) * said).sum(1)
+
+
+@torch.no_grad()
+def score_aesthetic(network, weight: Tensor, bias: Tensor, pictures: list[Image.Image], prompts: list[str]) -> Tensor:
+    """Of the picture alone, on a scale of 1 to 10."""
+    seen = network.encode_image(clip_pixels(pictures).to(weight.device), normalize=True)
+    return (seen @ weight.T + bias)[:, 0]
+
+
+@torch.no_grad()
+def score_imagereward(network, tokenizer, pictures: list[Image.Image], prompts: list[str]) -> Tensor:
+    device = network.norm.weight.device
+    return network(clip_pixels(pictures).to(device), tokenizer(prompts).to(device))
+
+
+def score_toy(pictures: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
+    """`toy.score`; InputError for what is not of the miniature world."""
+    try:
+        return toy.score(np.stack([np.asarray(picture, dtype=np.float32) / 255 for picture in pictures]), prompts)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"toy scores pictures of {toy.SIDE} pixels a side by captions of its world: {error}") from None
+
+
+# ---- Pictures -> [N,3,224,224] ---------------------------------------------------------------------------------------
+def normalised(pixels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return (pixels - mean) / std
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def clip_pixels(pictures: list[Image.Image]) -> Tensor:
+    """The short side to SIDE by Pillow's bicubic, in 8 bits, then the square in the middle: CLIP's and BLIP's way."""
+    found = []
+    for picture in pictures:
+        short = min(picture.size)
+        width, height = (SIDE * length // short for length in picture.size)
+        left, top = (width - SIDE) // 2, (height - SIDE) // 2
+        resized = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        found.append(to_tensor(resized.crop((left, top, left + SIDE, top + SIDE))))
+    return normalised(torch.stack(found))
+
+
+def hps_pixels(pictures: list[Image.Image]) -> Tensor:
+    """The long side to SIDE by bicubic interpolation of floats, antialiased, black added around: HPS v2's way.
+
+    Whether HPS antialiased depended on the torchvision of the day; here it does.
+    """
+    found = []
+    for picture in pictures:
+        height, width = (round(length * SIDE / max(picture.size)) for length in picture.size[::-1])
+        size = {"size": (height, width), "mode": "bicubic", "antialias": True}
+        left, top = (SIDE - width) // 2, (SIDE - height) // 2
+        resized = F.interpolate(to_tensor(picture)[None], **size)[0]
+        found.append(F.pad(resized, (left, SIDE - width - left, top, SIDE - height - top)))
+    return normalised(torch.stack(found))
