@@ -1,41 +1,175 @@
-"""Tables what a run of train.py logged: how each model's training began and ended.
+"""Compares models on the same prompts and noise: the paper's metrics, tables and win rates, with intervals.
 
-    python evaluate.py runs/NAME
+    python evaluate.py runs/toy                                              every model of a run of train.py
+    python evaluate.py --models A B C --prompts prompts.jsonl --out FOLDER   any checkpoints, by the paper's metrics
 
-Prints the table and writes it to NAME/evaluation/log.md and log.json. What the columns mean is in the README.
+Of a prompt's pictures (--num-images) the one with the highest plain average of the scores counts, as in the paper.
+The same command, given again after an interruption, draws and scores only what is missing.
 """
 
 import argparse
+import json
 import sys
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
-from spin import run
+import torch
+from PIL import Image
+
+from spin import data, judge, report, rewards, run, stats, toy, viz, weights
 from spin.run import InputError
+from spin.sampler import SAMPLERS
+
+PAPERS = ("pickscore", "hps", "aesthetic", "imagereward")
+PUBLISHED = json.loads(Path(weights.__file__).with_name("paper.json").read_text())
+GRID_ROWS = 6  # prompts that grid.png shows
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Returns the rows of the table."""
-    parser = argparse.ArgumentParser(description="Table what a run logged.", usage=argparse.SUPPRESS)
-    parser.add_argument("run", help="run folder, as train.py's --out")
-    parser.add_argument("--out", help="folder for log.md and log.json; omitted: RUN/evaluation")
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
+    add, whole = parser.add_argument, run.number(int, 1)
+    add("run", nargs="?", help="run folder, train.py's --out: all its models, drawn as its own samples")
+    models = "checkpoints instead, each PATH or NAME=PATH; a UNet alone borrows the rest of the first"
+    add("--models", nargs="+", default=[], help=models)
+    add("--prompts", help="file of prompts: .txt (one a line), .json, .jsonl (default: the miniature world's test set)")
+    add("--num-prompts", type=whole, help="only the first N (default: all)")
+    add("--num-images", type=whole, default=5, help="pictures a prompt, of which the best counts (default: 5)")
+    metrics = f"among {', '.join(rewards.FILES)} (default: toy for the miniature world, else {' '.join(PAPERS)})"
+    add("--metrics", nargs="+", choices=list(rewards.FILES), metavar="METRIC", help=metrics)
+    add("--scorers", help="folder with the scorers' files, REPOSITORY/FILE each (default: from the hub)")
+    guidance = "guidance scales; of several, each model is compared at its best (default: the run's, or 7.5)"
+    add("--guidance", type=run.number(float, 0), nargs="+", help=guidance)
+    add("--sampler", choices=SAMPLERS, help="default: the run's, or ddim")
+    add("--steps", type=whole, help="network evaluations a picture (default: the run's, or 50; with dpm++ 20)")
+    add("--eta", type=run.number(float, 0, 1), default=0.0, help="share of DDPM's noise in a DDIM step (default: 0)")
+    add("--seed", type=run.SEED, default=judge.SEED, help="of the first prompt's first picture (default: %(default)s)")
+    add("--resolution", type=whole, help="pixels a side (default: the run's, or what the UNet was trained at)")
+    add("--batch-size", type=whole, default=16, help="pictures drawn at once (default: 16)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--dtype", choices=["float32", "bfloat16"], help="what drawing computes in (default: the run's, or float32)")
+    add("--paper", action="store_true", help="print the published figures beside ours")
+    add("--out", help="folder for pictures and results (default: RUN/evaluation, or runs/evaluation)")
     args = parser.parse_args(argv)
-    rows = run.Run(args.run).summary()
-    if not rows:
-        raise InputError(f"{args.run}: no log.jsonl with a whole line in it; is it the --out of a train.py run?")
+    if bool(args.run) == bool(args.models):
+        parser.error("give a run folder, or --models")
+    # what a flag is not given for: as in the run, or as in the paper
+    past = run.read_json(Path(args.run, "config.json")) if args.run else {}
+    args.of_run = argparse.Namespace(**past)
+    args.world = bool(past.get("world"))
+    args.sampler = args.sampler or past.get("sampler", "ddim")
+    usual = 20 if args.sampler == "dpm++" else 50
+    args.steps = args.steps or (past["sampler_steps"] if past.get("sampler") == args.sampler else usual)
+    args.guidance = args.guidance or [past.get("guidance", 7.5)]
+    args.resolution = args.resolution or past.get("resolution")
+    args.dtype = args.dtype or past.get("dtype", "float32")
+    args.metrics = args.metrics or (["toy"] if args.world else list(PAPERS))
+    args.out = Path(args.out or (f"{args.run}/evaluation" if args.run else "runs/evaluation"))
+    if not args.prompts and args.metrics != ["toy"]:
+        parser.error("--prompts: needed, but for the miniature world")
+    return args
 
-    columns = list(max(rows, key=len))  # SFT has no opponent, and fewer
-    lines = [columns, ["---:"] * len(columns)]
-    cells = [[row.get(name, "") for name in columns] for row in rows]
-    lines += [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in line] for line in cells]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    folder = Path(args.out or Path(args.run, "evaluation"))
-    with run.whole(folder / "log.md") as part:
-        part.write_text(table + "\n")
-    run.write_json(folder / "log.json", rows)
-    print(table)
-    print("loss and what stands to its right: means over the last tenth of a model's steps")
-    return rows
+
+def main(argv: list[str] | None = None) -> dict:
+    """Returns what results.json holds."""
+    args = parse(argv)
+    args.device = run.usable(args.device)
+    prompts = data.read_prompts(args.prompts) if args.prompts else [scene.caption for scene in toy.split()["test"]]
+    prompts = prompts[: args.num_prompts]
+    models = report.models_of(args.of_run, run.Run(args.run)) if args.run else named(args.models)
+    hashed = cache(weights.checkpoint_hash)
+    hashes = {name: judge.identity(place, hashed) for name, place in models.items()}
+    for metric in args.metrics:
+        rewards.files(metric, args.scorers)  # before hours of drawing
+
+    def player(name: str) -> weights.StableDiffusion:
+        sd = weights.load(models[name][0], device=args.device, unet=models[name][1])
+        for network in (sd.unet, sd.vae, sd.text_encoder):
+            network.requires_grad_(False)
+        return sd
+
+    # ---- every model draws every prompt, at every guidance -----------------------------------------------------------
+    settings = {"steps": args.steps, "sampler": args.sampler, "eta": args.eta, "autocast": getattr(torch, args.dtype)}
+    settings |= {"height": args.resolution, "width": args.resolution}
+    contests, drawn = {}, {}
+    for g in args.guidance:
+        contests[g] = judge.Contest(prompts, args.num_images, args.seed, settings | {"guidance": g}, args.out)
+        for name in models:
+            drawn[g, name] = contests[g].draw(name, hashes[name], partial(player, name), args.batch_size)
+
+    # ---- every scorer judges every picture; of a prompt's, the best counts -------------------------------------------
+    scorers, scores = [], {at: {} for at in drawn}
+    for metric in args.metrics:
+        scorer = rewards.load(metric, args.scorers, args.device)
+        for (g, name), pictures in drawn.items():
+            scores[g, name] |= contests[g].score(name, pictures, scorer)
+        scorers.append(replace(scorer, score=None))  # its network goes
+    judged_by = [scorer.judged_by for scorer in scorers]
+    metric = judged_by[0] if len(judged_by) == 1 else "average"
+    best = {at: stats.best_of(of, judged_by) for at, of in scores.items()}
+
+    # ---- what came of it: each model at its best guidance, which for a single value is that --------------------------
+    chosen = {name: max(args.guidance, key=lambda g: best[g, name][metric].mean()) for name in models}
+    k = f"the best of {args.num_images} pictures each" if args.num_images > 1 else "a picture each"
+    at = f"guidance {args.guidance[0]:g}" if len(args.guidance) == 1 else "each model at its best guidance"
+    config = vars(args) | {"out": str(args.out), "of_run": vars(args.of_run), "models": models, "hashes": hashes}
+    config |= {"count": len(prompts), "prompts_hash": run.hash_files([], prompts)} | run.provenance()
+    config["scorers"] = {scorer.name: scorer.hash for scorer in scorers}
+    of_best = {name: best[chosen[name], name] for name in models}
+    found = judge.compare(f"{len(prompts)} prompts, {k}, {at}", of_best, scorers, metric, config)
+    interval = lambda of: {name: stats.interval(v.reshape(len(prompts), -1).mean(1)) for name, v in of.items()}  # noqa: E731
+    found["single"] = {name: interval(scores[chosen[name], name]) for name in models}
+    found["best_guidance"] = chosen
+    found["sweep"] = {name: {f"{g:g}": interval(best[g, name]) for g in args.guidance} for name in models}
+    more = [
+        "Medians.",
+        stats.markdown({n: {m: s["median"] for m, s in of.items()} for n, of in found["models"].items()}),
+    ]
+    more += ["One picture a prompt: the mean over all.", stats.markdown(found["single"])]
+    if len(args.guidance) > 1:
+        sweep = {
+            n: {"best at": f"{chosen[n]:g}"} | {g: s[metric] for g, s in of.items()} for n, of in found["sweep"].items()
+        }
+        more += [
+            f"The {metric} over guidance. The best is chosen on these prompts, which flatters it.",
+            stats.markdown(sweep),
+        ]
+    if args.paper:
+        more += [
+            "Published, not measured here (arXiv 2402.10210, 500 prompts of Pick-a-Pic, best of five, about).",
+            stats.markdown(PUBLISHED, 2),
+        ]
+    judge.write(args.out, found, more)
+
+    shown = range(min(GRID_ROWS, len(prompts)))
+    rows = [[Image.open(drawn[chosen[name], name][i * args.num_images]) for name in models] for i in shown]
+    viz.save_png(
+        viz.grid(rows, list(models), [prompts[i] for i in shown], 128 if rows[0][0].width < 128 else 192),
+        args.out / "grid.png",
+    )
+    print(judge.markdown(found, more))
+    print(f"{args.out}: see results.md, results.png, grid.png")
+    return found
+
+
+def named(models: list[str]) -> dict[str, tuple[str, str | None]]:
+    """{name: (checkpoint, UNet or None)}: the name is given, or the last part of the path that tells something.
+
+    A UNet alone, as the authors published theirs, borrows the other parts of the first model.
+    """
+    found: dict[str, tuple[str, str | None]] = {}
+    for model in models:
+        name, given, source = model.partition("=")
+        if not given or "/" in name:
+            parts = [part for part in Path(model).parts if part not in ("checkpoint", "unet")]
+            name, source = Path(parts[-1]).stem if parts else model, model
+        if name in found:
+            raise InputError(f"--models: two are called {name}; give one another name: {name}-2={source}")
+        path = weights.locate(source)
+        alone = path.is_dir() and not (path / "vae").exists()
+        found[name] = (next(iter(found.values()))[0], source) if alone and found else (source, None)
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(run.script("evaluate.py", main))
+    sys.exit(run.script("evaluate.py", main, "what is drawn and scored is kept; the same command goes on from there"))

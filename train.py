@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spin import cost, data, pairs, ranks, report, run, toy, weights
+from spin import cost, data, judge, pairs, ranks, report, run, toy, weights
 from spin.loss import LINKS
 from spin.run import InputError
 from spin.sampler import SAMPLERS, timesteps
@@ -238,8 +238,8 @@ def main(argv: list[str] | None = None) -> dict:
 
         def player(model: str):
             """theta_0, or one of the run's models."""
-            source = (args.unet or args.model) if model == "base" else this_run.checkpoint(model)
-            return replace(parts, unet=weights.load_unet(source, device=args.device).requires_grad_(False))
+            checkpoint, unet = report.models_of(args, this_run)[model]
+            return replace(parts, unet=weights.load_unet(unet or checkpoint, device=args.device).requires_grad_(False))
 
         def draw(model: str, sd) -> None:
             if rank_0:
@@ -289,9 +289,9 @@ def main(argv: list[str] | None = None) -> dict:
         summary = this_run.summary()
         for line in summary:
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
-        results = report.judge(args, this_run, player) if args.world and args.score != "none" else None
+        results = report.judge_models(args, this_run, player) if args.world and args.score != "none" else None
         if results:
-            print("\n" + report.markdown(results, brief=True))
+            print("\n" + judge.markdown(results))
     files = ["samples/grid.png", "curves.png", "results.md", "results.png"]
     there = [name for name in files if (this_run.folder / name).exists()]
     print(f"{args.out}: see {', '.join(there)}; models are in */checkpoint")

@@ -38,12 +38,14 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass
 class Scorer:
-    """score(pictures, prompts, N of each) -> {metric: [N]}; the first metric is the one that models are judged by."""
+    """score(N pictures, N prompts) -> {metric: [N]}; judged_by: the metric by which it is that models are judged."""
 
     name: str
     score: Callable[[list[Image.Image], list[str]], dict[str, np.ndarray]]
     hash: str  # 16 hexadecimal digits over its files
     metrics: tuple[str, ...]
+    judged_by: str
+    less_is_better: tuple[str, ...] = ()
 
 
 def load(name: str, folder: str | Path | None = None, device: str = "cpu") -> Scorer:
@@ -51,9 +53,9 @@ def load(name: str, folder: str | Path | None = None, device: str = "cpu") -> Sc
 
     Raises InputError where a file cannot be had, or is not what was published.
     """
-    paths = [find(name, repository, file, folder) for repository, file in FILES[name]]
+    paths = files(name, folder)
     if name == "toy":
-        return Scorer(name, score_toy, hash_files([Path(toy.__file__)]), ("reward", "aligned", "clean", "palette"))
+        return Scorer(name, score_toy, hash_files([Path(toy.__file__)]), toy.METRICS, "reward", toy.LESS_IS_BETTER)
     if name == "imagereward":
         network = load_imagereward(read_file(paths[0]), paths[0], device, blip.VISION, blip.TEXT)
         score = partial(score_imagereward, network, read_vocab(paths[1]))
@@ -69,6 +71,11 @@ def load(name: str, folder: str | Path | None = None, device: str = "cpu") -> Sc
     return Scorer(
         name, lambda pictures, prompts: {name: score(pictures, prompts).cpu().numpy()}, hash_files(paths), (name,)
     )
+
+
+def files(name: str, folder: str | Path | None = None) -> list[Path]:
+    """Those of a scorer on this machine, downloaded if need be; InputError where one cannot be had."""
+    return [find(name, repository, file, folder) for repository, file in FILES[name]]
 
 
 def find(name: str, repository: str, file: str, folder: str | Path | None) -> Path:

@@ -1,6 +1,6 @@
 """Bootstrap intervals, paired differences and win rates of scores: NumPy arrays, no model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -34,27 +34,46 @@ def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.sign(np.asarray(a) - np.asarray(b)))
 
 
+def best_of(scores: dict[str, np.ndarray], judged_by: Sequence[str]) -> dict[str, np.ndarray]:
+    """{metric: [N,k]} -> {metric: [N]}: of a prompt's k pictures the one with most on the plain average of `judged_by`.
+
+    The first of those that tie. That average is a metric of its own, "average", where it is one of several.
+    """
+    average = np.mean([scores[metric] for metric in judged_by], axis=0)
+    scores = {"average": average} | scores if len(judged_by) > 1 else scores
+    return {metric: np.take_along_axis(v, average.argmax(1)[:, None], 1)[:, 0] for metric, v in scores.items()}
+
+
 def compare(scores: dict[str, dict[str, np.ndarray]], less_is_better: Collection[str] = ()) -> dict[str, dict]:
     """{model: {metric: [N]}}, prompt i being the same for all -> {"models": ..., "differences": ...}.
 
-    models: {model: {metric: interval}}. differences, of every model against each one before it, paired by prompt:
-    {"b - a": {metric: interval of b - a, with "win_rate": interval of how often b is better}}, better being more but
-    for the metrics that less_is_better names.
+    models: {model: {metric: interval, with "median"}}. differences, of every model against each one before it, paired
+    by prompt: {"b - a": {metric: interval of b - a, with "win_rate": interval of how often b is better}}, better being
+    more but for the metrics that less_is_better names.
     """
-
-    def better_first(metric: str, a: str, b: str) -> tuple[np.ndarray, np.ndarray]:
-        pair = scores[b][metric], scores[a][metric]
-        return pair[::-1] if metric in less_is_better else pair
-
-    models = {name: {metric: interval(v) for metric, v in of.items()} for name, of in scores.items()}
+    models = {
+        name: {metric: interval(v) | {"median": float(np.median(v))} for metric, v in of.items()}
+        for name, of in scores.items()
+    }
     differences, names = {}, list(scores)
     for j, b in enumerate(names):
         for a in names[:j]:
-            differences[f"{b} - {a}"] = {
-                metric: interval(scores[b][metric] - v) | {"win_rate": interval(wins(*better_first(metric, a, b)))}
-                for metric, v in scores[a].items()
-            }
+            of = differences[f"{b} - {a}"] = {}
+            for metric in scores[a]:
+                x, y = scores[b][metric], scores[a][metric]
+                won = wins(y, x) if metric in less_is_better else wins(x, y)
+                of[metric] = interval(x - y) | {"win_rate": interval(won)}
     return {"models": models, "differences": differences}
+
+
+def win_rates(compared: dict, metric: str) -> dict[str, dict[str, Summary | str]]:
+    """{a: {b: how often a is better than b}}, every model against every other, from what `compare` found."""
+    rates: dict[str, dict[str, Summary | str]] = {a: dict.fromkeys(compared["models"], "") for a in compared["models"]}
+    for name, of in compared["differences"].items():
+        (b, a), won = name.split(" - "), of[metric]["win_rate"]
+        rates[b][a] = won
+        rates[a][b] = {"mean": 1 - won["mean"], "low": 1 - won["high"], "high": 1 - won["low"]}
+    return rates
 
 
 def resolved(difference: Summary) -> int:
@@ -62,12 +81,23 @@ def resolved(difference: Summary) -> int:
     return int(difference["low"] > 0) - int(difference["high"] < 0)
 
 
-def markdown(rows: dict[str, dict[str, Summary]], digits: int = 3, sign: str = "") -> str:
+def verdicts(differences: dict[str, dict], metric: str) -> str:
+    """Which models' means differ, in words."""
+    said: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    for name, of in differences.items():
+        b, a = name.split(" - ")
+        said[resolved(of[metric])].append({1: f"{b} > {a}", -1: f"{b} < {a}", 0: f"{b} and {a}"}[resolved(of[metric])])
+    return f"resolved: {', '.join(said[1] + said[-1]) or 'none'}; not resolved: {', '.join(said[0]) or 'none'}"
+
+
+def markdown(rows: dict[str, dict[str, Summary | float | str]], digits: int = 3, sign: str = "") -> str:
     """A table: a line for each of `rows`, a column for each metric, `mean [low, high]`. sign: "+" shows it."""
 
-    def cell(summary: Summary) -> str:
-        mean, low, high = (f"{summary[key]:{sign}.{digits}f}" for key in ("mean", "low", "high"))
-        return f"{mean} [{low}, {high}]"
+    def cell(value: Summary | float | str) -> str:
+        if isinstance(value, dict):
+            mean, low, high = (f"{value[key]:{sign}.{digits}f}" for key in ("mean", "low", "high"))
+            return f"{mean} [{low}, {high}]"
+        return value if isinstance(value, str) else f"{value:{sign}.{digits}f}"
 
     metrics = list(next(iter(rows.values())))
     lines = [["", *metrics], ["---", *["---:"] * len(metrics)]]

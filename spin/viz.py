@@ -21,22 +21,22 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def parameters(prompt: str, size: tuple[int, int], settings: dict) -> str:
-    """How a picture was made, in the three lines that Stable Diffusion programs write to and read from a PNG.
+def parameters(prompt: str, settings: dict) -> str:
+    """How a picture was made, in the lines that Stable Diffusion programs write to and read from a PNG.
 
-    settings: {"Seed": 1, ...}; its "Negative prompt", if it has one that is not empty, gets a line of its own.
+    settings: {"Seed": 1, ...}; a "Negative prompt" that is not empty gets a line of its own.
     """
-    settings = settings | {"Size": f"{size[0]}x{size[1]}"}
-    negative_prompt = settings.pop("Negative prompt", "")
+    negative_prompt = settings.get("Negative prompt")
     lines = [prompt, f"Negative prompt: {negative_prompt}"] if negative_prompt else [prompt]
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
+    others = [f"{name}: {value}" for name, value in settings.items() if name != "Negative prompt"]
+    return "\n".join([*lines, ", ".join(others)])
 
 
 def save_png(picture: Image.Image, path: Path, prompt: str = "", settings: dict | None = None) -> None:
-    """Whole or not at all. settings, and prompt: how it was made, for the PNG's text chunk "parameters"."""
+    """Whole or not at all. prompt and settings: how it was made, for its text chunk "parameters"."""
     info = PngImagePlugin.PngInfo()
     if settings is not None:
-        info.add_itxt("parameters", parameters(prompt, picture.size, settings))
+        info.add_itxt("parameters", parameters(prompt, settings | {"Size": f"{picture.width}x{picture.height}"}))
     with whole(path) as part:
         picture.save(part, format="PNG", pnginfo=info)
 
@@ -137,6 +137,9 @@ def interval_chart(title: str, points: dict[str, dict[str, float]], width: int, 
     panel, draw, font, level = axes(f"{title}, mean and 95 % interval", ends, width, height)
     for i, (name, point) in enumerate(points.items()):
         x = LEFT + (i + 0.5) * (width - RIGHT - LEFT) / len(points)
+        if min(ends) <= 0 <= max(ends):
+            top, bottom = sorted([level(0), level(point["mean"])])
+            draw.rectangle([x - 18, top, x + 18, bottom], PALE)
         draw.line([(x, level(point["low"])), (x, level(point["high"]))], COLOURS[0], 3)
         for end in ("low", "high"):
             draw.line([(x - 6, level(point[end])), (x + 6, level(point[end]))], COLOURS[0], 2)

@@ -12,6 +12,7 @@ LEVELS = [
     ["unet", "vae", "text", "data", "viz"],
     ["weights", "sampler", "step"],
     ["pairs", "rewards"],
+    ["judge"],
     ["report"],
     ["cost"],
     ["train", "sample", "evaluate"],

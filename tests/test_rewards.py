@@ -289,7 +289,7 @@ def test_a_score_does_not_depend_on_the_batch(folder, small, monkeypatch):
 def test_the_miniature_worlds_score_has_the_same_face():
     scorer, scene = rewards.load("toy"), toy.SCENES[3]
     found = scorer.score([toy.to_pil(toy.ideal(scene))] * 2, [scene.caption, toy.SCENES[4].caption])
-    assert set(found) == set(scorer.metrics) and scorer.metrics[0] == "reward"
+    assert set(found) == set(scorer.metrics) and scorer.judged_by == "reward"
     assert found["reward"][0] > 9.5 > found["reward"][1] and found["aligned"].tolist() == [1, 0]
     with pytest.raises(InputError, match="toy scores pictures of 32 pixels a side"):
         scorer.score([Image.new("RGB", (64, 64))], [scene.caption])

@@ -1,0 +1,162 @@
+"""Models side by side: all draw the same prompts from the same noise, are scored, compared with intervals, told of.
+
+OUT/images/<model>/guidance-<g>/<prompt>-<image>.png   each says in itself how it was made
+OUT/scores/<model>/guidance-<g>-<scorer>.json
+OUT/results.json, .md, .png
+
+A picture or score that is there, and was made as is now asked, is not made again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from spin import rewards, run, sampler, stats, viz, weights
+
+SEED, STRIDE = 1_000_000, 1000  # the first picture's of the first prompt; from one prompt's to the next one's
+PLATEAU = 0.05  # points of reward that SFT may move theta_0 and be said to have stood still
+AT_ONCE = 32  # pictures scored at once
+
+
+@dataclass
+class Contest:
+    """What every model draws: k pictures of each of N prompts, each seed a function of prompt and picture alone.
+
+    settings: `sampler.sample`'s, guidance among them.
+    """
+
+    prompts: Sequence[str]
+    k: int
+    seed: int
+    settings: dict
+    out: Path
+
+    def __post_init__(self):
+        """jobs: (prompt, seed) of every picture, N k of them, prompt by prompt; names: of their files."""
+        places = [(i, j) for i in range(len(self.prompts)) for j in range(self.k)]
+        self.jobs = [(self.prompts[i], self.seed + STRIDE * i + j) for i, j in places]
+        self.names = [f"{i:05d}-{j}.png" for i, j in places]
+        pixels = self.settings.get("height")
+        self.at = f"guidance-{self.settings['guidance']:g}" + (f"-{pixels}px" if pixels else "")
+
+    def draw(self, model: str, identity: str, player: Callable, at_once: int) -> list[Path]:
+        """A model's N k pictures. identity: a hash of its weights; player(): the model itself, if it is to draw."""
+        paths = [self.out / "images" / model / self.at / name for name in self.names]
+        draw(player, self.jobs, paths, {"Model": model, "Model hash": identity}, self.settings, at_once)
+        return paths
+
+    def score(self, model: str, paths: list[Path], scorer: rewards.Scorer) -> dict[str, np.ndarray]:
+        """{metric: [N,k]} of those pictures, each kept under a hash of scorer, model, prompt, seed and settings."""
+        keys = [run.hash_files([], [scorer.hash, parameters(path)]) for path in paths]
+        file = self.out / "scores" / model / f"{self.at}-{scorer.name}.json"
+        known = run.read_json(file) if file.exists() else {}
+        todo = [i for i, key in enumerate(keys) if key not in known]
+        with tqdm(total=len(todo), desc=f"{scorer.name}: {model}", unit="image", disable=not todo) as bar:
+            for at in range(0, len(todo), AT_ONCE):
+                batch = todo[at : at + AT_ONCE]
+                pictures = [Image.open(paths[i]).convert("RGB") for i in batch]
+                found = scorer.score(pictures, [self.jobs[i][0] for i in batch])
+                known |= {keys[i]: {m: float(found[m][n]) for m in scorer.metrics} for n, i in enumerate(batch)}
+                run.write_json(file, known)
+                bar.update(len(batch))
+        return {m: np.array([known[key][m] for key in keys]).reshape(-1, self.k) for m in scorer.metrics}
+
+
+def draw(player: Callable, jobs: list, paths: list[Path], about: dict, settings: dict, at_once: int = 1) -> None:
+    """Draws (prompt, seed) to its path, unless what is there says that it was drawn with the same settings.
+
+    about: what else a picture says in its text chunk "parameters", its "Model" for one.
+    """
+    said = {"Steps": settings["steps"], "Sampler": settings["sampler"], "CFG scale": settings["guidance"]}
+    said |= {"Eta": settings.get("eta", 0.0), "Precision": str(settings["autocast"]).removeprefix("torch.")} | about
+
+    def as_asked(prompt: str, seed: int, path: Path) -> bool:
+        return parameters(path).startswith(viz.parameters(prompt, {"Seed": seed} | said))
+
+    todo = [(*job, path) for job, path in zip(jobs, paths) if not as_asked(*job, path)]
+    if todo:
+        drawn = sampler.pictures(player(), [(prompt, seed) for prompt, seed, _ in todo], at_once, **settings)
+        for image, (prompt, seed, path) in zip(tqdm(drawn, f"{about['Model']} draws", len(todo), unit="image"), todo):
+            viz.save_png(viz.to_pil(image), path, prompt, {"Seed": seed} | said)
+
+
+def identity(place: tuple, hashed: Callable) -> str:
+    """A hash of a model's weights. place: (checkpoint, another one's UNet or None); hashed: of a path, its hash."""
+    checkpoint, unet = place
+    found = hashed(weights.locate(checkpoint))
+    return f"{found}-{hashed(weights.locate(unet, ('unet',)))}" if unet else found
+
+
+def parameters(path: Path) -> str:
+    """What a picture says of how it was made; nothing if it is not there."""
+    if not path.exists():
+        return ""
+    with Image.open(path) as picture:
+        return picture.info.get("parameters", "")
+
+
+# ---- Tables and verdicts ---------------------------------------------------------------------------------------------
+def compare(title: str, scores: dict[str, dict[str, np.ndarray]], scorers: list, metric: str, config: dict) -> dict:
+    """What results.json holds. scores: {model: {metric: [N]}}, prompt by prompt; metric: the one that counts."""
+    found = stats.compare(scores, {name for scorer in scorers for name in scorer.less_is_better})
+    return {"title": title, "metric": metric} | found | {"claims": claims(scores, metric), "config": config}
+
+
+def claims(scores: dict[str, dict[str, np.ndarray]], metric: str) -> list[dict]:
+    """The paper's claims that these models allow to judge: [{"claim", "verdict", "difference"}].
+
+    "A beats B" holds if the whole interval of the difference is positive, and fails if it is negative. "SFT plateaus",
+    said of the miniature world's reward, holds if its interval lies within PLATEAU of 0, and fails if it lies beyond.
+    """
+    last = max((int(name[5:]) for name in scores if name.startswith("spin-")), default=0)
+    said = {"SPIN-1 beats SFT": ("spin-1", "sft"), "SPIN-2 beats Diffusion-DPO": ("spin-2", "dpo")}
+    plateau = f"SFT plateaus, staying within {PLATEAU:g} of theta_0"
+    said |= {plateau: ("sft", "base")} if metric == "reward" else {}
+    for k in range(2, last + 1):
+        said[f"A renewed opponent helps: SPIN-{k} beats SPIN-{k - 1}"] = (f"spin-{k}", f"spin-{k - 1}")
+    found = []
+    for claim, (one, other) in said.items():
+        if one in scores and other in scores:
+            gap = stats.interval(scores[one][metric] - scores[other][metric])
+            sign = stats.resolved(gap)
+            if claim == plateau:
+                within = max(abs(gap["low"]), abs(gap["high"])) < PLATEAU
+                sign = 1 if within else -(gap["low"] > PLATEAU or gap["high"] < -PLATEAU)
+            verdict = {1: "holds", 0: "is not resolved", -1: "fails"}[sign]
+            found.append({"claim": claim, "verdict": verdict, "difference": gap})
+    return found
+
+
+def write(folder: Path, found: dict, more: Sequence[str] = ()) -> None:
+    """results.json, .md and .png. more: paragraphs of the .md."""
+    first, *others = found["models"]
+    gains = {first: dict.fromkeys(found["models"][first], {"mean": 0.0, "low": 0.0, "high": 0.0})}
+    gains |= {name: found["differences"][f"{name} - {first}"] for name in others}
+    gains = {name: {f"{metric}, less {first}'s": of[metric] for metric in of} for name, of in gains.items()}
+    viz.save_png(viz.interval_charts(gains), folder / "results.png")
+    with run.whole(folder / "results.md") as part:
+        part.write_text(markdown(found, more))
+    run.write_json(folder / "results.json", found)  # last: its presence says that the others are there
+
+
+def markdown(found: dict, more: Sequence[str] | None = None) -> str:
+    """results.md: tables, and in plain words what they say. more: further paragraphs; None: only the most important."""
+    metric, models, differences = found["metric"], found["models"], found["differences"]
+    paragraphs = [f"# {found['title']}", stats.markdown(models), *(more or ())]
+    if differences and more is not None:
+        paragraphs += ["Differences, paired by prompt.", stats.markdown(differences, sign="+")]
+        paragraphs += ["\n".join(f"- {name}: {stats.verdicts(differences, name)}" for name in [*models.values()][0])]
+        for name in [*models.values()][0]:
+            paragraphs += [f"How often a line's model is better than a column's, by {name}; ties count one half."]
+            paragraphs += [stats.markdown(stats.win_rates(found, name), 2)]
+    said = "{claim}: this {verdict}, the difference being {mean:+.3f} [{low:+.3f}, {high:+.3f}]."
+    verdicts = [said.format(**line, **line["difference"]) for line in found["claims"]]
+    if any("renewed" in line["claim"] for line in found["claims"]):
+        verdicts += ["An iteration adds steps as well as an opponent: which of the two helps, this run does not say."]
+    paragraphs += [f"What this says of {metric}. " + " ".join(verdicts)] if verdicts else []
+    paragraphs += ["Brackets: 95 % bootstrap intervals over the prompts. Another seed of training may say otherwise."]
+    return "\n\n".join(paragraphs) + "\n"
