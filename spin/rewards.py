@@ -6,7 +6,6 @@ float32. Scales are as published: PickScore and CLIP score are about 100 times a
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 from spin import blip, toy
 from spin.run import InputError, hash_files, read_text
 from spin.text import Names, Tokenizer, names
-from spin.weights import build, compare, fill, read_file
+from spin.weights import build, compare, download, fill, read_file
 
 # scorer -> its files, (repository on the hub, file), and the architecture's name in open_clip
 CLIP = ("openai/clip-vit-large-patch14", "model.safetensors")
@@ -56,21 +55,38 @@ def load(name: str, folder: str | Path | None = None, device: str = "cpu") -> Sc
     paths = files(name, folder)
     if name == "toy":
         return Scorer(name, score_toy, hash_files([Path(toy.__file__)]), toy.METRICS, "reward", toy.LESS_IS_BETTER)
+    tensors = read_file(paths[0])
     if name == "imagereward":
-        network = load_imagereward(read_file(paths[0]), paths[0], device, blip.VISION, blip.TEXT)
-        score = partial(score_imagereward, network, read_vocab(paths[1]))
+        reward, tokenizer = load_imagereward(tensors, paths[0], device, blip.VISION, blip.TEXT), read_vocab(paths[1])
     else:
-        network = load_clip(open_clip_config(ARCHITECTURES[name]), read_file(paths[0]), paths[0], device)
-        if name == "aesthetic":
-            weight, bias = affine(read_file(paths[1]), "layers.", network.visual.output_dim, paths[1])
-            score = partial(score_aesthetic, network, weight.to(device), bias.to(device))
+        clip, tokenizer = load_clip(open_clip_config(ARCHITECTURES[name]), tensors, paths[0], device), Tokenizer()
+    if name == "aesthetic":
+        weight, bias = (t.to(device) for t in affine(read_file(paths[1]), "layers.", clip.visual.output_dim, paths[1]))
+
+    @torch.no_grad()
+    def score(pictures: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
+        pixels = (hps_pixels if name == "hps" else clip_pixels)(pictures).to(device)
+        ids = tokenizer(prompts).to(device)  # a prompt is cut to the length that a network knows
+        if name == "imagereward":
+            found = reward(pixels, ids)
         else:
-            scale = {"pickscore": network.logit_scale.exp(), "hps": 1.0, "clip": 100.0}[name]
-            pixels = hps_pixels if name == "hps" else clip_pixels
-            score = partial(score_clip, network, scale, pixels)
-    return Scorer(
-        name, lambda pictures, prompts: {name: score(pictures, prompts).cpu().numpy()}, hash_files(paths), (name,)
-    )
+            seen = clip.encode_image(pixels, normalize=True)
+            if name == "aesthetic":
+                found = (seen @ weight.T + bias)[:, 0]  # of the picture alone, on a scale of 1 to 10
+            else:
+                scale = {"pickscore": clip.logit_scale.exp(), "hps": 1.0, "clip": 100.0}[name]
+                found = scale * (seen * clip.encode_text(ids, normalize=True)).sum(1)
+        return {name: found.cpu().numpy()}
+
+    return Scorer(name, score, hash_files(paths), (name,), name)
+
+
+def score_toy(pictures: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
+    """`toy.score`; InputError for what is not of the miniature world."""
+    try:
+        return toy.score(np.stack([np.asarray(picture, dtype=np.float32) / 255 for picture in pictures]), prompts)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"toy scores {toy.SIDE} x {toy.SIDE} pixels by captions of its world: {error}") from None
 
 
 def files(name: str, folder: str | Path | None = None) -> list[Path]:
@@ -79,17 +95,12 @@ def files(name: str, folder: str | Path | None = None) -> list[Path]:
 
 
 def find(name: str, repository: str, file: str, folder: str | Path | None) -> Path:
-    place = Path(folder or ".", repository.split("/")[1], file)
-    if folder and place.exists():
-        return place
-    from huggingface_hub import hf_hub_download
-
+    place = Path(folder or "FOLDER", repository.split("/")[1], file)
     try:
-        return Path(hf_hub_download(repository, file))
-    except Exception as error:  # of many libraries: no network, no such repository, no permission, a full disk
-        reason = (str(error) or type(error).__name__).split("\n")[0]
-        put = f"put it at {place}" if folder else f"say --scorers FOLDER, with it at FOLDER/{place}"
-    raise InputError(f"{name} needs {file} of {repository}, which the hub does not give ({reason}); {put}")
+        return place if folder and place.exists() else download(repository, [file]) / file
+    except InputError as error:
+        put = f"put it at {place}" if folder else f"say --scorers FOLDER, with it at {place}"
+        raise InputError(f"{name} needs {file}: {put} ({error})") from None
 
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
@@ -160,36 +171,6 @@ def read_vocab(path: Path) -> blip.WordPiece:
         return blip.WordPiece(read_text(path).rstrip("\n").split("\n"))
     except ValueError as error:
         raise InputError(f"{path}: not BERT's vocabulary: it {error}") from None
-
-
-# ---- Scores of N pictures by N prompts, [N] --------------------------------------------------------------------------
-@torch.no_grad()
-def score_clip(network, scale: float, pixels: Callable, pictures: list[Image.Image], prompts: list[str]) -> Tensor:
-    """scale x the cosine between picture and prompt. A prompt is cut to 77 tokens."""
-    device = network.logit_scale.device
-    said = network.encode_text(Tokenizer()(prompts).to(device), normalize=True)
-    return scale * (network.encode_image(pixels(pictures).to(device), normalize=True) * said).sum(1)
-
-
-@torch.no_grad()
-def score_aesthetic(network, weight: Tensor, bias: Tensor, pictures: list[Image.Image], prompts: list[str]) -> Tensor:
-    """Of the picture alone, on a scale of 1 to 10."""
-    seen = network.encode_image(clip_pixels(pictures).to(weight.device), normalize=True)
-    return (seen @ weight.T + bias)[:, 0]
-
-
-@torch.no_grad()
-def score_imagereward(network, tokenizer, pictures: list[Image.Image], prompts: list[str]) -> Tensor:
-    device = network.norm.weight.device
-    return network(clip_pixels(pictures).to(device), tokenizer(prompts).to(device))
-
-
-def score_toy(pictures: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
-    """`toy.score`; InputError for what is not of the miniature world."""
-    try:
-        return toy.score(np.stack([np.asarray(picture, dtype=np.float32) / 255 for picture in pictures]), prompts)
-    except (KeyError, ValueError) as error:
-        raise InputError(f"toy scores pictures of {toy.SIDE} pixels a side by captions of its world: {error}") from None
 
 
 # ---- Pictures -> [N,3,224,224] ---------------------------------------------------------------------------------------

@@ -137,19 +137,24 @@ def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.suffix in (".safetensors", *PICKLES):
         raise InputError(f"{source}: no such folder or file, and no hub id, which is like org/name")
-    from huggingface_hub import snapshot_download
-
     wanted = [f"{part}/{name}" for part in parts for name in ("*.json", "*.txt", "diffusion_pytorch_model", "model")]
     wanted = [name if "." in name else f"{name}.safetensors" for name in wanted]
+    folder = download(str(source), wanted)
+    if not any((folder / parts[0]).glob("*.safetensors")):
+        others = [f"{part}/*{end}" for part in parts for end in ("_model.bin", "model.fp16.safetensors")]
+        folder = download(str(source), wanted + others)
+    return folder
+
+
+def download(repository: str, files: list[str]) -> Path:
+    """The folder with these files of a repository on the hub; InputError where it cannot be had."""
+    from huggingface_hub import snapshot_download
+
     try:
-        folder = Path(snapshot_download(str(source), allow_patterns=wanted))
-        if not any((folder / parts[0]).glob("*.safetensors")):
-            others = [f"{part}/*{end}" for part in parts for end in ("_model.bin", "model.fp16.safetensors")]
-            folder = Path(snapshot_download(str(source), allow_patterns=wanted + others))
+        return Path(snapshot_download(repository, allow_patterns=files))
     except Exception as error:  # of many libraries: no network, no such repository, no permission, a full disk
         reason = (str(error) or type(error).__name__).split("\n")[0]
-        raise InputError(f"{source}: no such folder here, and not to be had from the hub: {reason}") from None
-    return folder
+        raise InputError(f"{repository}: no such folder here, and not to be had from the hub: {reason}") from None
 
 
 def load_tokenizer(folder: Path, length: int = 77) -> Tokenizer:

@@ -8,7 +8,7 @@ import tiny
 import torch
 from hypothesis import settings
 
-from spin import weights
+from spin import blip, rewards, weights
 
 settings.register_profile("spin", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("spin")
@@ -38,6 +38,22 @@ def sd(tiny_folder) -> weights.StableDiffusion:
     for network in (loaded.unet, loaded.vae, loaded.text_encoder):
         network.requires_grad_(False)
     return loaded
+
+
+@pytest.fixture(scope="session")
+def scorers(tmp_path_factory) -> Path:
+    """A folder for --scorers, every network in miniature; `small_scorers` makes the code expect their sizes."""
+    return tiny.write_scorers(tmp_path_factory.mktemp("scorers"))
+
+
+@pytest.fixture
+def small_scorers(monkeypatch) -> None:
+    vision, text = (tiny.REWARDS["imagereward.tiny.config"][part] for part in ("vision", "text"))
+    config = tiny.clip_config(tiny.REWARDS["pickscore.tiny.config"])
+    monkeypatch.setattr(rewards, "open_clip_config", lambda name: config)
+    monkeypatch.setattr(rewards, "SIDE", 56)
+    monkeypatch.setattr(blip, "VISION", vision | {"image_size": 56, "patch_size": 14})
+    monkeypatch.setattr(blip, "TEXT", text)
 
 
 @pytest.fixture(autouse=True)

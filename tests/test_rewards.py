@@ -1,6 +1,5 @@
 """The scorers: against transformers on deterministic weights, the published head, published layouts at full size."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,59 +8,26 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny import HEAD, REWARDS, WORDS, clip_config, tensors_of
 
 from spin import blip, rewards, toy
 from spin.run import InputError
 from spin.text import Tokenizer, names
 
-MANIFEST = json.loads((tiny.DATA / "rewards_manifest.json").read_text())
 GOLDEN = load_file(tiny.DATA / "rewards_golden.safetensors")
 PIXELS = load_file(tiny.DATA / "pixels.safetensors")
-WORDS = json.loads((tiny.DATA / "wordpiece.json").read_text())
-HEAD = tiny.DATA / "sac+logos+ava1-l14-linearMSE.pth"
 SIZES = [(300, 200), (97, 131), (512, 512)]
 HERE = Path("somewhere")
 
 
-def tensors_of(tag: str) -> dict[str, torch.Tensor]:
-    found = {name: tiny.oracle_tensor(name, shape) for name, shape in MANIFEST[tag].items()}
-    if "logit_scale" in found:
-        found["logit_scale"] = torch.tensor(MANIFEST["pickscore.tiny.config"]["logit_scale"])
-    return found
-
-
-def clip_config(config: dict) -> dict:
-    """transformers' sizes -> open_clip's."""
-    vision, text = config["vision"], config["text"]
-    return {
-        "embed_dim": config["projection_dim"],
-        "vision_cfg": {
-            "image_size": vision["image_size"],
-            "layers": vision["num_hidden_layers"],
-            "width": vision["hidden_size"],
-            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-            "patch_size": vision["patch_size"],
-            "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
-        },
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": text["vocab_size"],
-            "width": text["hidden_size"],
-            "heads": text["num_attention_heads"],
-            "layers": text["num_hidden_layers"],
-            "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
-        },
-    }
-
-
 @pytest.fixture(scope="module")
 def clip():
-    return rewards.load_clip(clip_config(MANIFEST["pickscore.tiny.config"]), tensors_of("pickscore.tiny"), HERE, "cpu")
+    return rewards.load_clip(clip_config(REWARDS["pickscore.tiny.config"]), tensors_of("pickscore.tiny"), HERE, "cpu")
 
 
 def load_tiny_imagereward(tensors):
-    config = MANIFEST["imagereward.tiny.config"]
+    config = REWARDS["imagereward.tiny.config"]
     return rewards.load_imagereward(tensors, HERE, "cpu", config["vision"], config["text"])
 
 
@@ -104,9 +70,9 @@ def test_published_clips_fit_at_full_size(architecture, manifest):
     theirs = [name for of, _ in table for name in of]
     assert len(set(theirs)) == len(theirs)
     if manifest:
-        assert sorted(theirs) == sorted(MANIFEST[manifest])
+        assert sorted(theirs) == sorted(REWARDS[manifest])
         for of, ours in table:
-            shapes = [MANIFEST[manifest][name] for name in of]
+            shapes = [REWARDS[manifest][name] for name in of]
             shapes = [shape[::-1] if "_projection" in of[0] else shape for shape in shapes]
             rows = [sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes[0] else []
             assert rows == list(state[ours].shape), ours
@@ -117,12 +83,12 @@ def test_the_published_imagereward_fits_at_full_size():
         state = blip.ImageReward(blip.VISION, blip.TEXT).state_dict()
     table = names("blip", v=24, t=12)
     assert sorted([ours for _, ours in table] + ["head.weight", "head.bias"]) == sorted(state)
-    published = {name: shape for name, shape in MANIFEST["imagereward"].items() if not name.startswith("mlp.")}
+    published = {name: shape for name, shape in REWARDS["imagereward"].items() if not name.startswith("mlp.")}
     assert sorted(name for of, _ in table for name in of) == sorted(published)
     for of, ours in table:
         shapes = [published[name] for name in of]
         assert [sum(shape[0] for shape in shapes), *shapes[0][1:]] == list(state[ours].shape), ours
-    head = {name: math.prod(shape) for name, shape in MANIFEST["imagereward"].items() if name.startswith("mlp.")}
+    head = {name: math.prod(shape) for name, shape in REWARDS["imagereward"].items() if name.startswith("mlp.")}
     unused = 2 * 256 + 256 * 1024 + 256 * 768
     assert sum(map(math.prod, published.values())) + sum(head.values()) + unused == 446_665_953
 
@@ -143,17 +109,17 @@ def test_only_the_unused_tensors_may_be_there_or_not():
 def test_older_clip_files_hold_position_ids(clip):
     tensors = tensors_of("pickscore.tiny")
     tensors |= {f"{which}_model.embeddings.position_ids": torch.arange(9)[None] for which in ("text", "vision")}
-    again = rewards.load_clip(clip_config(MANIFEST["pickscore.tiny.config"]), tensors, HERE, "cpu")
+    again = rewards.load_clip(clip_config(REWARDS["pickscore.tiny.config"]), tensors, HERE, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), clip.state_dict().values()))
     with pytest.raises(InputError, match="1 missing .visual_projection.weight"):
         tensors.pop("visual_projection.weight")
-        rewards.load_clip(clip_config(MANIFEST["pickscore.tiny.config"]), tensors, HERE, "cpu")
+        rewards.load_clip(clip_config(REWARDS["pickscore.tiny.config"]), tensors, HERE, "cpu")
 
 
 def test_a_file_with_open_clips_own_names(clip):
     """As HPS has them, in half precision."""
     half = {name: tensor.half() for name, tensor in clip.state_dict().items()}
-    again = rewards.load_clip(clip_config(MANIFEST["pickscore.tiny.config"]), half, HERE, "cpu")
+    again = rewards.load_clip(clip_config(REWARDS["pickscore.tiny.config"]), half, HERE, "cpu")
     assert torch.equal(again.visual.proj, half["visual.proj"].float())
 
 
@@ -213,48 +179,12 @@ def test_a_vocabulary_that_is_not_berts(tmp_path):
 # scorers, from a folder with files in the published layouts
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Every published file, in miniature."""
-    folder = tmp_path_factory.mktemp("scorers")
-    pickscore = tensors_of("pickscore.tiny")
-    for name, file in ((name, file) for files in rewards.FILES.values() for name, file in files):
-        (folder / name.split("/")[1]).mkdir(exist_ok=True)
-        path = folder / name.split("/")[1] / file
-        if file == "model.safetensors":
-            save_file(pickscore, path)
-        elif file == "HPS_v2_compressed.pt":
-            clip = rewards.load_clip(clip_config(MANIFEST["pickscore.tiny.config"]), pickscore, path, "cpu")
-            torch.save({"state_dict": {name: tensor.half() for name, tensor in clip.state_dict().items()}}, path)
-        elif file == HEAD.name:
-            head = {0: (1024, 48), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
-            head = {
-                f"layers.{i}.{p}": s if p == "weight" else s[:1] for i, s in head.items() for p in ("weight", "bias")
-            }
-            torch.save({name: tiny.oracle_tensor(name, shape) for name, shape in head.items()}, path)
-        elif file == "ImageReward.pt":
-            torch.save(tensors_of("imagereward.tiny"), path)
-        else:
-            path.write_text("\n".join(WORDS["vocab"]) + "\n", encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """The published architectures, in miniature."""
-    config = MANIFEST["imagereward.tiny.config"]
-    monkeypatch.setattr(rewards, "open_clip_config", lambda name: clip_config(MANIFEST["pickscore.tiny.config"]))
-    monkeypatch.setattr(rewards, "SIDE", 56)
-    monkeypatch.setattr(blip, "VISION", config["vision"] | {"image_size": 56, "patch_size": 14})
-    monkeypatch.setattr(blip, "TEXT", config["text"])
-
-
-def test_scales_and_conventions(folder, small):
+def test_scales_and_conventions(scorers, small_scorers):
     pictures = [tiny.photograph(f"photograph.{i}", SIZES[i]) for i in range(2)]
     prompts = ["a red circle", "a cat on the moon"]
-    scores = {name: rewards.load(name, folder) for name in ("pickscore", "hps", "clip", "aesthetic")}
-    found = {name: scorer.score(pictures, prompts)[name] for name, scorer in scores.items()}
-    config = clip_config(MANIFEST["pickscore.tiny.config"])
+    loaded = {name: rewards.load(name, scorers) for name in ("pickscore", "hps", "clip", "aesthetic")}
+    found = {name: scorer.score(pictures, prompts)[name] for name, scorer in loaded.items()}
+    config = clip_config(REWARDS["pickscore.tiny.config"])
     network = rewards.load_clip(config, tensors_of("pickscore.tiny"), HERE, "cpu")
     said = network.encode_text(Tokenizer()(prompts), normalize=True)
     seen = network.encode_image(rewards.clip_pixels(pictures), normalize=True)
@@ -263,23 +193,20 @@ def test_scales_and_conventions(folder, small):
     torch.testing.assert_close(torch.tensor(found["clip"]), 100 * cosine, atol=1e-4, rtol=1e-5)
     seen_by_hps = network.encode_image(rewards.hps_pixels(pictures), normalize=True)
     torch.testing.assert_close(torch.tensor(found["hps"]), (seen_by_hps * said).sum(1), atol=2e-3, rtol=0)  # half
-    tensors = rewards.read_file(folder / "improved-aesthetic-predictor" / HEAD.name)
+    tensors = rewards.read_file(scorers / "improved-aesthetic-predictor" / HEAD.name)
     x = seen
     for i in (0, 2, 4, 6, 7):
         x = x @ tensors[f"layers.{i}.weight"].T + tensors[f"layers.{i}.bias"]
     torch.testing.assert_close(torch.tensor(found["aesthetic"]), x[:, 0], atol=1e-4, rtol=1e-4)
-    assert len({scorer.hash for scorer in scores.values()}) == 3, "PickScore and CLIP score have the same file here"
-    assert all(scorer.metrics == (name,) for name, scorer in scores.items())
+    assert len({scorer.hash for scorer in loaded.values()}) == 3, "PickScore and CLIP score have the same file here"
+    assert all(scorer.metrics == (name,) for name, scorer in loaded.items())
 
 
-def test_a_score_does_not_depend_on_the_batch(folder, small, monkeypatch):
+def test_a_score_does_not_depend_on_the_batch(scorers, small_scorers):
     pictures = [tiny.photograph(f"photograph.{i}", SIZES[i]) for i in range(3)]
     prompts = ["a red circle", "a cat on the moon", "art"]
     for name in ("pickscore", "hps", "aesthetic", "imagereward"):
-        if name == "imagereward":  # whose positions are for 64 pixels
-            monkeypatch.setattr(rewards, "SIDE", 64)
-            monkeypatch.setattr(blip, "VISION", MANIFEST["imagereward.tiny.config"]["vision"])
-        scorer = rewards.load(name, folder)
+        scorer = rewards.load(name, scorers)
         together = scorer.score(pictures, prompts)[name]
         alone = [scorer.score([picture], [prompt])[name][0] for picture, prompt in zip(pictures, prompts)]
         np.testing.assert_allclose(together, alone, atol=1e-4)
@@ -291,7 +218,7 @@ def test_the_miniature_worlds_score_has_the_same_face():
     found = scorer.score([toy.to_pil(toy.ideal(scene))] * 2, [scene.caption, toy.SCENES[4].caption])
     assert set(found) == set(scorer.metrics) and scorer.judged_by == "reward"
     assert found["reward"][0] > 9.5 > found["reward"][1] and found["aligned"].tolist() == [1, 0]
-    with pytest.raises(InputError, match="toy scores pictures of 32 pixels a side"):
+    with pytest.raises(InputError, match="toy scores 32 x 32 pixels by captions of its world"):
         scorer.score([Image.new("RGB", (64, 64))], [scene.caption])
     with pytest.raises(InputError, match="an astronaut"):
         scorer.score([Image.new("RGB", (32, 32))], ["an astronaut"])
@@ -300,16 +227,29 @@ def test_the_miniature_worlds_score_has_the_same_face():
 def test_a_file_that_cannot_be_had(tmp_path, monkeypatch):
     import huggingface_hub
 
-    def refuse(repository, file):
+    def refuse(repository, allow_patterns):
+        assert (repository, allow_patterns) == ("xswu/HPSv2", ["HPS_v2_compressed.pt"])
         raise OSError("no network")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    expected = r"hps needs HPS_v2_compressed.pt of xswu/HPSv2, which the hub does not give \(no network\)"
-    with pytest.raises(InputError, match=expected + rf"; put it at {tmp_path}/HPSv2/HPS_v2_compressed.pt"):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    reason = r" \(xswu/HPSv2: no such folder here, and not to be had from the hub: no network\)"
+    put = f"hps needs HPS_v2_compressed.pt: put it at {tmp_path}/HPSv2/HPS_v2_compressed.pt"
+    with pytest.raises(InputError, match=put + reason):
         rewards.load("hps", tmp_path)
-    with pytest.raises(InputError, match=expected + "; say --scorers FOLDER, with it at FOLDER/HPSv2/HPS"):
+    say = "hps needs HPS_v2_compressed.pt: say --scorers FOLDER, with it at FOLDER/HPSv2/HPS_v2_compressed.pt"
+    with pytest.raises(InputError, match=say + reason):
         rewards.load("hps")
     (tmp_path / "HPSv2").mkdir()
     (tmp_path / "HPSv2/HPS_v2_compressed.pt").write_bytes(b"no checkpoint")
     with pytest.raises(InputError, match="HPS_v2_compressed.pt: .*; not read"):
         rewards.load("hps", tmp_path)
+
+
+def test_a_file_from_the_hub(scorers, small_scorers, monkeypatch):
+    import huggingface_hub
+
+    def deliver(repository, allow_patterns):
+        return str(scorers / repository.split("/")[1])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", deliver)
+    assert rewards.load("aesthetic").hash == rewards.load("aesthetic", scorers).hash

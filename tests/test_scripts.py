@@ -67,14 +67,29 @@ WRONG = {
     "sample.py --model nowhere --prompt a": "nowhere: no such folder",
     "sample.py --model {tiny} --prompt a --height 60 --device cpu": "must be multiples of 8",
     "sample.py --model {tiny} --prompt a --steps 2000 --device cpu": "2000 sampling steps",
-    "evaluate.py nowhere": "nowhere: no log.jsonl",
+    "evaluate.py": "give a run folder, or --models",
+    "evaluate.py nowhere": "nowhere/config.json: no such file",
+    "evaluate.py nowhere --models {tiny}": "give a run folder, or --models",
+    "evaluate.py --models {tiny}": "--prompts: needed, but for the miniature world",
+    "evaluate.py --models {tiny} --prompts {empty}": "empty.txt: holds no prompts",
+    "evaluate.py --models {tiny} --prompts missing.jsonl": "missing.jsonl: no such file",
+    "evaluate.py --models {tiny} no/where --metrics toy": "no/where: no such folder here, and not to be had",
+    "evaluate.py --models {tiny} nowhere --metrics toy": "nowhere: no such folder or file",
+    "evaluate.py --models {tiny} {tiny} --metrics toy": "two are called model; give one another name: model-2={tiny}",
+    "evaluate.py --models {tiny} --prompts {empty} --metrics beauty": "invalid choice: 'beauty' (choose from",
+    "evaluate.py --models {tiny} --prompts {one} --metrics hps": "hps needs HPS_v2_compressed.pt: say --scorers",
+    "evaluate.py --models {tiny} --prompts {one} --scorers s": "put it at s/PickScore_v1/model.safetensors",
 }
 
 
 @pytest.mark.parametrize("command, expected", WRONG.items())
 def test_a_mistake_is_answered_in_one_line(command, expected, tiny_folder, pictures, tmp_path):
-    script, *arguments = command.format(tiny=tiny_folder, pictures=pictures).split()
-    out = [] if script == "evaluate.py" or "--out" in arguments else ["--out", str(tmp_path / "out")]
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    places = {"tiny": tiny_folder, "pictures": pictures, "empty": tmp_path / "empty.txt", "one": tmp_path / "one.txt"}
+    script, *arguments = command.format(**places).split()
+    expected = expected.format(**places)
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
     command = [sys.executable, ROOT / script, *arguments, *out]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     lines = result.stderr.splitlines()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spin import report, stats, viz
+from spin import judge, stats, viz
 from spin.stats import compare, interval, resolved, wins
 
 seeds = st.integers(0, 2**32)
@@ -80,7 +80,7 @@ def test_equal_models_are_seldom_resolved():
     assert np.mean(found) < 0.1  # 5 % is the nominal rate
 
 
-def rewards(**means: float) -> report.Scores:
+def rewards(**means: float) -> dict[str, dict[str, np.ndarray]]:
     spread = 0.01 * np.random.default_rng(0).standard_normal((len(means), 60))
     return {n.replace("_", "-"): {"reward": m + noise} for (n, m), noise in zip(means.items(), spread)}
 
@@ -100,16 +100,18 @@ STORY = {"base": 7.0, "sft": 7.01, "dpo": 7.02, "spin_1": 7.1, "spin_2": 7.2, "s
     ],
 )
 def test_claims(changed, verdicts):
-    assert [found["verdict"] for found in report.claims(rewards(**STORY | changed))] == verdicts
+    assert [found["verdict"] for found in judge.claims(rewards(**STORY | changed), "reward")] == verdicts
 
 
 def test_claims_need_their_models():
-    found = report.claims(rewards(base=7.0, sft=7.0, spin_1=6.5))
+    found = judge.claims(rewards(base=7.0, sft=7.0, spin_1=6.5), "reward")
     assert [(line["claim"], line["verdict"]) for line in found] == [
         ("SPIN-1 beats SFT", "fails"),
         ("SFT plateaus, staying within 0.05 of theta_0", "holds"),
     ]
-    assert report.claims(rewards(base=7.0)) == []
+    assert judge.claims(rewards(base=7.0), "reward") == []
+    plateau = [found for found in judge.claims(rewards(base=7.0, sft=7.0), "reward") if "plateaus" in found["claim"]]
+    assert plateau and not judge.claims({"base": {"hps": np.ones(3)}, "sft": {"hps": np.ones(3)}}, "hps")
 
 
 def test_less_is_better_where_one_says_so():
@@ -120,14 +122,71 @@ def test_less_is_better_where_one_says_so():
 
 
 def test_the_report_says_what_the_numbers_say(tmp_path):
-    report.write(tmp_path, "a title", rewards(**STORY), {"seed": 3})
+    found = judge.compare("a title", rewards(**STORY), [], "reward", {"seed": 3})
+    judge.write(tmp_path, found, ["more"])
     text = (tmp_path / "results.md").read_text()
-    assert text.startswith("# a title\n")
+    assert text.startswith("# a title\n") and "\n\nmore\n\n" in text
     assert "SPIN-1 beats SFT: this holds, the difference being +0.0" in text
     [line] = [line for line in text.splitlines() if line.startswith("| spin-3 - base ")]
-    assert "| +0.299 [+0.29" in line and line.endswith("| +1.000 [+1.000, +1.000] |")
+    assert "| +0.299 [+0.29" in line
+    [line] = [line for line in text.splitlines() if line.startswith("| spin-3 |") and "1.00 [1.00, 1.00]" in line]
+    assert line == "| spin-3 | 1.00 [1.00, 1.00]" + " | 1.00 [1.00, 1.00]" * 4 + " |  |"
+    assert "- reward: resolved: sft > base, dpo > base, " in text
     assert (tmp_path / "results.png").stat().st_size > 1000
+    brief = judge.markdown(found)
+    assert "spin-3 - base" not in brief and "SPIN-1 beats SFT" in brief and "more" not in brief
     assert stats.markdown({"m": {"r": interval(np.full(4, 2.0))}}, 1).splitlines()[-1] == "| m | 2.0 [2.0, 2.0] |"
+
+
+@given(seeds, st.integers(1, 6), st.integers(1, 3))
+def test_the_best_of_k(seed, k, metrics):
+    rng = np.random.default_rng(seed)
+    scores = {f"m{i}": rng.standard_normal((20, k)) for i in range(metrics)}
+    before = {name: values.copy() for name, values in scores.items()}
+    found = stats.best_of(scores, list(scores))
+    for n in range(20):
+        averages = [np.mean([of[n, j] for of in scores.values()]) for j in range(k)]
+        for name, values in scores.items():
+            assert found[name][n] == values[n, int(np.argmax(averages))]
+        assert metrics == 1 or found["average"][n] == pytest.approx(max(averages))
+    assert ("average" in found) == (metrics > 1)
+    assert all(np.array_equal(before[name], values) for name, values in scores.items())
+    order = rng.permutation(20)
+    shuffled = stats.best_of({name: values[order] for name, values in scores.items()}, list(scores))
+    assert all(np.array_equal(shuffled[name], found[name][order]) for name in found)
+    only = stats.best_of(scores, ["m0"])
+    assert np.array_equal(only["m0"], scores["m0"].max(1)) and "average" not in only
+
+
+@given(seeds)
+def test_two_models_win_rates_add_up_to_one(seed):
+    rng = np.random.default_rng(seed)
+    scores = {name: {"r": rng.integers(0, 5, 30) / 4, "less": rng.integers(0, 5, 30) / 4} for name in "abc"}
+    found = compare(scores, less_is_better=["less"])
+    for metric, sign in (("r", 1), ("less", -1)):
+        rates = stats.win_rates(found, metric)
+        for one in "abc":
+            assert rates[one][one] == ""
+            for other in set("abc") - {one}:
+                there, back = rates[one][other], rates[other][one]
+                assert there["mean"] + back["mean"] == pytest.approx(1) == there["low"] + back["high"]
+                assert there["low"] <= there["mean"] <= there["high"]
+                won = wins(sign * scores[one][metric], sign * scores[other][metric])
+                assert there["mean"] == pytest.approx(won.mean())
+    order = rng.permutation(30)
+    again = compare({name: {m: v[order] for m, v in of.items()} for name, of in scores.items()}, ["less"])
+    for name, of in found["differences"].items():
+        for metric, summary in of.items():
+            assert again["differences"][name][metric]["mean"] == pytest.approx(summary["mean"])
+            assert again["differences"][name][metric]["win_rate"]["mean"] == pytest.approx(summary["win_rate"]["mean"])
+
+
+def test_verdicts_in_words():
+    rng = np.random.default_rng(0)
+    scores = {"a": {"r": rng.standard_normal(50)}}
+    scores |= {"b": {"r": scores["a"]["r"] + 1}, "c": {"r": scores["a"]["r"] + rng.standard_normal(50)}}
+    said = stats.verdicts(compare(scores)["differences"], "r")
+    assert said == "resolved: b > a, c < b; not resolved: c and a"
 
 
 def test_the_chart_puts_points_and_intervals_in_their_places():

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import sample
 import train
-from spin import data, pairs, report, run, toy, weights
+from spin import data, judge, pairs, rewards, run, sampler, toy, weights
 from spin.run import InputError
 from spin.text import Tokenizer
 from tutorial import pretrain
@@ -44,13 +45,12 @@ def test_the_base_is_small_and_tells_how_it_was_made():
     assert made["theta_0"]["aligned"] > 0.8 and made["theta_0"]["seconds"] > 0
 
 
-def test_the_base_draws_what_it_is_told(base):
+def test_the_base_draws_what_it_is_told(base, tmp_path):
     prompts = [scene.caption for scene in toy.split()["test"]]
-    args = train.parse(["--device", "cpu"])
-    args.score_images = 1
-    scores = report.score(args, base, prompts, report.tqdm(disable=True))
+    contest = judge.Contest(prompts, 1, judge.SEED, pairs.how_to_draw(train.parse(["--device", "cpu"])), tmp_path)
+    scores = contest.score("base", contest.draw("base", "", lambda: base, 64), rewards.load("toy"))
     assert scores["aligned"].mean() >= 0.8, "all five attributes are right"
-    assert scores["reward"].mean() > 6 and scores["reward"].shape == (200,)
+    assert scores["reward"].mean() > 6 and scores["reward"].shape == (200, 1)
 
 
 def test_the_vocabulary_is_small_and_splits_words_as_clip_does(base):
@@ -103,6 +103,13 @@ def test_the_results(story):
     assert results["config"]["guidance"] == 3 and results["config"]["versions"]["torch"] in torch.__version__
     said = (out / "results.md").read_text()
     assert all(f"| {name} |" in said for name in MODELS) and "SPIN-1 beats SFT: " in said
+
+
+def test_evaluate_goes_on_with_the_pictures_of_the_story(story, monkeypatch, tmp_path):
+    out, returned = story
+    monkeypatch.setattr(sampler, "pictures", None)  # none is to be drawn
+    found = evaluate.main([str(out), "--num-images", "1", "--device", "cpu"])
+    assert found["models"] == returned["results"]["models"] and found["claims"] == returned["results"]["claims"]
 
 
 def test_the_grid_shows_every_model_and_the_ideal_picture_last(story):

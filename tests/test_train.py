@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import evaluate
 import train
 from spin import data, pairs, run, weights
 from spin.run import InputError
@@ -392,7 +391,7 @@ def test_damaged_files_of_a_run_are_named(finished, tiny_folder, pictures, tmp_p
         train.main(flags(tiny_folder, pictures, out))
     (out / "log.jsonl").write_text("nonsense\n")
     with pytest.raises(InputError, match=r"log\.jsonl: holds a line that is not JSON"):
-        evaluate.main([str(out)])
+        run.Run(out).summary()
 
 
 def test_other_pictures_are_refused(finished, tiny_folder, pictures, tmp_path):
@@ -470,12 +469,8 @@ def test_the_papers_table_is_the_default(tmp_path):
     assert args.lr == [1e-5, 2e-5, 2e-5, 2e-5] and args.steps == [50, 500, 200, 200]
 
 
-def test_evaluate_tables_the_log(finished, capsys):
-    rows = evaluate.main([str(finished)])
+def test_the_summary_of_a_log(finished):
+    rows = run.Run(finished).summary()
     assert [row["steps"] for row in rows] == [3, 3]
     assert all(row["first_loss"] == pytest.approx(math.log(2), abs=1e-6) for row in rows)
-    table = (finished / "evaluation/log.md").read_text()
-    assert table in capsys.readouterr().out and table.count("\n") == 4
-    assert json.loads((finished / "evaluation/log.json").read_text()) == rows
-    with pytest.raises(InputError, match="no log.jsonl"):
-        evaluate.main([str(finished / "iter1")])
+    assert run.Run(finished / "iter1").summary() == []

@@ -13,9 +13,14 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
+from spin import rewards
+
 DATA = Path(__file__).parent / "data"
 MANIFEST = json.loads((DATA / "manifest.json").read_text())
 GOLDEN = load_file(DATA / "golden.safetensors")
+REWARDS = json.loads((DATA / "rewards_manifest.json").read_text())  # of the scorers
+WORDS = json.loads((DATA / "wordpiece.json").read_text())
+HEAD = DATA / "sac+logos+ava1-l14-linearMSE.pth"
 
 # scheduler/scheduler_config.json as SD-1.5's checkpoint has it; SD-2.x predicts v
 SCHEDULER = {
@@ -95,3 +100,60 @@ def photograph(name: str, size: tuple[int, int]) -> Image.Image:
     edges = 0.6 * ((8 * x).astype(int) % 2 ^ (6 * y).astype(int) % 2)[..., None]
     picture = 0.5 + 0.25 * soft - 0.3 * edges + 0.08 * standard_normal(name, (height, width, 3))
     return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def tensors_of(tag: str) -> dict[str, torch.Tensor]:
+    """A scorer's, in the published layout."""
+    found = {name: oracle_tensor(name, shape) for name, shape in REWARDS[tag].items()}
+    if "logit_scale" in found:
+        found["logit_scale"] = torch.tensor(REWARDS["pickscore.tiny.config"]["logit_scale"])
+    return found
+
+
+def clip_config(config: dict) -> dict:
+    """transformers' sizes -> open_clip's."""
+    vision, text = config["vision"], config["text"]
+    return {
+        "embed_dim": config["projection_dim"],
+        "vision_cfg": {
+            "image_size": vision["image_size"],
+            "layers": vision["num_hidden_layers"],
+            "width": vision["hidden_size"],
+            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+            "patch_size": vision["patch_size"],
+            "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": text["vocab_size"],
+            "width": text["hidden_size"],
+            "heads": text["num_attention_heads"],
+            "layers": text["num_hidden_layers"],
+            "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
+        },
+    }
+
+
+def write_scorers(folder: Path) -> Path:
+    """Every published file of every scorer, in miniature."""
+    for repository, file in (of for files in rewards.FILES.values() for of in files):
+        path = folder / repository.split("/")[1] / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if file == "model.safetensors":
+            save_file(tensors_of("pickscore.tiny"), path)
+        elif file == "HPS_v2_compressed.pt":
+            config = clip_config(REWARDS["pickscore.tiny.config"])
+            clip = rewards.load_clip(config, tensors_of("pickscore.tiny"), path, "cpu")
+            torch.save({"state_dict": {name: tensor.half() for name, tensor in clip.state_dict().items()}}, path)
+        elif file == HEAD.name:
+            head = {0: (1024, 48), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+            head = {f"layers.{i}.weight": shape for i, shape in head.items()}
+            head |= {name.replace("weight", "bias"): shape[:1] for name, shape in head.items()}
+            torch.save({name: oracle_tensor(name, shape) for name, shape in head.items()}, path)
+        elif file == "ImageReward.pt":
+            tensors, name = tensors_of("imagereward.tiny"), "blip.visual_encoder.patch_embed.proj.weight"
+            tensors[name] = tensors[name][..., :14, :14].clone()  # so that it sees 56 pixels, as the others
+            torch.save(tensors, path)
+        else:
+            path.write_text("\n".join(WORDS["vocab"]) + "\n", encoding="utf-8")
+    return folder
