@@ -8,7 +8,7 @@ The same command, given again after an interruption, draws and scores only what 
 """
 
 import argparse
-import json
+import re
 import sys
 from dataclasses import replace
 from functools import cache, partial
@@ -22,7 +22,8 @@ from spin.run import InputError
 from spin.sampler import SAMPLERS
 
 PAPERS = ("pickscore", "hps", "aesthetic", "imagereward")
-PUBLISHED = json.loads(Path(weights.__file__).with_name("paper.json").read_text())
+SWEEP = "The {} over guidance. The best is chosen on these very prompts, which flatters it."
+PUBLISHED = "Published, not measured here: arXiv 2402.10210, Pick-a-Pic's 500 test prompts, best of five, about."
 GRID_ROWS = 6  # prompts that grid.png shows
 
 
@@ -109,65 +110,43 @@ def main(argv: list[str] | None = None) -> dict:
     best = {at: stats.best_of(of, judged_by) for at, of in scores.items()}
 
     # ---- what came of it: each model at its best guidance, which for a single value is that --------------------------
-    chosen = {name: max(args.guidance, key=lambda g: best[g, name][metric].mean()) for name in models}
+    best_at = {name: max(args.guidance, key=lambda g: best[g, name][metric].mean()) for name in models}
     k = f"the best of {args.num_images} pictures each" if args.num_images > 1 else "a picture each"
     at = f"guidance {args.guidance[0]:g}" if len(args.guidance) == 1 else "each model at its best guidance"
     config = vars(args) | {"out": str(args.out), "of_run": vars(args.of_run), "models": models, "hashes": hashes}
     config |= {"count": len(prompts), "prompts_hash": run.hash_files([], prompts)} | run.provenance()
-    config["scorers"] = {scorer.name: scorer.hash for scorer in scorers}
-    of_best = {name: best[chosen[name], name] for name in models}
-    found = judge.compare(f"{len(prompts)} prompts, {k}, {at}", of_best, scorers, metric, config)
-    interval = lambda of: {name: stats.interval(v.reshape(len(prompts), -1).mean(1)) for name, v in of.items()}  # noqa: E731
-    found["single"] = {name: interval(scores[chosen[name], name]) for name in models}
-    found["best_guidance"] = chosen
-    found["sweep"] = {name: {f"{g:g}": interval(best[g, name]) for g in args.guidance} for name in models}
-    more = [
-        "Medians.",
-        stats.markdown({n: {m: s["median"] for m, s in of.items()} for n, of in found["models"].items()}),
-    ]
-    more += ["One picture a prompt: the mean over all.", stats.markdown(found["single"])]
-    if len(args.guidance) > 1:
-        sweep = {
-            n: {"best at": f"{chosen[n]:g}"} | {g: s[metric] for g, s in of.items()} for n, of in found["sweep"].items()
-        }
-        more += [
-            f"The {metric} over guidance. The best is chosen on these prompts, which flatters it.",
-            stats.markdown(sweep),
-        ]
-    if args.paper:
-        more += [
-            "Published, not measured here (arXiv 2402.10210, 500 prompts of Pick-a-Pic, best of five, about).",
-            stats.markdown(PUBLISHED, 2),
-        ]
-    judge.write(args.out, found, more)
+    config |= {"scorers": {scorer.name: scorer.hash for scorer in scorers}, "best_guidance": best_at}
+    found = {name: best[g, name] for name, g in best_at.items()}
+    found = judge.compare(f"{len(prompts)} prompts, {k}, {at}", found, scorers, metric, config)
+    single = {n: {m: stats.interval(v.mean(1)) for m, v in scores[g, n].items()} for n, g in best_at.items()}
+    sweep = {n: {f"{g:g}": stats.interval(best[g, n][metric]) for g in args.guidance} for n in models}
+    sweep = {n: {"best at": f"{best_at[n]:g}"} | of for n, of in sweep.items()}
+    tables = {"One picture a prompt: the mean over all.": single, SWEEP.format(metric): sweep}
+    found["tables"] = tables | ({PUBLISHED: rewards.PUBLISHED} if args.paper else {})
+    judge.write(args.out, found)
 
-    shown = range(min(GRID_ROWS, len(prompts)))
-    rows = [[Image.open(drawn[chosen[name], name][i * args.num_images]) for name in models] for i in shown]
-    viz.save_png(
-        viz.grid(rows, list(models), [prompts[i] for i in shown], 128 if rows[0][0].width < 128 else 192),
-        args.out / "grid.png",
-    )
-    print(judge.markdown(found, more))
+    places = range(0, min(GRID_ROWS, len(prompts)) * args.num_images, args.num_images)
+    rows = [[Image.open(drawn[g, name][i]) for name, g in best_at.items()] for i in places]
+    viz.save_png(viz.grid(rows, list(models), prompts[: len(rows)]), args.out / "grid.png")
+    print(judge.markdown(found))
     print(f"{args.out}: see results.md, results.png, grid.png")
     return found
 
 
 def named(models: list[str]) -> dict[str, tuple[str, str | None]]:
-    """{name: (checkpoint, UNet or None)}: the name is given, or the last part of the path that tells something.
+    """{name: (checkpoint, UNet or None)}: NAME=PATH, or named by the last part of the path that tells something.
 
     A UNet alone, as the authors published theirs, borrows the other parts of the first model.
     """
     found: dict[str, tuple[str, str | None]] = {}
     for model in models:
-        name, given, source = model.partition("=")
-        if not given or "/" in name:
-            parts = [part for part in Path(model).parts if part not in ("checkpoint", "unet")]
-            name, source = Path(parts[-1]).stem if parts else model, model
+        name, _, source = model.partition("=") if re.match(r"[\w.-]+=", model) else ("", "", model)
+        name = name or [part for part in Path("model", source).parts if part not in ("checkpoint", "unet")][-1]
         if name in found:
             raise InputError(f"--models: two are called {name}; give one another name: {name}-2={source}")
         path = weights.locate(source)
-        alone = path.is_dir() and not (path / "vae").exists()
-        found[name] = (next(iter(found.values()))[0], source) if alone and found else (source, None)
+        alone = found and path.is_dir() and not (path / "vae").exists()
+        found[name] = (next(iter(found.values()))[0], source) if alone else (source, None)
     return found
 
 

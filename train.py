@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> dict:
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
         results = report.judge_models(args, this_run, player) if args.world and args.score != "none" else None
         if results:
-            print("\n" + judge.markdown(results))
+            print("\n" + judge.markdown(results, brief=True))
     files = ["samples/grid.png", "curves.png", "results.md", "results.png"]
     there = [name for name in files if (this_run.folder / name).exists()]
     print(f"{args.out}: see {', '.join(there)}; models are in */checkpoint")

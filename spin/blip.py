@@ -10,17 +10,15 @@ import unicodedata
 import torch
 from torch import Tensor, nn
 
-# The published sizes: ViT-L/16 at 224 px, and BERT-base with two tokens of BLIP's own.
-VISION = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-VISION |= {"image_size": 224, "patch_size": 16}
-TEXT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-TEXT |= {"vocab_size": 30524, "max_position_embeddings": 512}
 LENGTH = 35  # tokens of a prompt, the first and the last included
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's answers on what it was trained on
 
 
 class ImageReward(nn.Module):
-    """A picture and a prompt -> how much people would like the one for the other: about 0 +- 1."""
+    """A picture and a prompt -> how much people would like the one for the other: about 0 +- 1.
+
+    vision, text: sizes, under transformers' names; the published ones are in scorers.json.
+    """
 
     def __init__(self, vision: dict, text: dict):
         super().__init__()

@@ -131,26 +131,32 @@ def claims(scores: dict[str, dict[str, np.ndarray]], metric: str) -> list[dict]:
     return found
 
 
-def write(folder: Path, found: dict, more: Sequence[str] = ()) -> None:
-    """results.json, .md and .png. more: paragraphs of the .md."""
+def write(folder: Path, found: dict) -> None:
+    """results.json, .md and .png."""
     first, *others = found["models"]
     gains = {first: dict.fromkeys(found["models"][first], {"mean": 0.0, "low": 0.0, "high": 0.0})}
     gains |= {name: found["differences"][f"{name} - {first}"] for name in others}
     gains = {name: {f"{metric}, less {first}'s": of[metric] for metric in of} for name, of in gains.items()}
     viz.save_png(viz.interval_charts(gains), folder / "results.png")
     with run.whole(folder / "results.md") as part:
-        part.write_text(markdown(found, more))
+        part.write_text(markdown(found))
     run.write_json(folder / "results.json", found)  # last: its presence says that the others are there
 
 
-def markdown(found: dict, more: Sequence[str] | None = None) -> str:
-    """results.md: tables, and in plain words what they say. more: further paragraphs; None: only the most important."""
+def markdown(found: dict, brief: bool = False) -> str:
+    """results.md: what results.json says, in tables and plain words. brief: the first table and the verdicts alone."""
     metric, models, differences = found["metric"], found["models"], found["differences"]
-    paragraphs = [f"# {found['title']}", stats.markdown(models), *(more or ())]
-    if differences and more is not None:
-        paragraphs += ["Differences, paired by prompt.", stats.markdown(differences, sign="+")]
-        paragraphs += ["\n".join(f"- {name}: {stats.verdicts(differences, name)}" for name in [*models.values()][0])]
-        for name in [*models.values()][0]:
+    paragraphs = [f"# {found['title']}", stats.markdown(models)]
+    if not brief:
+        medians = {name: {m: summary["median"] for m, summary in of.items()} for name, of in models.items()}
+        paragraphs += ["Medians.", stats.markdown(medians)]
+        for title, rows in found.get("tables", {}).items():
+            paragraphs += [title, stats.markdown(rows)]
+        metrics = list(next(iter(models.values())))
+        if differences:
+            paragraphs += ["Differences, paired by prompt.", stats.markdown(differences, sign="+")]
+            paragraphs += ["\n".join(f"- {name}: {stats.verdicts(differences, name)}" for name in metrics)]
+        for name in metrics if differences else ():
             paragraphs += [f"How often a line's model is better than a column's, by {name}; ties count one half."]
             paragraphs += [stats.markdown(stats.win_rates(found, name), 2)]
     said = "{claim}: this {verdict}, the difference being {mean:+.3f} [{low:+.3f}, {high:+.3f}]."

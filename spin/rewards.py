@@ -4,6 +4,7 @@ Published checkpoints are read in their published layouts, strictly, from a fold
 float32. Scales are as published: PickScore and CLIP score are about 100 times a cosine, HPS is the cosine itself.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +20,9 @@ from spin.run import InputError, hash_files, read_text
 from spin.text import Names, Tokenizer, names
 from spin.weights import build, compare, download, fill, read_file
 
-# scorer -> its files, (repository on the hub, file), and the architecture's name in open_clip
-CLIP = ("openai/clip-vit-large-patch14", "model.safetensors")
-FILES = {
-    "toy": [],
-    "pickscore": [("yuvalkirstain/PickScore_v1", "model.safetensors")],
-    "hps": [("xswu/HPSv2", "HPS_v2_compressed.pt")],
-    "aesthetic": [CLIP, ("camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth")],
-    "clip": [CLIP],
-    "imagereward": [("THUDM/ImageReward", "ImageReward.pt"), ("google-bert/bert-base-uncased", "vocab.txt")],
-}
-ARCHITECTURES = {"pickscore": "ViT-H-14", "hps": "ViT-H-14", "aesthetic": "ViT-L-14-quickgelu"}
-ARCHITECTURES |= {"clip": "ViT-L-14-quickgelu"}
+# Each scorer's files, (repository on the hub, file); its CLIP's name in open_clip; the sizes of ImageReward's networks;
+# what the paper published.
+FILES, CLIPS, VISION, TEXT, PUBLISHED = json.loads(Path(__file__).with_name("scorers.json").read_text()).values()
 SIDE = 224  # pixels that every network sees
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -57,9 +49,9 @@ def load(name: str, folder: str | Path | None = None, device: str = "cpu") -> Sc
         return Scorer(name, score_toy, hash_files([Path(toy.__file__)]), toy.METRICS, "reward", toy.LESS_IS_BETTER)
     tensors = read_file(paths[0])
     if name == "imagereward":
-        reward, tokenizer = load_imagereward(tensors, paths[0], device, blip.VISION, blip.TEXT), read_vocab(paths[1])
+        reward, tokenizer = load_imagereward(tensors, paths[0], device, VISION, TEXT), read_vocab(paths[1])
     else:
-        clip, tokenizer = load_clip(open_clip_config(ARCHITECTURES[name]), tensors, paths[0], device), Tokenizer()
+        clip, tokenizer = load_clip(open_clip_config(CLIPS[name]), tensors, paths[0], device), Tokenizer()
     if name == "aesthetic":
         weight, bias = (t.to(device) for t in affine(read_file(paths[1]), "layers.", clip.visual.output_dim, paths[1]))
 
@@ -116,14 +108,8 @@ def load_clip(config: dict, tensors: dict[str, Tensor], where: Path, device: str
 
     network = build(lambda config: CLIP(**config), config, where)
     tensors = {name: t for name, t in tensors.items() if not name.endswith("position_ids")}  # 0, 1, 2, ...: older files
-    table = None
-    if "text_model.final_layer_norm.weight" in tensors:
-        tensors |= {
-            name: tensors[name].T for name in tensors if name in ("visual_projection.weight", "text_projection.weight")
-        }
-        text = names("text", i=config["text_cfg"]["layers"])
-        table = [([f"text_model.{name}" for name in theirs], ours) for theirs, ours in text]
-        table += names("clip", i=config["vision_cfg"]["layers"])
+    table = clip_names(config) if any(name.startswith("text_model.") for name in tensors) else None
+    tensors |= {name: t.T for name, t in tensors.items() if name.endswith("_projection.weight")}
     fill(network, tensors, where, torch.float32, device, table)
     length = config["text_cfg"].get("context_length", 77)
     network.attn_mask = torch.full((length, length), float("-inf"), device=device).triu(1)  # in no checkpoint
@@ -132,9 +118,9 @@ def load_clip(config: dict, tensors: dict[str, Tensor], where: Path, device: str
 
 def clip_names(config: dict) -> Names:
     """transformers' CLIPModel -> open_clip's CLIP; the two projections are transposed besides."""
-    text = names("text", i=config["text_cfg"]["layers"])
-    text = [([f"text_model.{name}" for name in theirs], ours) for theirs, ours in text]
-    return text + names("clip", i=config["vision_cfg"]["layers"])
+    text, vision = (config[f"{part}_cfg"]["layers"] for part in ("text", "vision"))
+    prefixed = [([f"text_model.{name}" for name in theirs], ours) for theirs, ours in names("text", i=text)]
+    return prefixed + names("clip", i=vision)
 
 
 def load_imagereward(tensors: dict[str, Tensor], where: Path, device: str, vision: dict, text: dict):
@@ -142,10 +128,8 @@ def load_imagereward(tensors: dict[str, Tensor], where: Path, device: str, visio
     unused = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
     head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("mlp.")}
-    weight, bias = affine(head, "mlp.layers.", text["hidden_size"], where)
-    tensors |= {"head.weight": weight, "head.bias": bias}
+    tensors |= zip(("head.weight", "head.bias"), affine(head, "mlp.layers.", text["hidden_size"], where))
     table = names("blip", v=vision["num_hidden_layers"], t=text["num_hidden_layers"])
-    table += [([name], name) for name in ("head.weight", "head.bias")]
     return fill(network, tensors, where, torch.float32, device, table).requires_grad_(False)
 
 
@@ -174,25 +158,24 @@ def read_vocab(path: Path) -> blip.WordPiece:
 
 
 # ---- Pictures -> [N,3,224,224] ---------------------------------------------------------------------------------------
-def normalised(pixels: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return (pixels - mean) / std
-
-
 def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def normalised(pixels: list[Tensor]) -> Tensor:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return (torch.stack(pixels) - mean) / std
 
 
 def clip_pixels(pictures: list[Image.Image]) -> Tensor:
     """The short side to SIDE by Pillow's bicubic, in 8 bits, then the square in the middle: CLIP's and BLIP's way."""
     found = []
     for picture in pictures:
-        short = min(picture.size)
-        width, height = (SIDE * length // short for length in picture.size)
+        width, height = (SIDE * length // min(picture.size) for length in picture.size)
         left, top = (width - SIDE) // 2, (height - SIDE) // 2
         resized = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         found.append(to_tensor(resized.crop((left, top, left + SIDE, top + SIDE))))
-    return normalised(torch.stack(found))
+    return normalised(found)
 
 
 def hps_pixels(pictures: list[Image.Image]) -> Tensor:
@@ -203,8 +186,7 @@ def hps_pixels(pictures: list[Image.Image]) -> Tensor:
     found = []
     for picture in pictures:
         height, width = (round(length * SIDE / max(picture.size)) for length in picture.size[::-1])
-        size = {"size": (height, width), "mode": "bicubic", "antialias": True}
         left, top = (SIDE - width) // 2, (SIDE - height) // 2
-        resized = F.interpolate(to_tensor(picture)[None], **size)[0]
+        resized = F.interpolate(to_tensor(picture)[None], (height, width), mode="bicubic", antialias=True)[0]
         found.append(F.pad(resized, (left, SIDE - width - left, top, SIDE - height - top)))
-    return normalised(torch.stack(found))
+    return normalised(found)

@@ -8,7 +8,7 @@ import tiny
 import torch
 from hypothesis import settings
 
-from spin import blip, rewards, weights
+from spin import rewards, weights
 
 settings.register_profile("spin", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("spin")
@@ -52,8 +52,8 @@ def small_scorers(monkeypatch) -> None:
     config = tiny.clip_config(tiny.REWARDS["pickscore.tiny.config"])
     monkeypatch.setattr(rewards, "open_clip_config", lambda name: config)
     monkeypatch.setattr(rewards, "SIDE", 56)
-    monkeypatch.setattr(blip, "VISION", vision | {"image_size": 56, "patch_size": 14})
-    monkeypatch.setattr(blip, "TEXT", text)
+    monkeypatch.setattr(rewards, "VISION", vision | {"image_size": 56, "patch_size": 14})
+    monkeypatch.setattr(rewards, "TEXT", text)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import train
 from spin import judge, rewards, sampler, toy, viz
 from spin.run import InputError
 
+SINGLE = "One picture a prompt: the mean over all."
 FEW = "--num-prompts 10 --num-images 2 --batch-size 20 --device cpu".split()
 
 
@@ -58,7 +59,7 @@ def test_what_a_run_is_told_of(evaluated):
     for of in found["models"].values():
         assert list(of) == list(toy.METRICS)
         assert all(s["low"] <= s["mean"] <= s["high"] and s["n"] == 10 and "median" in s for s in of.values())
-    for name, of in found["single"].items():
+    for name, of in found["tables"][SINGLE].items():
         assert of["reward"]["mean"] < found["models"][name]["reward"]["mean"], "the best of two is better than one"
     [(name, of)] = found["differences"].items()
     gap = found["models"]["spin-1"]["reward"]["mean"] - found["models"]["base"]["reward"]["mean"]
@@ -71,7 +72,7 @@ def test_what_a_run_is_told_of(evaluated):
     assert text.startswith("# 10 prompts, the best of 2 pictures each, guidance 3\n")
     assert "| spin-1 - base |" in text and "- reward: resolved: " in text and "Medians." in text
     assert Image.open(out / "results.png").width == 920
-    assert Image.open(out / "grid.png").size == (190 + 2 * 134, 25 + 6 * 134)
+    assert Image.open(out / "grid.png").size == (190 + 2 * 198, 25 + 6 * 198)
 
 
 def test_every_picture_says_how_it_was_made_and_sample_draws_it_again(evaluated, toy_run, tmp_path):
@@ -154,14 +155,13 @@ def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(evaluated, toy_run
 
 def test_the_sweep_takes_each_model_at_its_best(evaluated, toy_run):
     found = evaluate.main([str(toy_run), *FEW, "--guidance", "1", "3"])
-    for name, of in found["sweep"].items():
-        assert list(of) == ["1", "3"]
-        best = max(of, key=lambda g: of[g]["reward"]["mean"])
-        assert f"{found['best_guidance'][name]:g}" == best
-        assert found["models"][name]["reward"]["mean"] == of[best]["reward"]["mean"]
-    assert found["sweep"]["base"]["3"]["reward"] == {
-        k: v for k, v in evaluated[1]["models"]["base"]["reward"].items() if k != "median"
-    }
+    sweep = found["tables"][evaluate.SWEEP.format("reward")]
+    for name, of in sweep.items():
+        assert list(of) == ["best at", "1", "3"]
+        best = max(("1", "3"), key=lambda g: of[g]["mean"])
+        assert f"{found['config']['best_guidance'][name]:g}" == best == of["best at"]
+        assert found["models"][name]["reward"]["mean"] == of[best]["mean"]
+        assert of["3"]["mean"] == evaluated[1]["models"][name]["reward"]["mean"]
     assert "The reward over guidance." in (evaluated[0] / "results.md").read_text()
 
 
@@ -215,7 +215,7 @@ def test_the_papers_metrics(tiny_folder, tiny2_folder, prompts, scorers, small_s
         values = by_hand[m][np.arange(3), picked]
         assert found["models"]["model"][m]["mean"] == pytest.approx(values.mean(), abs=1e-4)
         assert found["models"]["model"][m]["median"] == pytest.approx(np.median(values), abs=1e-4)
-        assert found["single"]["model"][m]["mean"] == pytest.approx(by_hand[m].mean(), abs=1e-4)
+        assert found["tables"][SINGLE]["model"][m]["mean"] == pytest.approx(by_hand[m].mean(), abs=1e-4)
     printed = capsys.readouterr().out
     assert "Published, not measured here" in printed and "| SPIN-3 | 22.00 | 6.25 | 91.6 % | 70.2 % |" in printed
 

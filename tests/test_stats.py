@@ -123,9 +123,9 @@ def test_less_is_better_where_one_says_so():
 
 def test_the_report_says_what_the_numbers_say(tmp_path):
     found = judge.compare("a title", rewards(**STORY), [], "reward", {"seed": 3})
-    judge.write(tmp_path, found, ["more"])
+    judge.write(tmp_path, found | {"tables": {"more": {"a": {"b": 1.0}}}})
     text = (tmp_path / "results.md").read_text()
-    assert text.startswith("# a title\n") and "\n\nmore\n\n" in text
+    assert text.startswith("# a title\n") and "\n\nmore\n\n|  | b |\n" in text
     assert "SPIN-1 beats SFT: this holds, the difference being +0.0" in text
     [line] = [line for line in text.splitlines() if line.startswith("| spin-3 - base ")]
     assert "| +0.299 [+0.29" in line
@@ -133,7 +133,7 @@ def test_the_report_says_what_the_numbers_say(tmp_path):
     assert line == "| spin-3 | 1.00 [1.00, 1.00]" + " | 1.00 [1.00, 1.00]" * 4 + " |  |"
     assert "- reward: resolved: sft > base, dpo > base, " in text
     assert (tmp_path / "results.png").stat().st_size > 1000
-    brief = judge.markdown(found)
+    brief = judge.markdown(found, brief=True)
     assert "spin-3 - base" not in brief and "SPIN-1 beats SFT" in brief and "more" not in brief
     assert stats.markdown({"m": {"r": interval(np.full(4, 2.0))}}, 1).splitlines()[-1] == "| m | 2.0 [2.0, 2.0] |"
 
