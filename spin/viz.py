@@ -14,6 +14,7 @@ from spin.run import whole
 INK, PALE, PAPER = (32, 32, 36), (200, 200, 206), (255, 255, 255)
 LEFT, TOP, RIGHT, BOTTOM = 76, 34, 14, 30  # pixels around a chart
 COLOURS = [(31, 105, 180), (214, 90, 24), (34, 139, 76), (150, 60, 160), (120, 120, 120)]
+Lines = dict[str, Sequence[float]]  # {line name: values over steps 1, 2, ...}
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -21,22 +22,18 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def parameters(prompt: str, size: tuple[int, int], settings: dict) -> str:
-    """How a picture was made, in the three lines that Stable Diffusion programs write to and read from a PNG.
-
-    settings: {"Seed": 1, ...}; its "Negative prompt", if it has one that is not empty, gets a line of its own.
-    """
-    settings = settings | {"Size": f"{size[0]}x{size[1]}"}
-    negative_prompt = settings.pop("Negative prompt", "")
-    lines = [prompt, f"Negative prompt: {negative_prompt}"] if negative_prompt else [prompt]
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
-
-
 def save_png(picture: Image.Image, path: Path, prompt: str = "", settings: dict | None = None) -> None:
-    """Whole or not at all. settings, and prompt: how it was made, for the PNG's text chunk "parameters"."""
+    """Whole or not at all. prompt, and settings, {"Seed": 1, ...}: how it was made, for its text chunk "parameters".
+
+    In the three lines that Stable Diffusion programs write and read: the second, if not empty, of "Negative prompt".
+    """
     info = PngImagePlugin.PngInfo()
     if settings is not None:
-        info.add_itxt("parameters", parameters(prompt, picture.size, settings))
+        settings = settings | {"Size": f"{picture.width}x{picture.height}"}
+        negative_prompt = settings.pop("Negative prompt", "")
+        lines = [prompt, f"Negative prompt: {negative_prompt}"] if negative_prompt else [prompt]
+        lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
+        info.add_itxt("parameters", "\n".join(lines))
     with whole(path) as part:
         picture.save(part, format="PNG", pnginfo=info)
 
@@ -68,12 +65,9 @@ def grid(
 
 
 def line_charts(
-    panels: dict[str, dict[str, Sequence[float]]], marks: Sequence[int] = (), width: int = 460, height: int = 240
+    panels: dict[str, Lines], marks: Sequence[int] = (), width: int = 460, height: int = 240
 ) -> Image.Image:
-    """One panel beside another, two a row: {panel title: {line name: values over steps 1, 2, ...}}.
-
-    Values that are not finite are left out. `marks`: steps after which a vertical line is drawn (ends of iterations).
-    """
+    """A panel for each title, two a row; at steps in `marks` a vertical line. Values not finite are left out."""
     return two_a_row([line_chart(title, lines, marks, width, height) for title, lines in panels.items()])
 
 
@@ -98,10 +92,7 @@ def axes(title: str, values: Sequence[float], width: int, height: int):
     draw = ImageDraw.Draw(panel)
     low, high = min(values, default=0.0), max(values, default=0.0)
     pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-
-    def level(y: float) -> float:
-        return height - BOTTOM - (y - low + pad) / (high - low + 2 * pad) * (height - BOTTOM - TOP)
-
+    level = lambda y: height - BOTTOM - (y - low + pad) / (high - low + 2 * pad) * (height - BOTTOM - TOP)  # noqa: E731
     draw.text((LEFT, 6), title, INK, font)
     for y in sorted({low, (low + high) / 2, high}):
         draw.line([(LEFT, level(y)), (width - RIGHT, level(y))], PALE)
@@ -109,9 +100,7 @@ def axes(title: str, values: Sequence[float], width: int, height: int):
     return panel, draw, font, level
 
 
-def line_chart(
-    title: str, lines: dict[str, Sequence[float]], marks: Sequence[int], width: int, height: int
-) -> Image.Image:
+def line_chart(title: str, lines: Lines, marks: Sequence[int], width: int, height: int) -> Image.Image:
     finite = [y for values in lines.values() for y in values if math.isfinite(y)]
     panel, draw, font, level = axes(title, finite, width, height)
     count = max(2, *(len(values) for values in lines.values()))
