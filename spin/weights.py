@@ -67,8 +67,8 @@ def load(
     text_config, tensors, where = read_part(path, "text_encoder", single)
     if single:
         kind = original.config_of(single)
-        tokenizer, schedule = Tokenizer(None, "!" if kind is original.SD_2 else EOS), kind["scheduler"]
-        schedule = schedule | original.said_of_schedule(path)
+        tokenizer = Tokenizer(None, "!" if kind is original.SD_2 else EOS)
+        schedule = kind["scheduler"] | original.said_of_schedule(path)
     else:
         tokenizer = load_tokenizer(path / "tokenizer", text_config.get("max_position_embeddings", 77))
         schedule = read_config(path / "scheduler" / "scheduler_config.json", "scheduler")
@@ -104,17 +104,17 @@ def read_part(path: Path, part: str, single: dict | None = None) -> tuple[dict, 
         config = kind[part]
         if part != "text_encoder":
             ours = list(build(NETWORKS[part], config, path).state_dict())
-            return config, original.from_original(part, tensors, ours, config), path
-        found = original.under(original.TEXT_1, tensors)
-        if kind is original.SD_2:
+            found = original.from_original(part, tensors, ours, config)
+        elif kind is original.SD_2:
             found = from_tower(original.under(original.TEXT_2, tensors), config["num_hidden_layers"])
+        else:
+            found = original.under(original.TEXT_1, tensors)
     else:
         path = path if part == "unet" and (path / "config.json").exists() else path / part
         config = read_config(path / "config.json", part)
         tensors = read_tensors(path, "model" if part == "text_encoder" else "diffusion_pytorch_model")
-        found = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-        for old, new in OLD_VAE_NAMES.items() if part == "vae" else ():
-            found = {name.replace(old, new): tensor for name, tensor in found.items()}
+        old = OLD_VAE_NAMES if part == "vae" else {}
+        found = {original.renamed(name.removeprefix("text_model."), old): tensor for name, tensor in tensors.items()}
         if len(found) < len(tensors):
             raise InputError(f"{path}: holds some tensors twice, under an older and a newer name")
     found.pop("embeddings.position_ids", None)  # the numbers 0..76, which older transformers stored
@@ -141,8 +141,8 @@ def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
         raise InputError(f"{source}: no such folder or file, and no hub id, which is like org/name")
     from huggingface_hub import snapshot_download
 
-    wanted = [f"{part}/{name}" for part in parts for name in ("*.json", "*.txt", "diffusion_pytorch_model", "model")]
-    wanted = [name if "." in name else f"{name}.safetensors" for name in wanted]
+    names = ("*.json", "*.txt", "diffusion_pytorch_model.safetensors", "model.safetensors")
+    wanted = [f"{part}/{name}" for part in parts for name in names]
     try:
         folder = Path(snapshot_download(str(source), allow_patterns=wanted))
         if not any((folder / parts[0]).glob("*.safetensors")):
@@ -156,6 +156,7 @@ def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
 
 def load_tokenizer(folder: Path, length: int = 77) -> Tokenizer:
     """From vocab.json + merges.txt or tokenizer.json; CLIP's own where the folder has neither."""
+    merges = vocab = None
     if (folder / "merges.txt").exists() or (folder / "vocab.json").exists():
         # an empty line, the last one above all, would count as a merge and shift the ids of the special tokens
         first, *lines = read_text(folder / "merges.txt").split("\n")
@@ -168,8 +169,6 @@ def load_tokenizer(folder: Path, length: int = 77) -> Tokenizer:
             vocab = model["vocab"]
         except (KeyError, TypeError):
             raise InputError(f"{folder / 'tokenizer.json'}: no model.vocab and model.merges as CLIP's has") from None
-    else:
-        merges = vocab = None
     try:
         tokenizer = Tokenizer(merges, find_pad_token(folder), length)
     except (KeyError, TypeError, ValueError) as error:
@@ -245,16 +244,13 @@ def fill(network: nn.Module, tensors: dict[str, Tensor], where: Path, dtype: tor
 
 def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], where: Path) -> None:
     """InputError unless names and shapes are the same, with at most five names of each kind of difference."""
-    reshaped = [
-        f"{name} is {list(found[name].shape)}, not {list(wanted[name].shape)}"
-        for name in found.keys() & wanted.keys()
-        if found[name].shape != wanted[name].shape
-    ]
-    differences = {"missing": wanted.keys() - found.keys(), "unexpected": found.keys() - wanted.keys()}
-    differences["of another shape"] = reshaped
-    found_any = [f"{len(names)} {kind} ({listed(sorted(names))})" for kind, names in differences.items() if names]
-    if found_any:
-        raise InputError(f"{where}: its tensors are not those of its config: {'; '.join(found_any)}")
+    reshaped = [name for name in found.keys() & wanted.keys() if found[name].shape != wanted[name].shape]
+    reshaped = [f"{name} is {list(found[name].shape)}, not {list(wanted[name].shape)}" for name in reshaped]
+    missing, unexpected = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    differences = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    said = [f"{len(names)} {kind} ({listed(sorted(names))})" for kind, names in differences.items() if names]
+    if said:
+        raise InputError(f"{where}: its tensors are not those of its config: {'; '.join(said)}")
 
 
 def listed(names: list[str]) -> str:
@@ -264,16 +260,14 @@ def listed(names: list[str]) -> str:
 # ---- Out -------------------------------------------------------------------------------------------------------------
 def save(sd: StableDiffusion, folder: str | Path) -> None:
     """Writes the diffusers layout; StableDiffusionPipeline.from_pretrained opens it, `load` gives back every bit."""
-    folder = Path(folder)
-    encoder = sd.text_encoder
+    folder, encoder = Path(folder), sd.text_encoder
+    config = sd.unet.config | {"_class_name": "UNet2DConditionModel"}
+    save_network(folder / "unet", config, "diffusion_pytorch_model", sd.unet.state_dict())
+    config = sd.vae.config | {"_class_name": "AutoencoderKL", "scaling_factor": sd.vae.scaling_factor}
+    save_network(folder / "vae", config, "diffusion_pytorch_model", sd.vae.state_dict())
+    config = encoder.config | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     text = from_tower(encoder.tower.state_dict(), encoder.config["num_hidden_layers"])
-    text = {f"text_model.{name}": tensor for name, tensor in text.items()}
-    unet_config = sd.unet.config | {"_class_name": "UNet2DConditionModel"}
-    save_network(folder / "unet", unet_config, "diffusion_pytorch_model", sd.unet.state_dict())
-    vae_config = sd.vae.config | {"_class_name": "AutoencoderKL", "scaling_factor": sd.vae.scaling_factor}
-    save_network(folder / "vae", vae_config, "diffusion_pytorch_model", sd.vae.state_dict())
-    text_config = encoder.config | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
-    save_network(folder / "text_encoder", text_config, "model", text)
+    save_network(folder / "text_encoder", config, "model", {f"text_model.{name}": text[name] for name in text})
     save_tokenizer(folder / "tokenizer", encoder.tokenizer)
     schedule = {"_class_name": "DDIMScheduler"} | sd.scheduler.config
     write_json(folder / "scheduler" / "scheduler_config.json", schedule)
@@ -287,9 +281,8 @@ def save(sd: StableDiffusion, folder: str | Path) -> None:
 def save_network(folder: Path, config: dict, stem: str, tensors: dict[str, Tensor]) -> None:
     # the type of the file that was read, perhaps; the tensors say their own
     write_json(folder / "config.json", {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole(folder / f"{stem}.safetensors") as part:
-        save_file(tensors, part, metadata={"format": "pt"})
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -307,14 +300,12 @@ def save_single(sd: StableDiffusion, path: str | Path) -> None:
     """One .safetensors file in the original layout, as other programs read it; `load` gives back every bit."""
     if sd.unet.config["block_out_channels"] != original.SD_1["unet"]["block_out_channels"]:
         raise InputError(f"{path}: a single file says no sizes, so only models of Stable Diffusion's can be one")
-    tensors = {}
-    for part, network in (("unet", sd.unet), ("vae", sd.vae)):
-        tensors |= original.to_original(part, network.state_dict(), network.config)
-    tower, layers = sd.text_encoder.tower.state_dict(), sd.text_encoder.config["num_hidden_layers"]
-    if sd.text_encoder.config.get("hidden_act", "quick_gelu") == "gelu":
-        tensors |= {original.TEXT_2 + name: tensor for name, tensor in tower.items()}
-    else:
-        tensors |= {original.TEXT_1 + name: tensor for name, tensor in from_tower(tower, layers).items()}
+    prefix, text, config = original.TEXT_2, sd.text_encoder.tower.state_dict(), sd.text_encoder.config
+    if config.get("hidden_act", "quick_gelu") != "gelu":
+        prefix, text = original.TEXT_1, from_tower(text, config["num_hidden_layers"])
+    tensors = original.to_original("unet", sd.unet.state_dict(), sd.unet.config)
+    tensors |= original.to_original("vae", sd.vae.state_dict(), sd.vae.config)
+    tensors |= {prefix + name: tensor for name, tensor in text.items()}
     with whole(Path(path)) as part:
         said = {"format": "pt", original.PREDICTION: sd.scheduler.prediction_type.removesuffix("_prediction")}
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, said)
