@@ -41,10 +41,7 @@ def save_png(picture: Image.Image, path: Path, prompt: str = "", settings: dict 
 def grid(
     rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], captions: Sequence[str], cell: int = 192
 ) -> Image.Image:
-    """A table of pictures: a title over each column, a caption (a prompt) to the left of each row.
-
-    Pictures larger than `cell` pixels are shrunk to it; smaller ones are enlarged pixel by pixel.
-    """
+    """A table of pictures of `cell` pixels: a title over each column, a caption (a prompt) to the left of each row."""
     font, gap, margin, line = ImageFont.load_default(15), 6, 190, 19
     title_height = line + gap if any(columns) else 0
     width = margin + len(columns) * (cell + gap)
