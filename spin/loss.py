@@ -22,10 +22,8 @@ LINKS = {
 
 
 def per_image_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """|prediction - target|^2, the mean over all dimensions of an image: [B,...] twice -> [B] float32.
-
-    Both are cast first: the loss multiplies differences of errors by thousands, and half precision would drown them.
-    """
+    """|prediction - target|^2, the mean over all dimensions of an image: [B,...] twice -> [B] float32."""
+    # cast first: the loss multiplies differences of errors by thousands, and half precision would drown them
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
