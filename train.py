@@ -204,10 +204,7 @@ class Stage:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Returns {"out": run folder, "models": a summary of each one's log, "results": results.json or None} on rank 0.
-
-    With --dry-run {"out", "seconds": the estimate}.
-    """
+    """On rank 0 {"out", "models": a summary of each log, "results": results.json or None}; dry: {"out", "seconds"}."""
     args = parse(argv)
     args.device = run.usable(ranks.own(args.device))
     this_run, rank_0 = run.Run(args.out), ranks.RANK == 0
