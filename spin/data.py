@@ -220,13 +220,10 @@ class LatentShards:
 ORDER, DRAW, GENERATE = range(3)  # streams of random numbers that never meet
 
 
-def entropy(seed: int, *key: int) -> np.random.SeedSequence:
-    return np.random.SeedSequence(seed, spawn_key=key)
-
-
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, iteration: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng(entropy(seed, ORDER, iteration, epoch)).permutation(count)
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(ORDER, iteration, epoch)))
+    return rng.permutation(count)
 
 
 def batch_rows(seed: int, iteration: int, step: int, batch_size: int, count: int) -> list[int]:
@@ -239,7 +236,7 @@ def draw(seed: int, iteration: int, step: int, place: int, shape: tuple[int, ...
     """What is random in a pair of a batch: t in 0..timesteps-1, flip and drop in [0,1), and three normals [*shape]:
     eps, posterior, and eps_gen for the generated image where that is not to share eps.
     """
-    rng = np.random.default_rng(entropy(seed, DRAW, iteration, step, place))
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(DRAW, iteration, step, place)))
     drawn = {"t": torch.tensor(int(rng.integers(timesteps))), "flip": torch.tensor(rng.random())}
     for name in ("eps", "posterior", "eps_gen"):
         drawn[name] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
@@ -248,5 +245,5 @@ def draw(seed: int, iteration: int, step: int, place: int, shape: tuple[int, ...
 
 def generator(seed: int, iteration: int, row: int) -> torch.Generator:
     """The noise that the opponent's image for a data row begins with."""
-    state = entropy(seed, GENERATE, iteration, row).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence(seed, spawn_key=(GENERATE, iteration, row)).generate_state(1, np.uint64)[0]
     return torch.Generator("cpu").manual_seed(int(state >> 1))
