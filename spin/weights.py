@@ -169,22 +169,17 @@ def load_tokenizer(folder: Path, length: int = 77) -> Tokenizer:
             vocab = model["vocab"]
         except (KeyError, TypeError):
             raise InputError(f"{folder / 'tokenizer.json'}: no model.vocab and model.merges as CLIP's has") from None
+    files = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
     try:
-        tokenizer = Tokenizer(merges, find_pad_token(folder), length)
+        tokens = (read_json(file).get("pad_token") for file in files if file.exists())
+        pad = next((token for token in tokens if token is not None), EOS)
+        tokenizer = Tokenizer(merges, pad["content"] if isinstance(pad, dict) else pad, length)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: not a tokenizer like CLIP's: {error}") from None
     if vocab is not None and vocab != tokenizer.vocab:
         odd = sorted(token for token in vocab | tokenizer.vocab if vocab.get(token) != tokenizer.vocab.get(token))
         raise InputError(f"{folder}: its vocabulary is not the one its merges make, as CLIP's is: {listed(odd)}")
     return tokenizer
-
-
-def find_pad_token(folder: Path) -> str:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = read_json(folder / name).get("pad_token") if (folder / name).exists() else None
-        if token is not None:
-            return token["content"] if isinstance(token, dict) else token
-    return EOS
 
 
 def read_config(path: Path, part: str) -> dict:
