@@ -134,7 +134,6 @@ class UNet(nn.Module):
             self.down_blocks.append(block)
 
         self.mid_block = MidLevel(channels[-1], norm, transformer(-1), temb_channels)
-
         self.up_blocks = nn.ModuleList()
         for level, name in zip(reversed(range(len(channels))), config["up_block_types"], strict=True):
             width, before = channels[level], channels[min(level + 1, len(channels) - 1)]
