@@ -28,8 +28,7 @@ class InputError(ValueError):
 def whole(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` at which to make a file or a folder; renames it into place if the block succeeds.
 
-    Whatever happens in between, `path` holds what it held before, or all of what it holds after. A file takes the
-    place of an older one; a folder must not exist yet. Raises InputError where the disk refuses.
+    Until then `path` holds what it held before. A folder must not exist yet. InputError where the disk refuses.
     """
     part = path.with_name(f".{path.name}.part")
     try:
