@@ -88,13 +88,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         """A flag whose default is the preset's, where it has one."""
         name = flag.strip("-").replace("-", "_")
         source = {"toy": ", tuned" * (name in TUNED["all"]), "paper": ", assumed" * (name in ASSUMED), "default": ""}
-        values = {preset: of[name] for preset, of in PRESETS.items() if name in of} or {
-            "default": kwargs.get("default")
-        }
-        defaults = []
-        for preset, value in values.items():
-            shown = " ".join(f"{x:g}" if isinstance(x, float) else f"{x}" for x in np.atleast_1d(value).tolist())
-            defaults += [] if value is None else [f"{preset}: {shown}{source[preset]}"]
+        defaults, presets = [], PRESETS if name in PAPER else {"default": {name: kwargs.get("default")}}
+        for preset, values in presets.items():
+            value = np.atleast_1d(values[name]).tolist()
+            shown = " ".join(f"{x:g}" if isinstance(x, float) else f"{x}" for x in value)
+            defaults += [] if value == [None] else [f"{preset}: {shown}{source[preset]}"]
         help += f" ({'; '.join(defaults)})" if defaults else ""
         parser.add_argument(flag, help=help, **({"default": argparse.SUPPRESS} if name in PAPER else {}), **kwargs)
 
