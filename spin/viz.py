@@ -14,7 +14,7 @@ from spin.run import whole
 INK, PALE, PAPER = (32, 32, 36), (200, 200, 206), (255, 255, 255)
 LEFT, TOP, RIGHT, BOTTOM = 76, 34, 14, 30  # pixels around a chart
 COLOURS = [(31, 105, 180), (214, 90, 24), (34, 139, 76), (150, 60, 160), (120, 120, 120)]
-Lines = dict[str, Sequence[float]]  # {line name: values over steps 1, 2, ...}
+Plot = dict[str, Sequence[float]]  # {line name: values over steps 1, 2, ...}
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -61,9 +61,7 @@ def grid(
     return sheet
 
 
-def line_charts(
-    panels: dict[str, Lines], marks: Sequence[int] = (), width: int = 460, height: int = 240
-) -> Image.Image:
+def line_charts(panels: dict[str, Plot], marks: Sequence[int] = (), width: int = 460, height: int = 240) -> Image.Image:
     """A panel for each title, two a row; at steps in `marks` a vertical line. Values not finite are left out."""
     return two_a_row([line_chart(title, lines, marks, width, height) for title, lines in panels.items()])
 
@@ -97,7 +95,7 @@ def axes(title: str, values: Sequence[float], width: int, height: int):
     return panel, draw, font, level
 
 
-def line_chart(title: str, lines: Lines, marks: Sequence[int], width: int, height: int) -> Image.Image:
+def line_chart(title: str, lines: Plot, marks: Sequence[int], width: int, height: int) -> Image.Image:
     finite = [y for values in lines.values() for y in values if math.isfinite(y)]
     panel, draw, font, level = axes(title, finite, width, height)
     count = max(2, *(len(values) for values in lines.values()))
