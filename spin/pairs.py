@@ -49,7 +49,7 @@ def generate(args, sd, images: data.CaptionedImages, generated: data.LatentShard
 
 
 def fill(shards: data.LatentShards, make, batch_size: int, title: str) -> None:
-    """Writes this rank's share of the missing files: what make(rows) returns for batches, the same for any ranks."""
+    """Writes its share of the missing files: what make(rows) returns for batches, the same for any number of ranks."""
     ranks.wait()
     todo = shards.missing()[ranks.RANK :: ranks.WORLD]
     ranks.wait()  # all have looked before one writes, so that they share one list
