@@ -276,8 +276,9 @@ def save(sd: StableDiffusion, folder: str | Path) -> None:
 def save_network(folder: Path, config: dict, stem: str, tensors: dict[str, Tensor]) -> None:
     # the type of the file that was read, perhaps; the tensors say their own
     write_json(folder / "config.json", {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole(folder / f"{stem}.safetensors") as part:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, {"format": "pt"})
+        save_file(tensors, part, metadata={"format": "pt"})
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
