@@ -30,11 +30,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--num-images", type=whole, default=1, help="images a prompt (default: 1)")
     add("--seed", type=run.SEED, default=0, help="seed of a prompt's first image; the next has the next (0)")
     add("--steps", type=whole, help="network evaluations an image (default: 50; with dpm++ 20)")
-    guidance = "guidance scale; 1: none, at half the cost; 0: the negative prompt alone (default: 7.5)"
-    add("--guidance", type=run.number(float, 0), default=7.5, help=guidance)
-    samplers = "ddim; ddpm, ancestral; dpm++, DPM-Solver++(2M), which needs fewer steps (default: ddim)"
-    add("--sampler", choices=SAMPLERS, default="ddim", help=samplers)
-    add("--eta", type=run.number(float, 0, 1), default=0.0, help="share of DDPM's noise in a DDIM step (default: 0)")
+    from_0, share = run.number(float, 0), run.number(float, 0, 1)
+    add("--guidance", type=from_0, default=7.5, help="1: none, at half the cost; 0: only the negative prompt (7.5)")
+    add("--sampler", choices=SAMPLERS, default="ddim", help="ddpm: ancestral; dpm++: needs fewer steps (default: ddim)")
+    add("--eta", type=share, default=0.0, help="share of DDPM's noise in a DDIM step (default: 0)")
     add("--height", type=whole, help="pixels (default: what the UNet was trained at)")
     add("--width", type=whole, help="pixels (default: what the UNet was trained at)")
     add("--batch-size", type=whole, default=1, help="images drawn at once (default: 1)")
@@ -54,16 +53,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> list[Path]:
     """Returns the paths of the pictures, prompt by prompt."""
     args = parse(argv)
-    dtype = getattr(torch, args.dtype)
-    sd = weights.load(args.model, dtype, run.usable(args.device), args.unet)
+    sd = weights.load(args.model, getattr(torch, args.dtype), run.usable(args.device), args.unet)
     if args.save_single:
         weights.save_single(sd, args.save_single)
         print(f"the model is in {args.save_single}")
     seeds = range(args.seed, args.seed + args.num_images)
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
-
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     pictures, paths = [], [Path(args.out, f"{i:05d}.png") for i in range(len(jobs))]
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     settings = {"Steps": args.steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Eta": args.eta}
     settings["Model"] = "/".join(Path(args.unet or args.model).resolve().parts[-2:])  # iter3/checkpoint, say
     settings["Negative prompt"] = args.negative_prompt

@@ -60,13 +60,13 @@ SETTINGS = {
     "seed": (0, 5775709),
 }
 TOY, PAPER = ({name: both[i] for name, both in SETTINGS.items()} for i in (0, 1))
+PRESETS = {"toy": TOY, "paper": PAPER}
 # The paper does not say these. Clipping and mirroring are as in Diffusion-DPO's public code, which also drops a fifth
 # of the prompts; 50 sampling steps as in the authors' demonstration.
 ASSUMED = ("clip", "flip", "prompt_dropout", "sampler", "sampler_steps", "generation_batch", "grid_prompts")
 # Found on the validation prompts by tutorial/tuning.py, with as many trials for each method.
 TUNED = {"spin": ("lr", "beta"), "sft": ("sft_lr",), "dpo": ("dpo_lr", "dpo_beta")}  # a method's
 TUNED |= {"all": sum(TUNED.values(), ()), "spin-trajectory": TUNED["spin"]}
-PRESETS = {"toy": TOY, "paper": PAPER}
 
 # Flags that a run may be continued with other values of: of the first three there are hashes, the others change where
 # and how a step is computed, which can change rounding, but not what is computed.
@@ -75,7 +75,6 @@ MAY_CHANGE += ("opponent_dtype", "micro_batch", "generation_batch", "checkpoint_
 WATCHED = 50  # steps over which the known failure is looked for
 FORGETTING = "both errors have long been up, on real images more than half as much as on generated ones. The policy "
 FORGETTING += "forgets how to denoise, however good its loss: see 'Reading the picture' in tutorial/00_the_map.md"
-
 SOURCES = """toy: chosen so that the story takes minutes on a CPU; tuned: by tutorial/tuning.py on validation prompts;
 paper: from its appendix A; assumed: the paper does not say, see ASSUMED in train.py."""
 
@@ -88,23 +87,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     def add(flag: str, help: str, **kwargs) -> None:
         """A flag whose default is the preset's, where it has one."""
         name = flag.strip("-").replace("-", "_")
-        defaults = []
-        for preset, values in PRESETS.items() if name in PAPER else [("default", kwargs)]:
-            value = values.get(name, values.get("default"))
-            shown = " ".join(f"{x:g}" if isinstance(x, float) else f"{x}" for x in np.atleast_1d(value).tolist())
-            tuned, assumed = name in TUNED["all"], name in ASSUMED
-            source = {"toy": ", tuned" * tuned, "paper": ", assumed" * assumed}.get(preset, "")
-            defaults += [] if value is None else [f"{preset}: {shown}{source}"]
+        source = {"toy": ", tuned" * (name in TUNED["all"]), "paper": ", assumed" * (name in ASSUMED), "default": ""}
+        defaults, presets = [], PRESETS if name in PAPER else {"default": {name: kwargs.get("default")}}
+        for preset, values in presets.items():
+            value = np.atleast_1d(values[name]).tolist()
+            shown = " ".join(f"{x:g}" if isinstance(x, float) else f"{x}" for x in value)
+            defaults += [] if value == [None] else [f"{preset}: {shown}{source[preset]}"]
         help += f" ({'; '.join(defaults)})" if defaults else ""
         parser.add_argument(flag, help=help, **({"default": argparse.SUPPRESS} if name in PAPER else {}), **kwargs)
 
-    models = "theta_0: a checkpoint folder in the diffusers layout, a hub id like org/name, or a single original file"
-    add("--model", f"{models} (default: the miniature world's base)")
+    add("--model", "theta_0: diffusers folder, hub id org/name, or original file (default: the miniature world's base)")
     add("--unet", "another one, or a folder unet/, whose UNet to start from instead of the model's own")
     add("--data", "folder of images with metadata.jsonl: file_name, text (default: the miniature world's curated set)")
     add("--out", "run folder (default: runs/toy, or runs/<name of the data folder>)")
-    presets = "where other flags get their values (default: toy without --model, paper with it)"
-    add("--preset", presets, choices=list(PRESETS))
+    add("--preset", "the other flags' values (default: toy without --model, paper with it)", choices=list(PRESETS))
     losses = "spin: self-play by (C.6); spin-trajectory: by (C.5), on the guided path by which the opponent drew; sft, "
     losses += "dpo: a baseline; all: spin and both (default: all without --data, spin with it)"
     add("--loss", losses, choices=["all", "spin", "spin-trajectory", "sft", "dpo"])
@@ -141,8 +137,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     dtypes = {"choices": ["float32", "bfloat16"]}
     add("--dtype", "what networks compute in; weights stay float32 (default: bfloat16 on CUDA, else float32)", **dtypes)
     add("--opponent-dtype", "of the opponent's weights in training; no answer changes (default: --dtype)", **dtypes)
-    compiling = "compile the loss step: minutes at the start, faster steps on a GPU (default: on CUDA)"
-    add("--compile", compiling, action=argparse.BooleanOptionalAction)
+    on_off = argparse.BooleanOptionalAction
+    add("--compile", "the loss step: minutes at the start, faster steps on a GPU (default: on CUDA)", action=on_off)
     add("--save-every", "steps between states to resume from; 0: at the end only", type=run.number(int, 0), default=50)
     add("--checkpoint-activations", "store fewer activations: less memory, 1/4 more work", action="store_true")
     add("--dry-run", "say what is to do and how long it will take, measured, and stop", action="store_true")
@@ -206,10 +202,7 @@ class Stage:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Returns {"out": run folder, "models": a summary of each one's log, "results": results.json or None} on rank 0.
-
-    With --dry-run {"out", "seconds": the estimate}.
-    """
+    """On rank 0 {"out", "models": a summary of each log, "results": results.json or None}; dry: {"out", "seconds"}."""
     args = parse(argv)
     args.device = run.usable(ranks.own(args.device))
     this_run, rank_0 = run.Run(args.out), ranks.RANK == 0
@@ -246,11 +239,10 @@ def main(argv: list[str] | None = None) -> dict:
                 report.draw_samples(args, this_run, player, images, (model, sd))
 
         # ---- what is to do, and what it costs ------------------------------------------------------------------------
-        done = this_run.promoted()
-        if done:
+        if done := this_run.promoted():
             opponent = player(f"spin-{done}")
-        iterations = range(done + 1, args.iterations + 1) if args.loss not in ("sft", "dpo") else []
-        self_play = [Stage.of(f"spin-{k}", args) for k in iterations]
+        last = 0 if args.loss in ("sft", "dpo") else args.iterations
+        self_play = [Stage.of(f"spin-{k}", args) for k in range(done + 1, last + 1)]
         baselines = [model for model in ("sft", "dpo") if args.loss in ("all", model)]
         baselines = [Stage.of(model, args) for model in baselines if not this_run.checkpoint(model).exists()]
         real = data.LatentShards(cache, range(len(images)))
@@ -299,9 +291,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def leave_out_bad_rows(args, images: data.CaptionedImages, cache: Path) -> None:
-    """Looks at every row of the data, once; those that cannot be used are listed in cache/bad_rows.txt.
+    """Looks at every row of the data, once, and lists in cache/bad_rows.txt those that cannot be used.
 
-    With --skip-bad the others are `images` from now on. Without, InputError if there is one.
+    With --skip-bad the others are `images` from now on; without, InputError if there is one.
     """
     usable, listed = cache / "usable_rows.npy", cache / "bad_rows.txt"
     if ranks.RANK == 0 and not usable.exists():
@@ -327,18 +319,12 @@ def leave_out_bad_rows(args, images: data.CaptionedImages, cache: Path) -> None:
 
 
 def players(args, sd, stage: Stage) -> PolicyStep:
-    """A policy, the copy of sd.unet that is trained, in the step of its loss, with sd.unet as its opponent.
-
-    Which is kept in --opponent-dtype from then on.
-    """
+    """A copy of sd.unet, the policy, in the step of its loss; sd.unet, its opponent, is kept in --opponent-dtype."""
     policy = copy.deepcopy(sd.unet).requires_grad_(True)
     policy.checkpoint_activations = args.checkpoint_activations
     loss_step = {"sft": sft_step, "spin-trajectory": spin_trajectory_step}.get(stage.loss, spin_step)
-    given = {
-        "alphas_cumprod": sd.scheduler.alphas_cumprod.to(args.device),
-        "prediction_type": sd.scheduler.prediction_type,
-        "autocast": getattr(torch, args.dtype),
-    }
+    given = {"alphas_cumprod": sd.scheduler.alphas_cumprod.to(args.device), "autocast": getattr(torch, args.dtype)}
+    given["prediction_type"] = sd.scheduler.prediction_type
     if stage.loss != "sft":
         given["opponent"] = as_autocast_would(sd.unet, getattr(torch, args.opponent_dtype))
         given["beta"] = torch.tensor(stage.beta, device=args.device)
@@ -352,7 +338,7 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
     Begins after the last saved state, if there is one. real, generated: latents of the images and, for self-play, of
     the opponent's. draw(name, model): draws samples.
     """
-    steps, rank_0, source = len(stage.batches), ranks.RANK == 0, args.unet or args.model
+    steps, size, rank_0 = len(stage.batches), args.batch_size, ranks.RANK == 0
     step_of_loss = players(args, sd, stage)
     policy = step_of_loss.policy
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=args.weight_decay, fused=True)
@@ -368,14 +354,12 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
         this_run.rewind_log(stage.model, first - 1)
 
     step_of_loss = ranks.parallel(step_of_loss)
-    share = args.batch_size // ranks.WORLD  # of a batch, this rank's
+    share = size // ranks.WORLD  # of a batch, this rank's
     begin, end = ranks.RANK * share, (ranks.RANK + 1) * share
     recent: deque[tuple[float, float]] = deque(maxlen=WATCHED)
-    title, before, pairs_all = f"training {stage.model}", (first - 1) * args.batch_size, steps * args.batch_size
-    bar = ranks.bar(None, title, pairs_all, unit="pair", initial=before)
+    bar = ranks.bar(None, f"training {stage.model}", steps * size, unit="pair", initial=(first - 1) * size)
 
-    def save(step: int) -> None:
-        # no random state: every draw is a function of the step
+    def save(step: int) -> None:  # no random state: every draw is a function of the step
         state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
         this_run.save_state(stage.model, state)
 
@@ -383,7 +367,7 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
     try:
         for step, (k, s) in enumerate(stage.batches[first - 1 :], start=first):
             began, now = time.perf_counter(), f"{stage.model}, step {step}"
-            rows = data.batch_rows(args.seed, k, s, args.batch_size, len(images))
+            rows = data.batch_rows(args.seed, k, s, size, len(images))
             means: dict[str, torch.Tensor] = {}
             for at in range(begin, end, args.micro_batch):
                 micro = rows[at : min(at + args.micro_batch, end)]
@@ -392,7 +376,7 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
                     loss, metrics = step_of_loss(**batch)
                     (len(micro) / share * loss).backward()
                 for name, value in ({"loss": loss.detach()} | metrics).items():
-                    means[name] = means.get(name, 0.0) + len(micro) / args.batch_size * value.mean()
+                    means[name] = means.get(name, 0.0) + len(micro) / size * value.mean()
                 bar.update(len(micro) * ranks.WORLD)
 
             lr = learning_rate(stage.lr, step, steps, args.warmup)
@@ -402,7 +386,8 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
             line |= {"lr": lr, "grad_norm": grad_norm.item()}
             if not math.isfinite(line["loss"] + line["grad_norm"]):
                 bar.close()
-                last = this_run.checkpoint(f"spin-{k - 1}") if stage.model == f"spin-{k}" and k > 1 else source
+                promoted = stage.model == f"spin-{k}" and k > 1
+                last = this_run.checkpoint(f"spin-{k - 1}") if promoted else args.unet or args.model
                 raise InputError(f"{now}: the loss or its gradient is not finite; last good: {last}")
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -1,5 +1,7 @@
 """The pieces that the UNet and the VAE share. Attribute names are those of diffusers' checkpoints."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,8 +23,37 @@ class ResnetBlock2D(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         if temb is not None:
             h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.conv_shortcut(x) + h
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+Norm = tuple[int, float]  # groups and eps
+Attend = Callable[[], nn.Module] | None  # makes one of a level's attentions; None: the level has none
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by attention where the level has it."""
+
+    def __init__(self, channels_in: list[int], channels: int, norm: Norm, temb_channels=None, attention: Attend = None):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock2D(c, channels, *norm, temb_channels) for c in channels_in)
+        if attention is not None:
+            self.attentions = nn.ModuleList(attention() for _ in channels_in)
+
+    def layer(self, i: int, x: Tensor, temb: Tensor | None = None, *context: Tensor) -> Tensor:
+        x = self.resnets[i](x, temb)
+        return self.attentions[i](x, *context) if hasattr(self, "attentions") else x
+
+
+class MidLevel(nn.Module):
+    """Two residual blocks with attention between them."""
+
+    def __init__(self, channels: int, norm: Norm, attention: Attend, temb_channels: int | None = None):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, *norm, temb_channels) for _ in range(2))
+        self.attentions = nn.ModuleList([attention()])
+
+    def forward(self, x: Tensor, temb: Tensor | None = None, *context: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), *context), temb)
 
 
 class Attention(nn.Module):

@@ -46,12 +46,13 @@ def estimate(args, this_run: run.Run, sd, images, real, stages: list, players: C
                 break
         return f"{count} {what}, {each:.2g} s each: {timedelta(seconds=round(count * each))}", count * each
 
-    passes = (2 if images.pairs else 1) * (2 if args.flip else 1)
+    of_two = args.sampler_steps / 2  # `draw` takes two steps of these
     if count := real.count_missing():
+        passes = (1 + images.pairs) * (1 + bool(args.flip))
         yield measured("real images to encode", count, pairs.ENCODE_BATCH, encode, passes)
     self_play = [stage for stage in stages if stage.loss.startswith("spin")]
     if count := sum(pairs.shards_of(args, this_run, stage, images).count_missing() for stage in self_play):
-        yield measured("images for the opponent to draw", count, args.generation_batch, draw, args.sampler_steps / 2)
+        yield measured("images for the opponent to draw", count, args.generation_batch, draw, of_two)
     for stage in {stage.loss: stage for stage in stages}.values():
         same = [other for other in stages if other.loss == stage.loss]
         if left := sum(len(other.batches) - this_run.steps_saved(other.model) for other in same):
@@ -62,6 +63,4 @@ def estimate(args, this_run: run.Run, sd, images, real, stages: list, players: C
         models = len(stages) + len(report.models_of(args, this_run))
         pictures += models * args.score_images * len(toy.split()[args.score])
     if pictures:
-        yield measured(
-            "pictures for grids and scores", pictures, args.generation_batch, draw, args.sampler_steps / 2, 1
-        )
+        yield measured("pictures for grids and scores", pictures, args.generation_batch, draw, of_two, share=1)

@@ -37,8 +37,7 @@ class CaptionedImages:
 
     def __init__(self, folder: str | Path, resolution: int, pairs: bool = False, first: int | None = None):
         self.folder, self.resolution, self.pairs = Path(folder), resolution, pairs
-        self.root = self.folder.resolve()
-        self.metadata = self.folder / "metadata.jsonl"
+        self.root, self.metadata = self.folder.resolve(), self.folder / "metadata.jsonl"
         try:
             self.rows = np.fromiter(islice(self.find_rows(), first), dtype=np.dtype((np.int64, 2)))
         except OSError:
@@ -79,8 +78,7 @@ class CaptionedImages:
             raise InputError(f"{where}: an empty caption")
         if self.pairs and not row.get("rejected_file_name"):
             raise InputError(f"{where}: no rejected_file_name, which DPO needs")
-        names = [name, row["rejected_file_name"]] if self.pairs else [name]
-        return caption, [self.locate(name, where) for name in names]
+        return caption, [self.locate(each, where) for each in [name, row.get("rejected_file_name")][: 1 + self.pairs]]
 
     def locate(self, name, where: str) -> Path:
         path = self.folder / str(name)
@@ -165,15 +163,14 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     text = read_text(path)
+    lines = [line for line in text.split("\n") if line.strip()]
     try:
         if path.suffix == ".json":
             entries = json.loads(text)
             if not isinstance(entries, list):
                 raise ValueError("the file's outermost value is no list")
-        elif path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            entries = [line.strip() for line in text.split("\n") if line.strip()]
+            entries = [json.loads(line) if path.suffix == ".jsonl" else line.strip() for line in lines]
         keys = ("prompt", "text", "caption")
         entries = [next(e[key] for key in keys if key in e) if isinstance(e, dict) else e for e in entries]
     except (ValueError, TypeError, StopIteration) as error:
@@ -185,10 +182,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 # ---- Latents on disk -------------------------------------------------------------------------------------------------
 class LatentShards:
-    """Tensors of many rows in a folder, SHARD rows a file; a file appears whole or not at all.
-
-    rows: the data rows held, ascending. Stored as float16: 32 KB for a latent of 4x64x64.
-    """
+    """Tensors of these data rows, ascending, in a folder, as float16, SHARD rows a file: each is whole or not there."""
 
     def __init__(self, folder: Path, rows: Sequence[int]):
         self.folder, self.rows = folder, np.asarray(rows)
@@ -211,10 +205,7 @@ class LatentShards:
             save_file({name: tensor.half().cpu().contiguous() for name, tensor in tensors.items()}, part)
 
     def read(self, name: str, rows: Sequence[int], entries: Sequence[int] | None = None) -> Tensor:
-        """float32 [len(rows), ...]; the files are mapped into memory, only these rows are read.
-
-        entries: of each row [S, ...] only this one of its S.
-        """
+        """float32 [len(rows), ...], of mapped files; entries: of each row [S, ...] only this one of its S."""
         found = []
         for n, (shard, i) in enumerate(divmod(int(place), SHARD) for place in np.searchsorted(self.rows, rows)):
             where = i if entries is None else (i, entries[n])
@@ -226,17 +217,13 @@ class LatentShards:
 
 
 # ---- Which sample is drawn when --------------------------------------------------------------------------------------
-
 ORDER, DRAW, GENERATE = range(3)  # streams of random numbers that never meet
-
-
-def entropy(seed: int, *key: int) -> np.random.SeedSequence:
-    return np.random.SeedSequence(seed, spawn_key=key)
 
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, iteration: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng(entropy(seed, ORDER, iteration, epoch)).permutation(count)
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(ORDER, iteration, epoch)))
+    return rng.permutation(count)
 
 
 def batch_rows(seed: int, iteration: int, step: int, batch_size: int, count: int) -> list[int]:
@@ -249,7 +236,7 @@ def draw(seed: int, iteration: int, step: int, place: int, shape: tuple[int, ...
     """What is random in a pair of a batch: t in 0..timesteps-1, flip and drop in [0,1), and three normals [*shape]:
     eps, posterior, and eps_gen for the generated image where that is not to share eps.
     """
-    rng = np.random.default_rng(entropy(seed, DRAW, iteration, step, place))
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(DRAW, iteration, step, place)))
     drawn = {"t": torch.tensor(int(rng.integers(timesteps))), "flip": torch.tensor(rng.random())}
     for name in ("eps", "posterior", "eps_gen"):
         drawn[name] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
@@ -258,5 +245,5 @@ def draw(seed: int, iteration: int, step: int, place: int, shape: tuple[int, ...
 
 def generator(seed: int, iteration: int, row: int) -> torch.Generator:
     """The noise that the opponent's image for a data row begins with."""
-    state = entropy(seed, GENERATE, iteration, row).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence(seed, spawn_key=(GENERATE, iteration, row)).generate_state(1, np.uint64)[0]
     return torch.Generator("cpu").manual_seed(int(state >> 1))

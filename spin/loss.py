@@ -1,8 +1,8 @@
 """The objectives, SPIN's and its baselines': pure functions of tensors. No model, no randomness, no configuration.
 
-Everything is said with four numbers a pair of images: the squared error of two players (the policy being
-trained, theta, and the frozen opponent, theta_k) on two noised images (a real one, and one the opponent
-generated for the same prompt). Equation numbers are those of arXiv 2402.10210.
+Everything is said with four numbers a pair of images: the squared error of two players (the policy being trained,
+theta, and the frozen opponent, theta_k) on two noised images (a real one, and one the opponent generated for the same
+prompt). Equation numbers are those of arXiv 2402.10210.
 
 What beta means: logit = beta / 2 x (delta_gen - delta_data), with errors that are means over an image's dimensions. The
 paper prints neither the half nor the mean, only "beta = 2000"; both are Diffusion-DPO's convention, assumed here. If
@@ -22,11 +22,8 @@ LINKS = {
 
 
 def per_image_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """|prediction - target|^2, the mean over all dimensions of an image: [B,...] twice -> [B] float32.
-
-    Both are cast before they are subtracted: the loss multiplies differences of these errors by beta, in the
-    thousands, and half precision would drown them.
-    """
+    """|prediction - target|^2, the mean over all dimensions of an image: [B,...] twice -> [B] float32."""
+    # cast first: the loss multiplies differences of errors by thousands, and half precision would drown them
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
@@ -49,14 +46,9 @@ def spin_loss(
     delta_gen = err_gen - opp_err_gen.detach()
     logit = -0.5 * beta * (delta_data - delta_gen)
     losses = LINKS[link](logit)  # (C.6)
-    margin = (delta_gen - delta_data).detach()
-    metrics = {
-        "delta_data": delta_data.detach(),
-        "delta_gen": delta_gen.detach(),
-        "margin": margin,
-        "implicit_accuracy": 0.5 * (1 + torch.sign(margin)),
-    }
-    return losses, metrics
+    metrics = {"delta_data": delta_data.detach(), "delta_gen": delta_gen.detach()}
+    metrics["margin"] = metrics["delta_gen"] - metrics["delta_data"]
+    return losses, metrics | {"implicit_accuracy": 0.5 * (1 + torch.sign(metrics["margin"]))}
 
 
 def spin_trajectory_loss(

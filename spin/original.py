@@ -24,7 +24,7 @@ TEXT_2 = "cond_stage_model.model."  # of SD-2.x, then open_clip's
 # name in them.
 SD_1, SD_2, BUILT_IN, FOREIGN = json.loads(Path(__file__).with_name("configs.json").read_text()).values()
 
-UNET_ENDS = {
+IN_UNET = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -71,37 +71,33 @@ def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def renamed(name: str, table: dict[str, str]) -> str:
+    for here, there in table.items():
+        name = name.replace(here, there)
+    return name
+
+
 def unet_name(ours: str, depth: int, cross: list[bool]) -> str:
     """depth: residual blocks a level on the way down. cross: of each level on the way up, if it has attentions."""
-    for here, there in UNET_ENDS.items():
-        if ours.startswith(f"{here}."):
-            name = there + ours[len(here) :]
-            break
-    else:
-        way, level, kind, place, rest = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", ours).groups()
-        i, j = int(level), int(place)
+
+    def block(found: re.Match) -> str:
+        (way, kind), (level, place) = found.group(1, 3), map(int, found.group(2, 4))
         if kind == "downsamplers":
-            name = f"input_blocks.{(i + 1) * (depth + 1)}.0.op.{rest.removeprefix('conv.')}"
-        elif kind == "upsamplers":
-            name = f"output_blocks.{(i + 1) * (depth + 1) - 1}.{1 + cross[i]}.{rest}"
-        else:
-            block = i * (depth + 1) + j
-            block = f"input_blocks.{block + 1}" if way == "down" else f"output_blocks.{block}"
-            name = f"{block}.{int(kind == 'attentions')}.{rest}"
-    if ".resnets." in ours:
-        first, _, last = name.rpartition(".")
-        block, _, layer = first.rpartition(".")
-        name = f"{block}.{IN_RESNET[layer]}.{last}"
-    return UNET + name
+            return f"input_blocks.{(level + 1) * (depth + 1)}.0.op"
+        if kind == "upsamplers":
+            return f"output_blocks.{(level + 1) * (depth + 1) - 1}.{1 + cross[level]}.conv"
+        number = level * (depth + 1) + place
+        name = f"input_blocks.{number + 1}" if way == "down" else f"output_blocks.{number}"
+        return f"{name}.{int(kind == 'attentions')}"
+
+    name = re.sub(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)(?:(?<=samplers.0)\.conv)?", block, ours)
+    return UNET + renamed(name, IN_UNET | IN_RESNET if ".resnets." in ours else IN_UNET)
 
 
 def vae_name(ours: str, levels: int) -> str:
     name = re.sub(r"down_blocks\.(\d+)", r"down.\1", ours)
     name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
-    name = re.sub(r"(down|up)\.(\d+)\.resnets", r"\1.\2.block", name)
-    for here, there in IN_VAE.items():
-        name = name.replace(here, there)
-    return VAE + name
+    return VAE + renamed(re.sub(r"(down|up)\.(\d+)\.resnets", r"\1.\2.block", name), IN_VAE)
 
 
 def names(network: str, ours: list[str], config: dict) -> dict[str, str]:
@@ -123,6 +119,5 @@ def from_original(network: str, tensors: dict[str, Tensor], ours: list[str], con
     here = {there: name for name, there in names(network, ours, config).items()}
     prefix = UNET if network == "unet" else VAE
     found = {here.get(name, name): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return {
-        name: t[..., 0, 0] if network == "vae" and ".to_" in name and t.ndim == 4 else t for name, t in found.items()
-    }
+    squeezed = [name for name, t in found.items() if network == "vae" and ".to_" in name and t.ndim == 4]
+    return found | {name: found[name][..., 0, 0] for name in squeezed}

@@ -22,9 +22,9 @@ def encode(args, sd, images: data.CaptionedImages, real: data.LatentShards) -> N
         found = {}
         for kind, rejected in (("", False), ("rejected_", True))[: 1 + images.pairs]:
             batch = torch.stack([images.image(row, rejected) for row in rows]).to(args.device)
-            found |= dict(zip((f"{kind}mean", f"{kind}logvar"), sd.vae.encode(batch)))
+            found[f"{kind}mean"], found[f"{kind}logvar"] = sd.vae.encode(batch)
             if args.flip:
-                found |= dict(zip((f"{kind}mean_flipped", f"{kind}logvar_flipped"), sd.vae.encode(batch.flip(3))))
+                found[f"{kind}mean_flipped"], found[f"{kind}logvar_flipped"] = sd.vae.encode(batch.flip(3))
         return found
 
     fill(real, encoded, ENCODE_BATCH, "encoding real images")
@@ -41,17 +41,15 @@ def generate(args, sd, images: data.CaptionedImages, generated: data.LatentShard
         path: list[Tensor] | None = [] if args.loss == "spin-trajectory" else None
         prompts = [images.caption(row) for row in rows]
         x0 = sampler.sample(sd, prompts, generators=generators, trajectory=path, **how_to_draw(args))
-        x0 = through_pixels(sd, x0, generators) if args.generated == "images" else x0
-        return {"path": torch.stack(path, dim=1).half().cpu()} if path else {"x0": x0}
+        if path:
+            return {"path": torch.stack(path, dim=1).half().cpu()}
+        return {"x0": through_pixels(sd, x0, generators) if args.generated == "images" else x0}
 
     fill(generated, drawn, args.generation_batch, f"iteration {k}: generating")
 
 
 def fill(shards: data.LatentShards, make, batch_size: int, title: str) -> None:
-    """Writes every file that is missing, this rank's share of them, with what make(rows) returns for batches of rows.
-
-    The batches are the same for any number of ranks, and so is what is written.
-    """
+    """Writes its share of the missing files: what make(rows) returns for batches, the same for any number of ranks."""
     ranks.wait()
     todo = shards.missing()[ranks.RANK :: ranks.WORLD]
     ranks.wait()  # all have looked before one writes, so that they share one list
@@ -67,9 +65,8 @@ def fill(shards: data.LatentShards, make, batch_size: int, title: str) -> None:
 
 def how_to_draw(args) -> dict:
     """This run's settings of `sampler.sample`."""
-    size = {"height": args.resolution, "width": args.resolution}
-    settings = {"steps": args.sampler_steps, "guidance": args.guidance, "sampler": args.sampler}
-    return size | settings | {"autocast": getattr(torch, args.dtype)}
+    size = {"height": args.resolution, "width": args.resolution, "autocast": getattr(torch, args.dtype)}
+    return size | {"steps": args.sampler_steps, "guidance": args.guidance, "sampler": args.sampler}
 
 
 @torch.no_grad()
@@ -89,13 +86,9 @@ def shards_of(args, this_run: Run, stage, images: data.CaptionedImages) -> data.
 
 @torch.no_grad()
 def read(args, sd, loss: str, images, real, generated, rows: list[int], when: tuple[int, int, int]) -> dict:
-    """What the step of a loss takes of some rows of a batch, on the device: x0_data, eps, t, context, ...
-
-    when: iteration, step, and the place in the batch of the first row.
-    """
-    (k, s, at), timesteps = when, torch.arange(sd.scheduler.num_train_timesteps)
-    if loss == "spin-trajectory":
-        timesteps = sd.scheduler.timesteps(args.sampler_steps)
+    """What the step of a loss takes, on the device. when: iteration, step, and the first row's place in the batch."""
+    (k, s, at), schedule, trajectory = when, sd.scheduler, loss == "spin-trajectory"
+    timesteps = schedule.timesteps(args.sampler_steps) if trajectory else torch.arange(schedule.num_train_timesteps)
     shape = real.read("mean", rows[:1]).shape[1:]
     draws = [data.draw(args.seed, k, s, at + i, shape, len(timesteps)) for i in range(len(rows))]
     random = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
@@ -109,7 +102,7 @@ def read(args, sd, loss: str, images, real, generated, rows: list[int], when: tu
         return (mean + (0.5 * logvar).exp() * random["posterior"]) * sd.vae.scaling_factor
 
     pairs = {"x0_data": encoded(""), "eps": random["eps"], "t": timesteps[random["t"]]}
-    if loss == "spin-trajectory":
+    if trajectory:
         pairs["x_t_gen"] = generated.read("path", rows, random["t"].tolist())
     elif loss != "sft":
         pairs["x0_gen"] = generated.read("x0", rows) if loss == "spin" else encoded("rejected_")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 LAUNCHED = "MASTER_ADDR" in os.environ  # by torchrun; some clusters set the two others by themselves
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if LAUNCHED else (0, 1)
+GOES_ON = "the same command goes on from the last state"
 PATIENCE = 15.0  # seconds; torchrun's is 30
 # a progress bar, and a line above it, once for all ranks
 bar, say = (partial(tqdm, disable=True), lambda line: None) if RANK else (tqdm, tqdm.write)
@@ -50,8 +51,8 @@ def together(device: str) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in ("gloo", "NCCL")):
             raise
-        lost = f"rank {RANK} of {WORLD} has lost another, which ended; the same command goes on from the last state"
-        raise ConnectionError(f"{lost} ({str(error).split('. ')[0].splitlines()[0]})") from None
+        reason = f"{GOES_ON} ({str(error).split('. ')[0].splitlines()[0]})"
+        raise ConnectionError(f"rank {RANK} of {WORLD} has lost another, which ended; {reason}") from None
     dist.destroy_process_group()
 
 
@@ -60,9 +61,7 @@ def last_words(told: int) -> None:
     while os.read(told, 1)[0] != signal.SIGTERM:
         pass
     time.sleep(PATIENCE)
-    sys.stderr.write(
-        f"\nrank {RANK} of {WORLD} waited for another in vain; the same command goes on from the last state\n"
-    )
+    sys.stderr.write(f"\nrank {RANK} of {WORLD} waited for another in vain; {GOES_ON}\n")
     os._exit(1)
 
 

@@ -28,8 +28,7 @@ class InputError(ValueError):
 def whole(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` at which to make a file or a folder; renames it into place if the block succeeds.
 
-    Whatever happens in between, `path` holds what it held before, or all of what it holds after. A file takes the
-    place of an older one; a folder must not exist yet. Raises InputError where the disk refuses.
+    Until then `path` holds what it held before. A folder must not exist yet. InputError where the disk refuses.
     """
     part = path.with_name(f".{path.name}.part")
     try:
@@ -51,8 +50,8 @@ def whole(path: Path) -> Iterator[Path]:
 def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -178,24 +177,21 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = open(self.folder / "lock", "w")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder}: another process works here; wait, or choose another --out") from None
         except OSError as error:
             raise InputError(f"{self.folder}: cannot write there ({error.strerror})") from None
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{self.folder}: another process works here; wait, or choose another --out") from None
             yield
 
     def settle(self, config: dict, same: Iterable[str], write: bool = True) -> None:
         """Writes config.json; InputError if the run was begun with another value of one of the keys in `same`."""
         path = self.folder / "config.json"
-        if path.exists():
-            before = read_json(path)
-            changed = [key for key in same if before.get(key) != config[key]]
-            if changed:
-                difference = "; ".join(f"{key} {before.get(key)!r}, now {config[key]!r}" for key in changed)
-                raise InputError(f"{self.folder}: this run was begun with {difference}. Choose another --out")
+        before = read_json(path) if path.exists() else config
+        changed = [f"{key} {before.get(key)!r}, now {config[key]!r}" for key in same if before.get(key) != config[key]]
+        if changed:
+            raise InputError(f"{self.folder}: this run was begun with {'; '.join(changed)}. Choose another --out")
         if write:
             write_json(path, config)
 
@@ -207,17 +203,17 @@ class Run:
     def read_log(self) -> list[dict]:
         """Every whole line of log.jsonl; a last line that a kill cut short is left out."""
         path = self.folder / "log.jsonl"
-        lines = path.read_text().split("\n") if path.exists() else [""]
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
         try:
-            return [json.loads(line) for line in lines[:-1]]
+            return [json.loads(line) for line in lines]
         except ValueError:
             raise InputError(f"{path}: holds a line that is not JSON; remove that line") from None
 
     def rewind_log(self, model: str, steps: int) -> None:
         """Forgets what was logged of a model after its first `steps` steps: training goes on from there."""
         log = self.read_log()
-        own = [line for line in log if line["model"] == model][:steps]
-        kept = [line for line in log if line["model"] != model] + own
+        kept = [line for line in log if line["model"] != model]
+        kept += [line for line in log if line["model"] == model][:steps]
         with whole(self.folder / "log.jsonl") as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
@@ -244,11 +240,11 @@ class Run:
     def summary(self) -> list[dict]:
         """Per model of the log: its steps, seconds and first loss, and means over the last tenth of its steps."""
         rows, log = [], self.read_log()
+        names = ("loss", "margin", "implicit_accuracy", "delta_data", "delta_gen", "grad_norm")  # SFT has two of them
         for model in dict.fromkeys(line["model"] for line in log):
             lines = [line for line in log if line["model"] == model]
-            last = lines[-math.ceil(len(lines) / 10) :]
             row = {"model": model, "steps": len(lines), "seconds": sum(line["seconds"] for line in lines)}
-            names = ("loss", "margin", "implicit_accuracy", "delta_data", "delta_gen", "grad_norm")
+            last = lines[-math.ceil(len(lines) / 10) :]
             means = {name: sum(line[name] for line in last) / len(last) for name in names if name in last[0]}
-            rows.append(row | {"first_loss": lines[0]["loss"]} | means)  # SFT has no opponent
+            rows.append(row | {"first_loss": lines[0]["loss"]} | means)
         return rows

@@ -25,8 +25,8 @@ def sample(
         the empty prompt alone (below 1, diffusers turns guidance off).
     eta: share of DDPM's noise that DDIM adds in a step, 0 to 1; the other samplers ignore it.
     sampler: "ddim"; "ddpm", ancestral; or "dpm++", DPM-Solver++(2M), which needs fewer steps.
-    generators: one on the CPU for each prompt: its first latent and its step noise are drawn from it and from nothing
-        else, so an image does not depend on the batch it is drawn in. None: seeds 0, 1, 2, ...
+    generators: one on the CPU for each prompt, from which alone its first latent and step noise are drawn, so that an
+        image does not depend on its batch. None: seeds 0, 1, 2, ...
     negative_prompts: what takes the place of the empty prompt, one for all or one for each.
     height, width: pixels, multiples of the VAE's factor; None: the size the UNet was trained at.
     autocast: dtype the networks compute in.
@@ -46,8 +46,7 @@ def sample(
     if sampler not in SAMPLERS:
         raise InputError(f"sampler {sampler!r}: only {', '.join(SAMPLERS)} are known")
 
-    device, dtype = sd.unet.conv_in.weight.device, sd.unet.conv_in.weight.dtype
-    guided = guidance != 1
+    device, dtype, guided = sd.unet.conv_in.weight.device, sd.unet.conv_in.weight.dtype, guidance != 1
     shape = (1, sd.unet.conv_in.in_channels, height // f, width // f)
 
     def noise() -> Tensor:
@@ -95,11 +94,9 @@ def pictures(sd, jobs: Sequence[tuple[str, int]], at_once: int = 1, **settings) 
 
 @torch.no_grad()
 def decode(sd, latents: Tensor) -> Tensor:
-    """Scaled latents [B,4,h,w] -> pictures [B,3,H,W] float32 in [0,1].
-
-    One by one at 512 px, since the decoder's memory is large; smaller ones as many at once as have that many pixels.
-    """
+    """Scaled latents [B,4,h,w] -> pictures [B,3,H,W] float32 in [0,1]."""
     dtype = next(sd.vae.parameters()).dtype
+    # one at 512 px, since the decoder's memory is large; of smaller ones as many as have that many pixels
     at_once = max(1, 64 * 64 // latents[0, 0].numel())
     images = [sd.vae.decode(x0.to(dtype) / sd.vae.scaling_factor) for x0 in latents.split(at_once)]
     return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)

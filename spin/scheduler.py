@@ -4,8 +4,8 @@ Symbols: x0 is a clean latent, eps standard normal noise of its shape, and
 
     x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps
 
-with alpha_bar_t the cumulative product of 1 - beta_t: `alphas_cumprod[t]` for t = 0..T-1. The SPIN
-paper (arXiv 2402.10210) writes alpha_t for it and counts t from 1, so that its alpha_0 is 1.
+with alpha_bar_t the cumulative product of 1 - beta_t: `alphas_cumprod[t]` for t = 0..T-1. The SPIN paper (arXiv
+2402.10210) writes alpha_t for it and counts t from 1, so that its alpha_0 is 1.
 Sources: DDPM (arXiv 2006.11239), DDIM (arXiv 2010.02502), v-prediction (arXiv 2202.00512).
 """
 
@@ -37,11 +37,11 @@ class Scheduler:
 
     def timesteps(self, steps: int) -> Tensor:
         """int64 [steps], noisiest first, evenly spaced from the clean end: "leading". ValueError if too many."""
-        latest = (steps - 1) * self.stride(steps) + self.steps_offset
-        if latest >= self.num_train_timesteps:
+        found = self.stride(steps) * torch.arange(steps).flip(0) + self.steps_offset
+        if found[0] >= self.num_train_timesteps:
             most = self.num_train_timesteps - self.steps_offset
             raise ValueError(f"{steps} sampling steps: this checkpoint's schedule has room for {most}")
-        return torch.arange(steps).flip(0) * self.stride(steps) + self.steps_offset
+        return found
 
     def stride(self, steps: int) -> int:
         """How many training timesteps one of `steps` sampling steps covers. ValueError unless 1 <= steps <= T."""
@@ -55,11 +55,8 @@ class Scheduler:
         Past the end of the schedule lies `final_alpha_cumprod` for "ddim", alpha_bar = 1 for "ddpm" and "dpm++".
         """
         previous = t - self.stride(steps)
-        if previous >= 0:
-            alpha_bar_prev = self.alphas_cumprod[previous]
-        else:
-            alpha_bar_prev = self.final_alpha_cumprod if sampler == "ddim" else torch.tensor(1.0)
-        return self.alphas_cumprod[t], alpha_bar_prev
+        past_the_end = self.final_alpha_cumprod if sampler == "ddim" else torch.tensor(1.0)
+        return self.alphas_cumprod[t], self.alphas_cumprod[previous] if previous >= 0 else past_the_end
 
 
 def alphas_cumprod(schedule: str, beta_start: float, beta_end: float, num_train_timesteps: int) -> Tensor:

@@ -9,8 +9,7 @@ beta: 0-d tensor (a Python float that changes would recompile). link: see `spin.
 prediction_type: with "v_prediction" the errors compared are those of v.
 autocast: dtype that the networks compute in; errors and losses are float32.
 
-Each returns the loss of the micro-batch, 0-d, and the metrics of its loss, [B] each. No value is read back from the
-device.
+Each returns the loss of the micro-batch, 0-d, and its metrics, [B] each. No value is read back from the device.
 """
 
 from collections.abc import Callable

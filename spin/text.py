@@ -77,6 +77,7 @@ class TextEncoder(nn.Module):
         from open_clip.transformer import QuickGELU, TextTransformer
 
         self.config, self.tokenizer = dict(config), tokenizer
+        self.names = names("text", i=config["num_hidden_layers"])  # a checkpoint's
         activations = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's tower, and OpenCLIP's in SD-2.x
         activation = config.get("hidden_act", "quick_gelu")
         if activation not in activations:

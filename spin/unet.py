@@ -5,14 +5,13 @@ Shapes in comments are SD-1.5's at 512 px: latents [B,4,64,64], channels 320, 64
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spin.blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
+from spin.blocks import Attention, Downsample2D, Level, MidLevel, Upsample2D
 
 #: level types of config.json -> does the level attend to the text?
 DOWN_TYPES = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -23,10 +22,9 @@ def timestep_embedding(t: Tensor, channels: int, flip_sin_to_cos: bool, freq_shi
     """Sinusoids of t [B] at geometrically spaced frequencies, 1 to 1/10000: [B,channels] float32."""
     half = channels // 2
     exponents = torch.arange(half, device=t.device, dtype=torch.float32) / (half - freq_shift)
-    frequencies = torch.exp(-math.log(10000) * exponents)
-    angles = t.float()[:, None] * frequencies
-    sin, cos = angles.sin(), angles.cos()
-    return torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=1)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)
+    waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(waves, dim=1)
 
 
 class GEGLU(nn.Module):
@@ -39,16 +37,6 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        # the middle place is a dropout in diffusers: it has no weights, but it counts
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Tokens attend to each other (attn1), then to the text (attn2), then each is transformed alone (ff)."""
 
@@ -56,12 +44,14 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, heads)
         self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, heads, context_channels)
-        self.norm3, self.ff = nn.LayerNorm(channels), FeedForward(channels)
+        # the middle place is a dropout in diffusers: it has no weights, but it counts
+        net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.norm3, self.ff = nn.LayerNorm(channels), nn.ModuleDict({"net": net})
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff["net"](self.norm3(x))
 
 
 class Transformer2D(nn.Module):
@@ -84,24 +74,6 @@ class Transformer2D(nn.Module):
         return x + tokens.transpose(1, 2).reshape(x.shape)
 
 
-Norm = tuple[int, float]  # groups and eps
-Attend = Callable[[], Transformer2D] | None  # makes one of a level's transformers; None: the level has none
-
-
-class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention to the text where the level has it."""
-
-    def __init__(self, channels_in: list[int], channels: int, temb_channels: int, norm: Norm, attention: Attend):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock2D(c, channels, *norm, temb_channels) for c in channels_in)
-        if attention is not None:
-            self.attentions = nn.ModuleList(attention() for _ in channels_in)
-
-    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
-        x = self.resnets[i](x, temb)
-        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
-
-
 class DownLevel(Level):
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
         """What the way up will read: the output of every layer and of the downsampling, the level's output last."""
@@ -109,9 +81,7 @@ class DownLevel(Level):
         for i in range(len(self.resnets)):
             x = self.layer(i, x, temb, context)
             outputs.append(x)
-        if hasattr(self, "downsamplers"):
-            outputs.append(self.downsamplers[0](x))
-        return outputs
+        return outputs + [downsample(x) for downsample in getattr(self, "downsamplers", ())]
 
 
 class UpLevel(Level):
@@ -120,17 +90,6 @@ class UpLevel(Level):
         for i, skip in enumerate(reversed(skips)):
             x = self.layer(i, torch.cat([x, skip], dim=1), temb, context)
         return self.upsamplers[0](x, size) if hasattr(self, "upsamplers") else x
-
-
-class MidLevel(nn.Module):
-    def __init__(self, channels: int, temb_channels: int, norm: Norm, attention: Attend):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, *norm, temb_channels) for _ in range(2))
-        self.attentions = nn.ModuleList([attention()])
-
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, temb), context)
-        return self.resnets[1](x, temb)
 
 
 class UNet(nn.Module):
@@ -145,14 +104,12 @@ class UNet(nn.Module):
         self.config = dict(config)
         self.checkpoint_activations = False
         self.sample_size = int(config.get("sample_size") or 64)  # latent height and width it was trained at
-        channels: list[int] = config["block_out_channels"]
-        depth: int = config.get("layers_per_block", 2)
+        channels, depth = config["block_out_channels"], config.get("layers_per_block", 2)
         groups, eps = norm = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
         temb_channels = 4 * channels[0]
         # "attention_head_dim": 8 in SD-1.x files means 8 heads; SD-2.x gives the number of heads level by level
         heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
         heads = [heads] * len(channels) if isinstance(heads, int) else heads
-
         if odd := {*config["down_block_types"]} - {*DOWN_TYPES} | {*config["up_block_types"]} - {*UP_TYPES}:
             raise ValueError(f"level types {sorted(odd)}: only {', '.join([*DOWN_TYPES, *UP_TYPES])} are known")
 
@@ -169,22 +126,21 @@ class UNet(nn.Module):
         for level, name in zip(range(len(channels)), config["down_block_types"], strict=True):
             width, before = channels[level], channels[max(level - 1, 0)]
             attention = transformer(level) if DOWN_TYPES[name] else None
-            block = DownLevel([before] + [width] * (depth - 1), width, temb_channels, norm, attention)
+            block = DownLevel([before] + [width] * (depth - 1), width, norm, temb_channels, attention)
             skip_channels += [width] * depth
             if level < len(channels) - 1:
                 block.downsamplers = nn.ModuleList([Downsample2D(width, config.get("downsample_padding", 1))])
                 skip_channels.append(width)
             self.down_blocks.append(block)
 
-        self.mid_block = MidLevel(channels[-1], temb_channels, norm, transformer(-1))
-
+        self.mid_block = MidLevel(channels[-1], norm, transformer(-1), temb_channels)
         self.up_blocks = nn.ModuleList()
         for level, name in zip(reversed(range(len(channels))), config["up_block_types"], strict=True):
             width, before = channels[level], channels[min(level + 1, len(channels) - 1)]
             attention = transformer(level) if UP_TYPES[name] else None
             # one layer more than on the way down: the first level, or the last downsampling, left a skip of its own
             inputs = [c + skip_channels.pop() for c in [before] + [width] * depth]
-            block = UpLevel(inputs, width, temb_channels, norm, attention)
+            block = UpLevel(inputs, width, norm, temb_channels, attention)
             if level > 0:
                 block.upsamplers = nn.ModuleList([Upsample2D(width)])
             self.up_blocks.append(block)
@@ -198,8 +154,7 @@ class UNet(nn.Module):
         temb = self.time_embedding["linear_1"](sinusoids.to(latents.dtype))
         temb = self.time_embedding["linear_2"](F.silu(temb))  # [B,1280]
 
-        x = self.conv_in(latents)  # [B,320,64,64]
-        skips = [x]
+        skips = [self.conv_in(latents)]  # [B,320,64,64]
         for block in self.down_blocks:  # -> [B,320,32,32] -> [B,640,16,16] -> [B,1280,8,8] -> [B,1280,8,8]
             skips += self.call(block, skips[-1], temb, context)
         x = self.call(self.mid_block, skips[-1], temb, context)

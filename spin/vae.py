@@ -7,7 +7,7 @@ Latents here are unscaled: the UNet works on them times `scaling_factor`.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spin.blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
+from spin.blocks import Attention, Downsample2D, Level, MidLevel, Upsample2D
 
 EPS = 1e-6  # of every GroupNorm in the VAE; the UNet's residual blocks have 1e-5
 
@@ -24,34 +24,21 @@ class PixelAttention(Attention):
         return x + super().forward(tokens).transpose(1, 2).reshape(x.shape)
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution; the caller hangs `downsamplers` or `upsamplers` on it."""
-
-    def __init__(self, channels: int, out_channels: int, depth: int, groups: int):
-        super().__init__()
-        inputs = [channels] + [out_channels] * (depth - 1)
-        self.resnets = nn.ModuleList(ResnetBlock2D(c, out_channels, groups, EPS) for c in inputs)
-
+class PlainLevel(Level):
     def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        for sampler in getattr(self, "downsamplers", None) or getattr(self, "upsamplers", ()):
-            x = sampler(x)
+        for layer in [*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())]:
+            x = layer(x)
         return x
 
 
 def levels(channels: list[int], depth: int, groups: int) -> nn.ModuleList:
-    return nn.ModuleList(Level(before, c, depth, groups) for before, c in zip([channels[0], *channels], channels))
+    """A level for each of `channels`; the caller hangs `downsamplers` or `upsamplers` on it."""
+    inputs = [[before] + [c] * (depth - 1) for before, c in zip([channels[0], *channels], channels)]
+    return nn.ModuleList(PlainLevel(*sizes, (groups, EPS)) for sizes in zip(inputs, channels))
 
 
-class MidLevel(nn.Module):
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, groups, EPS) for _ in range(2))
-        self.attentions = nn.ModuleList([PixelAttention(channels, groups)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+def mid_level(channels: int, groups: int) -> MidLevel:
+    return MidLevel(channels, (groups, EPS), lambda: PixelAttention(channels, groups))
 
 
 class Encoder(nn.Module):
@@ -61,7 +48,7 @@ class Encoder(nn.Module):
         self.down_blocks = levels(channels, depth, groups)
         for block, width in zip(self.down_blocks[:-1], channels):
             block.downsamplers = nn.ModuleList([Downsample2D(width, padding=0)])
-        self.mid_block = MidLevel(channels[-1], groups)
+        self.mid_block = mid_level(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
 
@@ -77,7 +64,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels = channels[::-1]
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
-        self.mid_block = MidLevel(channels[0], groups)
+        self.mid_block = mid_level(channels[0], groups)
         self.up_blocks = levels(channels, depth + 1, groups)
         for block, width in zip(self.up_blocks[:-1], channels):
             block.upsamplers = nn.ModuleList([Upsample2D(width)])

@@ -14,6 +14,7 @@ from spin.run import whole
 INK, PALE, PAPER = (32, 32, 36), (200, 200, 206), (255, 255, 255)
 LEFT, TOP, RIGHT, BOTTOM = 76, 34, 14, 30  # pixels around a chart
 COLOURS = [(31, 105, 180), (214, 90, 24), (34, 139, 76), (150, 60, 160), (120, 120, 120)]
+Plot = dict[str, Sequence[float]]  # {line name: values over steps 1, 2, ...}
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -44,10 +45,7 @@ def save_png(picture: Image.Image, path: Path, prompt: str = "", settings: dict 
 def grid(
     rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], captions: Sequence[str], cell: int = 192
 ) -> Image.Image:
-    """A table of pictures: a title over each column, a caption (a prompt) to the left of each row.
-
-    Pictures larger than `cell` pixels are shrunk to it; smaller ones are enlarged pixel by pixel.
-    """
+    """A table of pictures of `cell` pixels: a title over each column, a caption (a prompt) to the left of each row."""
     font, gap, margin, line = ImageFont.load_default(15), 6, 190, 19
     title_height = line + gap if any(columns) else 0
     width = margin + len(columns) * (cell + gap)
@@ -67,13 +65,8 @@ def grid(
     return sheet
 
 
-def line_charts(
-    panels: dict[str, dict[str, Sequence[float]]], marks: Sequence[int] = (), width: int = 460, height: int = 240
-) -> Image.Image:
-    """One panel beside another, two a row: {panel title: {line name: values over steps 1, 2, ...}}.
-
-    Values that are not finite are left out. `marks`: steps after which a vertical line is drawn (ends of iterations).
-    """
+def line_charts(panels: dict[str, Plot], marks: Sequence[int] = (), width: int = 460, height: int = 240) -> Image.Image:
+    """A panel for each title, two a row; at steps in `marks` a vertical line. Values not finite are left out."""
     return two_a_row([line_chart(title, lines, marks, width, height) for title, lines in panels.items()])
 
 
@@ -98,10 +91,7 @@ def axes(title: str, values: Sequence[float], width: int, height: int):
     draw = ImageDraw.Draw(panel)
     low, high = min(values, default=0.0), max(values, default=0.0)
     pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-
-    def level(y: float) -> float:
-        return height - BOTTOM - (y - low + pad) / (high - low + 2 * pad) * (height - BOTTOM - TOP)
-
+    level = lambda y: height - BOTTOM - (y - low + pad) / (high - low + 2 * pad) * (height - BOTTOM - TOP)  # noqa: E731
     draw.text((LEFT, 6), title, INK, font)
     for y in sorted({low, (low + high) / 2, high}):
         draw.line([(LEFT, level(y)), (width - RIGHT, level(y))], PALE)
@@ -109,9 +99,7 @@ def axes(title: str, values: Sequence[float], width: int, height: int):
     return panel, draw, font, level
 
 
-def line_chart(
-    title: str, lines: dict[str, Sequence[float]], marks: Sequence[int], width: int, height: int
-) -> Image.Image:
+def line_chart(title: str, lines: Plot, marks: Sequence[int], width: int, height: int) -> Image.Image:
     finite = [y for values in lines.values() for y in values if math.isfinite(y)]
     panel, draw, font, level = axes(title, finite, width, height)
     count = max(2, *(len(values) for values in lines.values()))

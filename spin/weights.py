@@ -67,15 +67,15 @@ def load(
     text_config, tensors, where = read_part(path, "text_encoder", single)
     if single:
         kind = original.config_of(single)
-        tokenizer, schedule = Tokenizer(None, "!" if kind is original.SD_2 else EOS), kind["scheduler"]
-        schedule = schedule | original.said_of_schedule(path)
+        tokenizer = Tokenizer(None, "!" if kind is original.SD_2 else EOS)
+        schedule = kind["scheduler"] | original.said_of_schedule(path)
     else:
         tokenizer = load_tokenizer(path / "tokenizer", text_config.get("max_position_embeddings", 77))
         schedule = read_config(path / "scheduler" / "scheduler_config.json", "scheduler")
     text_encoder = build(lambda config: TextEncoder(config, tokenizer), text_config, where)
     if len(tokenizer.vocab) > text_config["vocab_size"]:
         raise InputError(f"{where}: {text_config['vocab_size']} embeddings for {len(tokenizer.vocab)} tokens")
-    fill(text_encoder.tower, tensors, where, dtype, device, names("text", i=text_config["num_hidden_layers"]))
+    fill(text_encoder.tower, tensors, where, dtype, device, text_encoder.names)
     scheduler = build(Scheduler, schedule, path if single else path / "scheduler", device="cpu")
     return StableDiffusion(network, vae, text_encoder.eval(), scheduler)
 
@@ -102,17 +102,17 @@ def read_part(path: Path, part: str, single: dict | None = None) -> tuple[dict, 
         config = kind[part]
         if part != "text_encoder":
             ours = list(build(NETWORKS[part], config, path).state_dict())
-            return config, original.from_original(part, tensors, ours, config), path
-        found = original.under(original.TEXT_1, tensors)
-        if kind is original.SD_2:
+            found = original.from_original(part, tensors, ours, config)
+        elif kind is original.SD_2:
             found = unstack(original.under(original.TEXT_2, tensors), names("text", i=config["num_hidden_layers"]))
+        else:
+            found = original.under(original.TEXT_1, tensors)
     else:
         path = path if part == "unet" and (path / "config.json").exists() else path / part
         config = read_config(path / "config.json", part)
         tensors = read_tensors(path, "model" if part == "text_encoder" else "diffusion_pytorch_model")
-        found = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-        for old, new in OLD_VAE_NAMES.items() if part == "vae" else ():
-            found = {name.replace(old, new): tensor for name, tensor in found.items()}
+        old = OLD_VAE_NAMES if part == "vae" else {}
+        found = {original.renamed(name.removeprefix("text_model."), old): tensor for name, tensor in tensors.items()}
         if len(found) < len(tensors):
             raise InputError(f"{path}: holds some tensors twice, under an older and a newer name")
     found.pop("embeddings.position_ids", None)  # the numbers 0..76, which older transformers stored
@@ -137,8 +137,8 @@ def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.suffix in (".safetensors", *PICKLES):
         raise InputError(f"{source}: no such folder or file, and no hub id, which is like org/name")
-    wanted = [f"{part}/{name}" for part in parts for name in ("*.json", "*.txt", "diffusion_pytorch_model", "model")]
-    wanted = [name if "." in name else f"{name}.safetensors" for name in wanted]
+    names = ("*.json", "*.txt", "diffusion_pytorch_model.safetensors", "model.safetensors")
+    wanted = [f"{part}/{name}" for part in parts for name in names]
     folder = download(str(source), wanted)
     if not any((folder / parts[0]).glob("*.safetensors")):
         others = [f"{part}/*{end}" for part in parts for end in ("_model.bin", "model.fp16.safetensors")]
@@ -159,6 +159,7 @@ def download(repository: str, files: list[str]) -> Path:
 
 def load_tokenizer(folder: Path, length: int = 77) -> Tokenizer:
     """From vocab.json + merges.txt or tokenizer.json; CLIP's own where the folder has neither."""
+    merges = vocab = None
     if (folder / "merges.txt").exists() or (folder / "vocab.json").exists():
         # an empty line, the last one above all, would count as a merge and shift the ids of the special tokens
         first, *lines = read_text(folder / "merges.txt").split("\n")
@@ -171,24 +172,17 @@ def load_tokenizer(folder: Path, length: int = 77) -> Tokenizer:
             vocab = model["vocab"]
         except (KeyError, TypeError):
             raise InputError(f"{folder / 'tokenizer.json'}: no model.vocab and model.merges as CLIP's has") from None
-    else:
-        merges = vocab = None
+    files = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
     try:
-        tokenizer = Tokenizer(merges, find_pad_token(folder), length)
+        tokens = (read_json(file).get("pad_token") for file in files if file.exists())
+        pad = next((token for token in tokens if token is not None), EOS)
+        tokenizer = Tokenizer(merges, pad["content"] if isinstance(pad, dict) else pad, length)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: not a tokenizer like CLIP's: {error}") from None
     if vocab is not None and vocab != tokenizer.vocab:
         odd = sorted(token for token in vocab | tokenizer.vocab if vocab.get(token) != tokenizer.vocab.get(token))
         raise InputError(f"{folder}: its vocabulary is not the one its merges make, as CLIP's is: {listed(odd)}")
     return tokenizer
-
-
-def find_pad_token(folder: Path) -> str:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = read_json(folder / name).get("pad_token") if (folder / name).exists() else None
-        if token is not None:
-            return token["content"] if isinstance(token, dict) else token
-    return EOS
 
 
 def read_config(path: Path, part: str) -> dict:
@@ -255,16 +249,13 @@ def fill(
 
 def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], where: Path) -> None:
     """InputError unless names and shapes are the same, with at most five names of each kind of difference."""
-    reshaped = [
-        f"{name} is {list(found[name].shape)}, not {list(wanted[name].shape)}"
-        for name in found.keys() & wanted.keys()
-        if found[name].shape != wanted[name].shape
-    ]
-    differences = {"missing": wanted.keys() - found.keys(), "unexpected": found.keys() - wanted.keys()}
-    differences["of another shape"] = reshaped
-    found_any = [f"{len(names)} {kind} ({listed(sorted(names))})" for kind, names in differences.items() if names]
-    if found_any:
-        raise InputError(f"{where}: its tensors are not those of its config: {'; '.join(found_any)}")
+    reshaped = [name for name in found.keys() & wanted.keys() if found[name].shape != wanted[name].shape]
+    reshaped = [f"{name} is {list(found[name].shape)}, not {list(wanted[name].shape)}" for name in reshaped]
+    missing, unexpected = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    differences = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    said = [f"{len(names)} {kind} ({listed(sorted(names))})" for kind, names in differences.items() if names]
+    if said:
+        raise InputError(f"{where}: its tensors are not those of its config: {'; '.join(said)}")
 
 
 def listed(names: list[str]) -> str:
@@ -274,16 +265,14 @@ def listed(names: list[str]) -> str:
 # ---- Out -------------------------------------------------------------------------------------------------------------
 def save(sd: StableDiffusion, folder: str | Path) -> None:
     """Writes the diffusers layout; StableDiffusionPipeline.from_pretrained opens it, `load` gives back every bit."""
-    folder = Path(folder)
-    encoder = sd.text_encoder
-    text = unstack(encoder.tower.state_dict(), names("text", i=encoder.config["num_hidden_layers"]))
-    text = {f"text_model.{name}": tensor for name, tensor in text.items()}
-    unet_config = sd.unet.config | {"_class_name": "UNet2DConditionModel"}
-    save_network(folder / "unet", unet_config, "diffusion_pytorch_model", sd.unet.state_dict())
-    vae_config = sd.vae.config | {"_class_name": "AutoencoderKL", "scaling_factor": sd.vae.scaling_factor}
-    save_network(folder / "vae", vae_config, "diffusion_pytorch_model", sd.vae.state_dict())
-    text_config = encoder.config | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
-    save_network(folder / "text_encoder", text_config, "model", text)
+    folder, encoder = Path(folder), sd.text_encoder
+    config = sd.unet.config | {"_class_name": "UNet2DConditionModel"}
+    save_network(folder / "unet", config, "diffusion_pytorch_model", sd.unet.state_dict())
+    config = sd.vae.config | {"_class_name": "AutoencoderKL", "scaling_factor": sd.vae.scaling_factor}
+    save_network(folder / "vae", config, "diffusion_pytorch_model", sd.vae.state_dict())
+    config = encoder.config | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    text = unstack(encoder.tower.state_dict(), encoder.names)
+    save_network(folder / "text_encoder", config, "model", {f"text_model.{name}": text[name] for name in text})
     save_tokenizer(folder / "tokenizer", encoder.tokenizer)
     schedule = {"_class_name": "DDIMScheduler"} | sd.scheduler.config
     write_json(folder / "scheduler" / "scheduler_config.json", schedule)
@@ -317,14 +306,12 @@ def save_single(sd: StableDiffusion, path: str | Path) -> None:
     """One .safetensors file in the original layout, as other programs read it; `load` gives back every bit."""
     if sd.unet.config["block_out_channels"] != original.SD_1["unet"]["block_out_channels"]:
         raise InputError(f"{path}: a single file says no sizes, so only models of Stable Diffusion's can be one")
-    tensors = {}
-    for part, network in (("unet", sd.unet), ("vae", sd.vae)):
-        tensors |= original.to_original(part, network.state_dict(), network.config)
-    tower, layers = sd.text_encoder.tower.state_dict(), sd.text_encoder.config["num_hidden_layers"]
-    if sd.text_encoder.config.get("hidden_act", "quick_gelu") == "gelu":
-        tensors |= {original.TEXT_2 + name: tensor for name, tensor in tower.items()}
-    else:
-        tensors |= {original.TEXT_1 + name: tensor for name, tensor in unstack(tower, names("text", i=layers)).items()}
+    prefix, text, config = original.TEXT_2, sd.text_encoder.tower.state_dict(), sd.text_encoder.config
+    if config.get("hidden_act", "quick_gelu") != "gelu":
+        prefix, text = original.TEXT_1, unstack(text, sd.text_encoder.names)
+    tensors = original.to_original("unet", sd.unet.state_dict(), sd.unet.config)
+    tensors |= original.to_original("vae", sd.vae.state_dict(), sd.vae.config)
+    tensors |= {prefix + name: tensor for name, tensor in text.items()}
     with whole(Path(path)) as part:
         said = {"format": "pt", original.PREDICTION: sd.scheduler.prediction_type.removesuffix("_prediction")}
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, said)
