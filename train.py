@@ -34,39 +34,13 @@ from spin.run import InputError
 from spin.sampler import SAMPLERS, timesteps
 from spin.step import PolicyStep, as_autocast_would, compiled, sft_step, spin_step, spin_trajectory_step
 
-# Of the miniature world, whose captions say left and right, so that nothing is mirrored; and the paper's (appendix A),
-# taken literally: iteration 1's 50 steps end inside the 200 of warm-up. Lists have one value an iteration.
-SETTINGS = {
-    "iterations": (3, 3),
-    "steps": ([100], [50, 500, 200]),
-    "lr": ([2e-5], [2e-5, 2e-5, 5e-8]),
-    "beta": ([10000.0], [2000.0, 5000.0, 5000.0]),
-    "sft_lr": (3e-5, 1e-5),
-    "dpo_lr": (1e-6, 2e-5),
-    "dpo_beta": (20000.0, 2000.0),
-    "batch_size": (16, 2048),
-    "micro_batch": (16, 8),
-    "warmup": (10, 200),
-    "weight_decay": (1e-2, 1e-2),
-    "clip": (1.0, 1.0),
-    "resolution": (toy.SIDE, 512),
-    "flip": (0.0, 0.5),
-    "prompt_dropout": (0.0, 0.0),
-    "guidance": (3.0, 7.5),
-    "sampler": ("ddim", "ddim"),
-    "sampler_steps": (20, 50),
-    "generation_batch": (64, 16),
-    "grid_prompts": (5, 4),
-    "seed": (0, 5775709),
-}
-TOY, PAPER = ({name: both[i] for name, both in SETTINGS.items()} for i in (0, 1))
+# The miniature world's settings, whose captions say left and right, so that nothing is mirrored, and the paper's, taken
+# literally: iteration 1's 50 steps end inside the 200 of warm-up. Lists have one value an iteration. Assumed is what the
+# paper does not say: clipping and mirroring as in Diffusion-DPO's public code, which also drops a fifth of the prompts,
+# and 50 sampling steps as in the authors' demonstration. Tuned is, method by method, what tutorial/tuning.py found.
+TOY, PAPER, ASSUMED, TUNED = run.read_json(Path(run.__file__).with_name("presets.json")).values()
 PRESETS = {"toy": TOY, "paper": PAPER}
-# The paper does not say these. Clipping and mirroring are as in Diffusion-DPO's public code, which also drops a fifth
-# of the prompts; 50 sampling steps as in the authors' demonstration.
-ASSUMED = ("clip", "flip", "prompt_dropout", "sampler", "sampler_steps", "generation_batch", "grid_prompts")
-# Found on the validation prompts by tutorial/tuning.py, with as many trials for each method.
-TUNED = {"spin": ("lr", "beta"), "sft": ("sft_lr",), "dpo": ("dpo_lr", "dpo_beta")}  # a method's
-TUNED |= {"all": sum(TUNED.values(), ()), "spin-trajectory": TUNED["spin"]}
+TUNED |= {"all": sum(TUNED.values(), []), "spin-trajectory": TUNED["spin"]}
 
 # Flags that a run may be continued with other values of: of the first three there are hashes, the others change where
 # and how a step is computed, which can change rounding, but not what is computed.
@@ -76,7 +50,7 @@ WATCHED = 50  # steps over which the known failure is looked for
 FORGETTING = "both errors have long been up, on real images more than half as much as on generated ones. The policy "
 FORGETTING += "forgets how to denoise, however good its loss: see 'Reading the picture' in tutorial/00_the_map.md"
 SOURCES = """toy: chosen so that the story takes minutes on a CPU; tuned: by tutorial/tuning.py on validation prompts;
-paper: from its appendix A; assumed: the paper does not say, see ASSUMED in train.py."""
+paper: from its appendix A; assumed: the paper does not say."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -20,39 +20,10 @@ TEXT_2 = "cond_stage_model.model."  # of SD-2.x, then open_clip's
 
 # What a file leaves unsaid, {"unet": its config.json, ...}; of OpenCLIP's ViT-H, SD-2.x reads all layers but the last.
 # And settings that our networks and samplers have built in: another value in a config.json means another architecture
-# (SDXL, an inpainting model, ...), which might load and would draw nonsense. And what other files are, by a part of a
-# name in them.
-SD_1, SD_2, BUILT_IN, FOREIGN = json.loads(Path(__file__).with_name("configs.json").read_text()).values()
-
-IN_UNET = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-IN_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-IN_VAE = {
-    "mid_block.resnets.0": "mid.block_1",
-    "mid_block.resnets.1": "mid.block_2",
-    "mid_block.attentions.0.group_norm": "mid.attn_1.norm",
-    "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out",
-    "mid_block.attentions.0.to_": "mid.attn_1.",
-    "downsamplers.0": "downsample",
-    "upsamplers.0": "upsample",
-    "conv_shortcut": "nin_shortcut",
-    "conv_norm_out": "norm_out",
-}
+# (SDXL, an inpainting model, ...), which might load and would draw nonsense. What other files are, by a part of a name
+# in them. And parts of diffusers' names -> those here.
+FACTS = json.loads(Path(__file__).with_name("configs.json").read_text())
+SD_1, SD_2, BUILT_IN, FOREIGN, IN_UNET, IN_RESNET, IN_VAE = FACTS.values()
 
 
 def config_of(tensors: dict[str, Tensor]) -> dict[str, dict]:

@@ -5,9 +5,6 @@ Everything here does nothing where there is one process.
 
 import os
 import signal
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -21,8 +18,6 @@ from tqdm import tqdm
 
 LAUNCHED = "MASTER_ADDR" in os.environ  # by torchrun; some clusters set the two others by themselves
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if LAUNCHED else (0, 1)
-GOES_ON = "the same command goes on from the last state"
-PATIENCE = 15.0  # seconds; torchrun's is 30
 # a progress bar, and a line above it, once for all ranks
 bar, say = (partial(tqdm, disable=True), lambda line: None) if RANK else (tqdm, tqdm.write)
 
@@ -41,28 +36,15 @@ def together(device: str) -> Iterator[None]:
     if cuda := device.startswith("cuda"):
         torch.cuda.set_device(device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's, to those who are left: as Ctrl-C
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
-    signal.set_wakeup_fd(tell)
-    threading.Thread(target=last_words, args=(told,), daemon=True).start()
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))  # rank 0 may draw and score for long
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or not any(word in str(error) for word in ("gloo", "NCCL")):
             raise
-        reason = f"{GOES_ON} ({str(error).split('. ')[0].splitlines()[0]})"
-        raise ConnectionError(f"rank {RANK} of {WORLD} has lost another, which ended; {reason}") from None
+        lost = f"rank {RANK} of {WORLD} has lost another, which ended; the same command goes on from the last state"
+        raise ConnectionError(f"{lost} ({str(error).split('. ')[0].splitlines()[0]})") from None
     dist.destroy_process_group()
-
-
-def last_words(told: int) -> None:
-    """Ends a process that was told to, but waits for another where no Python runs, and cannot be interrupted."""
-    while os.read(told, 1)[0] != signal.SIGTERM:
-        pass
-    time.sleep(PATIENCE)
-    sys.stderr.write(f"\nrank {RANK} of {WORLD} waited for another in vain; {GOES_ON}\n")
-    os._exit(1)
 
 
 def wait() -> None:

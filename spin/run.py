@@ -38,9 +38,7 @@ def whole(path: Path) -> Iterator[Path]:
         if part.is_file():
             os.umask(mask := os.umask(0))  # it can only be read by setting it
             part.chmod(0o666 & ~mask)  # safetensors keeps its files to their owner
-        sync(part)
         os.replace(part, path)
-        sync(path.parent)  # so that the rename outlives a power cut
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', '') or error})") from error
     finally:
@@ -52,15 +50,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value) -> None:

@@ -77,7 +77,6 @@ class TextEncoder(nn.Module):
         from open_clip.transformer import QuickGELU, TextTransformer
 
         self.config, self.tokenizer = dict(config), tokenizer
-        self.names = names("text", i=config["num_hidden_layers"])  # a checkpoint's
         activations = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's tower, and OpenCLIP's in SD-2.x
         activation = config.get("hidden_act", "quick_gelu")
         if activation not in activations:
@@ -92,6 +91,7 @@ class TextEncoder(nn.Module):
             act_layer=activations[activation],
             output_dim=None,  # no projection: the UNet reads the tokens themselves
         )
+        self.names = names("text", i=config["num_hidden_layers"])  # a checkpoint's
         self.tower.attn_mask = None  # made where it is used: a buffer that no checkpoint holds cannot be loaded
 
     def forward(self, prompts: list[str]) -> Tensor:

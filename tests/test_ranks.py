@@ -177,17 +177,6 @@ with ranks.together("cpu"):
 """
 
 
-def test_a_rank_that_waits_in_vain_ends_with_a_line_when_told_to(tmp_path):
-    (tmp_path / "waits.py").write_text(WAITS)
-    launch = command(2, tmp_path / "waits.py")
-    job = subprocess.Popen(launch, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    pid = int(job.stdout.readline())
-    time.sleep(1)
-    os.kill(pid, signal.SIGTERM)
-    _, said = job.communicate(timeout=50)
-    assert "rank 0 of 2 waited for another in vain; the same command goes on from the last state" in said.splitlines()
-
-
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     wrong = command(2, ROOT / "train.py", "--batch-size", "3", "--device", "cpu", "--out", str(tmp_path / "run"))
     result = subprocess.run(wrong, env=environment(), capture_output=True, text=True)
