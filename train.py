@@ -34,8 +34,8 @@ from spin.run import InputError
 from spin.sampler import SAMPLERS, timesteps
 from spin.step import PolicyStep, as_autocast_would, compiled, sft_step, spin_step, spin_trajectory_step
 
-# The miniature world's settings, whose captions say left and right, so that nothing is mirrored, and the paper's, taken
-# literally: iteration 1's 50 steps end inside the 200 of warm-up. Lists have one value an iteration. Assumed is what the
+# The miniature world's settings, whose captions say left and right, so that nothing is mirrored; and the paper's, taken
+# literally: iteration 1's 50 steps end inside the 200 of warm-up. Lists have a value an iteration. Assumed is what the
 # paper does not say: clipping and mirroring as in Diffusion-DPO's public code, which also drops a fifth of the prompts,
 # and 50 sampling steps as in the authors' demonstration. Tuned is, method by method, what tutorial/tuning.py found.
 TOY, PAPER, ASSUMED, TUNED = run.read_json(Path(run.__file__).with_name("presets.json")).values()

@@ -164,19 +164,6 @@ def test_a_dead_rank_ends_the_job_with_a_line(tmp_path):
     assert run.Run(out).load_state("spin-1")["step"] >= 2
 
 
-WAITS = """
-import os, signal, sys, time
-from spin import ranks
-ranks.PATIENCE = 1.0
-with ranks.together("cpu"):
-    ranks.wait()
-    if ranks.RANK == 0:
-        print(os.getpid(), flush=True)
-        ranks.wait()  # for one that never comes: where no Python runs
-    time.sleep(60)
-"""
-
-
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     wrong = command(2, ROOT / "train.py", "--batch-size", "3", "--device", "cpu", "--out", str(tmp_path / "run"))
     result = subprocess.run(wrong, env=environment(), capture_output=True, text=True)
