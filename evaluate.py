@@ -11,7 +11,7 @@ import argparse
 import re
 import sys
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--eta", type=run.number(float, 0, 1), default=0.0, help="share of DDPM's noise in a DDIM step (default: 0)")
     add("--seed", type=run.SEED, default=judge.SEED, help="of the first prompt's first picture (default: %(default)s)")
     add("--resolution", type=whole, help="pixels a side (default: the run's, or what the UNet was trained at)")
-    add("--batch-size", type=whole, default=16, help="pictures drawn at once (default: 16)")
+    add("--batch-size", type=whole, help="pictures drawn at once (default: the run's, or 16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--dtype", choices=["float32", "bfloat16"], help="what drawing computes in (default: the run's, or float32)")
     add("--paper", action="store_true", help="print the published figures beside ours")
@@ -54,18 +54,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.run) == bool(args.models):
         parser.error("give a run folder, or --models")
-    # what a flag is not given for: as in the run, or as in the paper
+    # what is not given is as in the run, or as in the paper
     past = run.read_json(Path(args.run, "config.json")) if args.run else {}
     args.of_run = argparse.Namespace(**past)
-    args.world = bool(past.get("world"))
     args.sampler = args.sampler or past.get("sampler", "ddim")
-    usual = 20 if args.sampler == "dpm++" else 50
-    args.steps = args.steps or (past["sampler_steps"] if past.get("sampler") == args.sampler else usual)
-    args.guidance = args.guidance or [past.get("guidance", 7.5)]
-    args.resolution = args.resolution or past.get("resolution")
-    args.dtype = args.dtype or past.get("dtype", "float32")
-    args.metrics = args.metrics or (["toy"] if args.world else list(PAPERS))
-    args.out = Path(args.out or (f"{args.run}/evaluation" if args.run else "runs/evaluation"))
+    usual = {"steps": 20 if args.sampler == "dpm++" else 50, "guidance": 7.5, "dtype": "float32", "batch_size": 16}
+    if args.run:
+        usual |= {name: past[name] for name in ("guidance", "resolution", "dtype")}
+        usual |= {"batch_size": past["generation_batch"]}
+        usual |= {"steps": past["sampler_steps"]} if args.sampler == past["sampler"] else {}
+    usual |= {"metrics": ["toy"] if past.get("world") else list(PAPERS), "guidance": [usual["guidance"]]}
+    usual |= {"out": f"{args.run}/evaluation" if args.run else "runs/evaluation"}
+    for name, value in usual.items():
+        setattr(args, name, getattr(args, name) or value)
     if not args.prompts and args.metrics != ["toy"]:
         parser.error("--prompts: needed, but for the miniature world")
     return args
@@ -78,8 +79,7 @@ def main(argv: list[str] | None = None) -> dict:
     prompts = data.read_prompts(args.prompts) if args.prompts else [scene.caption for scene in toy.split()["test"]]
     prompts = prompts[: args.num_prompts]
     models = report.models_of(args.of_run, run.Run(args.run)) if args.run else named(args.models)
-    hashed = cache(weights.checkpoint_hash)
-    hashes = {name: judge.identity(place, hashed) for name, place in models.items()}
+    hashes = judge.hashes(models)
     for metric in args.metrics:
         rewards.files(metric, args.scorers)  # before hours of drawing
 
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict:
     settings |= {"height": args.resolution, "width": args.resolution}
     contests, drawn = {}, {}
     for g in args.guidance:
-        contests[g] = judge.Contest(prompts, args.num_images, args.seed, settings | {"guidance": g}, args.out)
+        contests[g] = judge.Contest(prompts, args.num_images, args.seed, settings | {"guidance": g}, Path(args.out))
         for name in models:
             drawn[g, name] = contests[g].draw(name, hashes[name], partial(player, name), args.batch_size)
 
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> dict:
     best_at = {name: max(args.guidance, key=lambda g: best[g, name][metric].mean()) for name in models}
     k = f"the best of {args.num_images} pictures each" if args.num_images > 1 else "a picture each"
     at = f"guidance {args.guidance[0]:g}" if len(args.guidance) == 1 else "each model at its best guidance"
-    config = vars(args) | {"out": str(args.out), "of_run": vars(args.of_run), "models": models, "hashes": hashes}
+    config = vars(args) | {"of_run": vars(args.of_run), "models": models, "hashes": hashes}
     config |= {"count": len(prompts), "prompts_hash": run.hash_files([], prompts)} | run.provenance()
     config |= {"scorers": {scorer.name: scorer.hash for scorer in scorers}, "best_guidance": best_at}
     found = {name: best[g, name] for name, g in best_at.items()}
@@ -123,11 +123,11 @@ def main(argv: list[str] | None = None) -> dict:
     sweep = {n: {"best at": f"{best_at[n]:g}"} | of for n, of in sweep.items()}
     tables = {"One picture a prompt: the mean over all.": single, SWEEP.format(metric): sweep}
     found["tables"] = tables | ({PUBLISHED: rewards.PUBLISHED} if args.paper else {})
-    judge.write(args.out, found)
+    judge.write(Path(args.out), found)
 
     places = range(0, min(GRID_ROWS, len(prompts)) * args.num_images, args.num_images)
     rows = [[Image.open(drawn[g, name][i]) for name, g in best_at.items()] for i in places]
-    viz.save_png(viz.grid(rows, list(models), prompts[: len(rows)]), args.out / "grid.png")
+    viz.save_png(viz.grid(rows, list(models), prompts[: len(rows)]), Path(args.out, "grid.png"))
     print(judge.markdown(found))
     print(f"{args.out}: see results.md, results.png, grid.png")
     return found

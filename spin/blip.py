@@ -15,10 +15,7 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's answers on 
 
 
 class ImageReward(nn.Module):
-    """A picture and a prompt -> how much people would like the one for the other: about 0 +- 1.
-
-    vision, text: sizes, under transformers' names; the published ones are in scorers.json.
-    """
+    """How much people would like a picture for a prompt: about 0 +- 1. vision, text: sizes, as in scorers.json."""
 
     def __init__(self, vision: dict, text: dict):
         super().__init__()
@@ -26,15 +23,15 @@ class ImageReward(nn.Module):
         self.patch_embed = nn.Conv2d(3, seen, patch, stride=patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, seen))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (vision["image_size"] // patch) ** 2, seen))
-        blocks = [nn.TransformerEncoderLayer(**sizes(vision, 1e-6), norm_first=True) for _ in layers(vision)]
-        self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(seen, eps=1e-6)
+        self.blocks = stack(nn.TransformerEncoderLayer, vision, 1e-6, norm_first=True)
+        self.norm = nn.LayerNorm(seen, eps=1e-6)
 
         self.word_embeddings = nn.Embedding(text["vocab_size"], said)
         self.position_embeddings = nn.Embedding(text["max_position_embeddings"], said)
         self.embeddings_norm = nn.LayerNorm(said, eps=1e-12)
-        self.layers = nn.ModuleList([nn.TransformerDecoderLayer(**sizes(text, 1e-12)) for _ in layers(text)])
+        self.layers = stack(nn.TransformerDecoderLayer, text, 1e-12)
+        heads = text["num_attention_heads"]
         for layer in self.layers:  # its second attention looks at the picture
-            heads = text["num_attention_heads"]
             layer.multihead_attn = nn.MultiheadAttention(said, heads, kdim=seen, vdim=seen, batch_first=True)
         self.head = nn.Linear(said, 1)
 
@@ -58,18 +55,11 @@ class ImageReward(nn.Module):
         return (self.head(self.read(ids, self.look(images)))[:, 0] - MEAN) / STD
 
 
-def layers(config: dict) -> range:
-    return range(config["num_hidden_layers"])
-
-
-def sizes(config: dict, eps: float) -> dict:
-    """What torch's transformer layers are told: exact GELU, no dropout."""
-    said = {"d_model": config["hidden_size"], "nhead": config["num_attention_heads"], "layer_norm_eps": eps}
-    return (
-        said
-        | {"dim_feedforward": config["intermediate_size"]}
-        | {"activation": "gelu", "dropout": 0, "batch_first": True}
-    )
+def stack(kind: type[nn.Module], config: dict, eps: float, **more) -> nn.ModuleList:
+    """Of torch's transformer layers, with exact GELU and without dropout."""
+    sizes = {"d_model": config["hidden_size"], "nhead": config["num_attention_heads"], "layer_norm_eps": eps}
+    sizes |= {"dim_feedforward": config["intermediate_size"], "activation": "gelu", "dropout": 0.0}
+    return nn.ModuleList([kind(**sizes, **more, batch_first=True) for _ in range(config["num_hidden_layers"])])
 
 
 class WordPiece:
@@ -98,7 +88,8 @@ class WordPiece:
     def words(self, prompt: str) -> list[str]:
         found = []
         for part in re.split(r"(\[(?:PAD|UNK|CLS|SEP|MASK)\])", prompt):
-            text = "".join(f" {c} " if chinese(c) else c for c in part if c in "\t\n\r" or not unprintable(c))
+            text = [c for c in part if c in "\t\n\r" or not unprintable(c)]
+            text = "".join(f" {c} " if "IDEOGRAPH" in unicodedata.name(c, "") else c for c in text)
             text = [c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn"]
             spaced = "".join(f" {c} " if punctuation(c) else c for c in text).split()
             found += [part] if part in self.SPECIAL else spaced
@@ -113,14 +104,9 @@ class WordPiece:
         return found if found and None not in found else ["[UNK]"]
 
 
-def unprintable(c: str) -> bool:
-    return unicodedata.category(c)[0] == "C" or c == "\ufffd"
-
-
 def punctuation(c: str) -> bool:
     return unicodedata.category(c)[0] == "P" or c in "$+<=>^`|~"
 
 
-def chinese(c: str) -> bool:
-    """An ideograph; not kana or hangul."""
-    return unicodedata.name(c, "").startswith("CJK ") and "IDEOGRAPH" in unicodedata.name(c)
+def unprintable(c: str) -> bool:
+    return unicodedata.category(c)[0] == "C" or c == "\ufffd"

@@ -1,14 +1,13 @@
 """Models side by side: all draw the same prompts from the same noise, are scored, compared with intervals, told of.
 
-OUT/images/<model>/guidance-<g>/<prompt>-<image>.png   each says in itself how it was made
-OUT/scores/<model>/guidance-<g>-<scorer>.json
-OUT/results.json, .md, .png
-
-A picture or score that is there, and was made as is now asked, is not made again.
+OUT/images/<model>/guidance-<g>/<prompt>-<image>.png says in itself how it was made, OUT/scores/... of what its scores
+are. What is there, and was made as is now asked, is not made again. OUT/results.json, .md and .png tell of it all.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +23,12 @@ AT_ONCE = 32  # pictures scored at once
 
 @dataclass
 class Contest:
-    """What every model draws: k pictures of each of N prompts, each seed a function of prompt and picture alone.
-
-    settings: `sampler.sample`'s, guidance among them.
-    """
+    """What every model draws: k pictures of each of N prompts, each seed a function of prompt and picture alone."""
 
     prompts: Sequence[str]
     k: int
     seed: int
-    settings: dict
+    settings: dict  # `sampler.sample`'s, guidance among them
     out: Path
 
     def __post_init__(self):
@@ -84,50 +80,45 @@ def draw(player: Callable, jobs: list, paths: list[Path], about: dict, settings:
             viz.save_png(viz.to_pil(image), path, prompt, {"Seed": seed} | said)
 
 
-def identity(place: tuple, hashed: Callable) -> str:
-    """A hash of a model's weights. place: (checkpoint, another one's UNet or None); hashed: of a path, its hash."""
-    checkpoint, unet = place
-    found = hashed(weights.locate(checkpoint))
-    return f"{found}-{hashed(weights.locate(unet, ('unet',)))}" if unet else found
+def hashes(models: dict[str, tuple[str, str | None]]) -> dict[str, str]:
+    """{name: (checkpoint, another one's UNet or None)} -> {name: a hash of its weights}."""
+    hashed = cache(lambda source: weights.checkpoint_hash(weights.locate(source)))  # each checkpoint is read once
+    return {name: "-".join(hashed(source) for source in place if source) for name, place in models.items()}
 
 
 def parameters(path: Path) -> str:
     """What a picture says of how it was made; nothing if it is not there."""
-    if not path.exists():
-        return ""
-    with Image.open(path) as picture:
-        return picture.info.get("parameters", "")
+    return Image.open(path).info.get("parameters", "") if path.exists() else ""
 
 
 # ---- Tables and verdicts ---------------------------------------------------------------------------------------------
 def compare(title: str, scores: dict[str, dict[str, np.ndarray]], scorers: list, metric: str, config: dict) -> dict:
     """What results.json holds. scores: {model: {metric: [N]}}, prompt by prompt; metric: the one that counts."""
     found = stats.compare(scores, {name for scorer in scorers for name in scorer.less_is_better})
-    return {"title": title, "metric": metric} | found | {"claims": claims(scores, metric), "config": config}
+    verdicts = claims(found["differences"], metric)
+    return {"title": title, "metric": metric} | found | {"claims": verdicts, "tables": {}, "config": config}
 
 
-def claims(scores: dict[str, dict[str, np.ndarray]], metric: str) -> list[dict]:
+def claims(differences: dict[str, dict], metric: str) -> list[dict]:
     """The paper's claims that these models allow to judge: [{"claim", "verdict", "difference"}].
 
     "A beats B" holds if the whole interval of the difference is positive, and fails if it is negative. "SFT plateaus",
     said of the miniature world's reward, holds if its interval lies within PLATEAU of 0, and fails if it lies beyond.
     """
-    last = max((int(name[5:]) for name in scores if name.startswith("spin-")), default=0)
-    said = {"SPIN-1 beats SFT": ("spin-1", "sft"), "SPIN-2 beats Diffusion-DPO": ("spin-2", "dpo")}
-    plateau = f"SFT plateaus, staying within {PLATEAU:g} of theta_0"
-    said |= {plateau: ("sft", "base")} if metric == "reward" else {}
-    for k in range(2, last + 1):
-        said[f"A renewed opponent helps: SPIN-{k} beats SPIN-{k - 1}"] = (f"spin-{k}", f"spin-{k - 1}")
+    said = {"spin-1 - sft": "SPIN-1 beats SFT", "spin-2 - dpo": "SPIN-2 beats Diffusion-DPO"}
+    said |= {"sft - base": f"SFT plateaus, staying within {PLATEAU:g} of theta_0"} if metric == "reward" else {}
+    renewed = "A renewed opponent helps: SPIN-{1} beats SPIN-{0}"
+    last = max(map(int, re.findall(r"spin-(\d+)", " ".join(differences))), default=1)
+    said |= {f"spin-{k} - spin-{k - 1}": renewed.format(k - 1, k) for k in range(2, last + 1)}
     found = []
-    for claim, (one, other) in said.items():
-        if one in scores and other in scores:
-            gap = stats.interval(scores[one][metric] - scores[other][metric])
-            sign = stats.resolved(gap)
-            if claim == plateau:
-                within = max(abs(gap["low"]), abs(gap["high"])) < PLATEAU
-                sign = 1 if within else -(gap["low"] > PLATEAU or gap["high"] < -PLATEAU)
-            verdict = {1: "holds", 0: "is not resolved", -1: "fails"}[sign]
-            found.append({"claim": claim, "verdict": verdict, "difference": gap})
+    for pair in [pair for pair in said if pair in differences]:
+        gap = {end: differences[pair][metric][end] for end in ("mean", "low", "high")}
+        sign = stats.resolved(gap)
+        if pair == "sft - base":
+            within = max(abs(gap["low"]), abs(gap["high"])) < PLATEAU
+            sign = 1 if within else -(gap["low"] > PLATEAU or gap["high"] < -PLATEAU)
+        verdict = {1: "holds", 0: "is not resolved", -1: "fails"}[sign]
+        found.append({"claim": said[pair], "verdict": verdict, "difference": gap})
     return found
 
 
@@ -146,23 +137,22 @@ def write(folder: Path, found: dict) -> None:
 def markdown(found: dict, brief: bool = False) -> str:
     """results.md: what results.json says, in tables and plain words. brief: the first table and the verdicts alone."""
     metric, models, differences = found["metric"], found["models"], found["differences"]
-    paragraphs = [f"# {found['title']}", stats.markdown(models)]
+    sections = {f"# {found['title']}": stats.markdown(models)}
     if not brief:
         medians = {name: {m: summary["median"] for m, summary in of.items()} for name, of in models.items()}
-        paragraphs += ["Medians.", stats.markdown(medians)]
-        for title, rows in found.get("tables", {}).items():
-            paragraphs += [title, stats.markdown(rows)]
+        sections |= {title: stats.markdown(rows) for title, rows in ({"Medians.": medians} | found["tables"]).items()}
+    if differences and not brief:
         metrics = list(next(iter(models.values())))
-        if differences:
-            paragraphs += ["Differences, paired by prompt.", stats.markdown(differences, sign="+")]
-            paragraphs += ["\n".join(f"- {name}: {stats.verdicts(differences, name)}" for name in metrics)]
-        for name in metrics if differences else ():
-            paragraphs += [f"How often a line's model is better than a column's, by {name}; ties count one half."]
-            paragraphs += [stats.markdown(stats.win_rates(found, name), 2)]
+        sections["Differences, paired by prompt."] = stats.markdown(differences, sign="+")
+        verdicts = [f"- {name}: {stats.verdicts(differences, name)}" for name in metrics]
+        sections["Which of them their intervals resolve:"] = "\n".join(verdicts)
+        for name in metrics:
+            title = f"How often a line's model is better than a column's, by {name}; ties count one half."
+            sections[title] = stats.markdown(stats.win_rates(found, name), 2)
     said = "{claim}: this {verdict}, the difference being {mean:+.3f} [{low:+.3f}, {high:+.3f}]."
     verdicts = [said.format(**line, **line["difference"]) for line in found["claims"]]
     if any("renewed" in line["claim"] for line in found["claims"]):
         verdicts += ["An iteration adds steps as well as an opponent: which of the two helps, this run does not say."]
-    paragraphs += [f"What this says of {metric}. " + " ".join(verdicts)] if verdicts else []
-    paragraphs += ["Brackets: 95 % bootstrap intervals over the prompts. Another seed of training may say otherwise."]
-    return "\n\n".join(paragraphs) + "\n"
+    last = [f"What this says of {metric}. " + " ".join(verdicts)] if verdicts else []
+    last += ["Brackets: 95 % bootstrap intervals over the prompts. Another seed of training may say otherwise."]
+    return "\n\n".join([part for section in sections.items() for part in section] + last) + "\n"

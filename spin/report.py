@@ -4,12 +4,12 @@ args: train.py's flags. player: gives the model of a name, "base", "sft", "spin-
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 
 from PIL import Image
 
-from spin import judge, pairs, rewards, run, toy, viz, weights
+from spin import judge, pairs, rewards, run, toy, viz
 
 GRID_SEED = 0  # of the first picture of every model in samples/
 
@@ -71,10 +71,9 @@ def judge_models(args, this_run: run.Run, player: Callable) -> dict:
         prompts, scorer = [scene.caption for scene in toy.split()[args.score]], rewards.load("toy")
         settings, folder = pairs.how_to_draw(args), this_run.folder / "evaluation"
         contest = judge.Contest(prompts, args.score_images, judge.SEED, settings, folder)
-        hashed, scores = cache(weights.checkpoint_hash), {}
-        for name, place in models_of(args, this_run).items():
-            identity = judge.identity(place, hashed)
-            drawn = contest.draw(name, identity, partial(player, name), args.generation_batch)
+        hashes, scores = judge.hashes(models_of(args, this_run)), {}
+        for name in hashes:
+            drawn = contest.draw(name, hashes[name], partial(player, name), args.generation_batch)
             scores[name] = {metric: v.mean(1) for metric, v in contest.score(name, drawn, scorer).items()}
         title = f"{len(prompts)} {args.score} prompts, {args.score_images} pictures each, guidance {args.guidance:g}"
         config = run.read_json(this_run.folder / "config.json")

@@ -24,7 +24,8 @@ from spin.weights import build, compare, download, fill, read_file
 # what the paper published.
 FILES, CLIPS, VISION, TEXT, PUBLISHED = json.loads(Path(__file__).with_name("scorers.json").read_text()).values()
 SIDE = 224  # pixels that every network sees
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]  # of CLIP's pixels in [0,1]
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
 @dataclass
@@ -49,7 +50,9 @@ def load(name: str, folder: str | Path | None = None, device: str = "cpu") -> Sc
         return Scorer(name, score_toy, hash_files([Path(toy.__file__)]), toy.METRICS, "reward", toy.LESS_IS_BETTER)
     tensors = read_file(paths[0])
     if name == "imagereward":
-        reward, tokenizer = load_imagereward(tensors, paths[0], device, VISION, TEXT), read_vocab(paths[1])
+        reward = load_imagereward(tensors, paths[0], device, VISION, TEXT)
+        vocab = read_text(paths[1]).rstrip("\n").split("\n")
+        tokenizer = build(blip.WordPiece, vocab, paths[1], device="cpu")
     else:
         clip, tokenizer = load_clip(open_clip_config(CLIPS[name]), tensors, paths[0], device), Tokenizer()
     if name == "aesthetic":
@@ -97,9 +100,9 @@ def find(name: str, repository: str, file: str, folder: str | Path | None) -> Pa
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
 def open_clip_config(architecture: str) -> dict:
-    import open_clip
+    from open_clip import get_model_config
 
-    return open_clip.get_model_config(architecture)
+    return get_model_config(architecture)
 
 
 def load_clip(config: dict, tensors: dict[str, Tensor], where: Path, device: str):
@@ -150,21 +153,9 @@ def affine(tensors: dict[str, Tensor], prefix: str, width: int, where: Path) -> 
     return weight.float(), bias.float()
 
 
-def read_vocab(path: Path) -> blip.WordPiece:
-    try:
-        return blip.WordPiece(read_text(path).rstrip("\n").split("\n"))
-    except ValueError as error:
-        raise InputError(f"{path}: not BERT's vocabulary: it {error}") from None
-
-
 # ---- Pictures -> [N,3,224,224] ---------------------------------------------------------------------------------------
 def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
-
-
-def normalised(pixels: list[Tensor]) -> Tensor:
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return (torch.stack(pixels) - mean) / std
 
 
 def clip_pixels(pictures: list[Image.Image]) -> Tensor:
@@ -175,18 +166,16 @@ def clip_pixels(pictures: list[Image.Image]) -> Tensor:
         left, top = (width - SIDE) // 2, (height - SIDE) // 2
         resized = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         found.append(to_tensor(resized.crop((left, top, left + SIDE, top + SIDE))))
-    return normalised(found)
+    return (torch.stack(found) - MEAN) / STD
 
 
 def hps_pixels(pictures: list[Image.Image]) -> Tensor:
-    """The long side to SIDE by bicubic interpolation of floats, antialiased, black added around: HPS v2's way.
-
-    Whether HPS antialiased depended on the torchvision of the day; here it does.
-    """
+    """The long side to SIDE by bicubic interpolation of floats, black added around: HPS v2's way. Antialiased, which in
+    HPS's own code depended on the torchvision of the day."""
     found = []
     for picture in pictures:
         height, width = (round(length * SIDE / max(picture.size)) for length in picture.size[::-1])
         left, top = (SIDE - width) // 2, (SIDE - height) // 2
         resized = F.interpolate(to_tensor(picture)[None], (height, width), mode="bicubic", antialias=True)[0]
         found.append(F.pad(resized, (left, SIDE - width - left, top, SIDE - height - top)))
-    return normalised(found)
+    return (torch.stack(found) - MEAN) / STD

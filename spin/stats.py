@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from itertools import combinations
 
 import numpy as np
 
@@ -47,22 +48,18 @@ def best_of(scores: dict[str, np.ndarray], judged_by: Sequence[str]) -> dict[str
 def compare(scores: dict[str, dict[str, np.ndarray]], less_is_better: Collection[str] = ()) -> dict[str, dict]:
     """{model: {metric: [N]}}, prompt i being the same for all -> {"models": ..., "differences": ...}.
 
-    models: {model: {metric: interval, with "median"}}. differences, of every model against each one before it, paired
-    by prompt: {"b - a": {metric: interval of b - a, with "win_rate": interval of how often b is better}}, better being
-    more but for the metrics that less_is_better names.
+    models: {model: {metric: interval, with "median"}}. differences, paired by prompt, of every two, the later minus the
+    earlier: {"b - a": {metric: interval, with "win_rate": interval of how often b is better}}; better is more, or less.
     """
-    models = {
-        name: {metric: interval(v) | {"median": float(np.median(v))} for metric, v in of.items()}
-        for name, of in scores.items()
-    }
-    differences, names = {}, list(scores)
-    for j, b in enumerate(names):
-        for a in names[:j]:
-            of = differences[f"{b} - {a}"] = {}
-            for metric in scores[a]:
-                x, y = scores[b][metric], scores[a][metric]
-                won = wins(y, x) if metric in less_is_better else wins(x, y)
-                of[metric] = interval(x - y) | {"win_rate": interval(won)}
+    told = lambda v: interval(v) | {"median": float(np.median(v))}  # noqa: E731
+    models = {name: {metric: told(v) for metric, v in of.items()} for name, of in scores.items()}
+    differences: dict[str, dict] = {}
+    for a, b in combinations(scores, 2):
+        of = differences[f"{b} - {a}"] = {}
+        for metric in scores[a]:
+            x, y = scores[b][metric], scores[a][metric]
+            won = wins(y, x) if metric in less_is_better else wins(x, y)
+            of[metric] = interval(x - y) | {"win_rate": interval(won)}
     return {"models": models, "differences": differences}
 
 
@@ -83,11 +80,10 @@ def resolved(difference: Summary) -> int:
 
 def verdicts(differences: dict[str, dict], metric: str) -> str:
     """Which models' means differ, in words."""
-    said: dict[int, list[str]] = {1: [], -1: [], 0: []}
-    for name, of in differences.items():
-        b, a = name.split(" - ")
-        said[resolved(of[metric])].append({1: f"{b} > {a}", -1: f"{b} < {a}", 0: f"{b} and {a}"}[resolved(of[metric])])
-    return f"resolved: {', '.join(said[1] + said[-1]) or 'none'}; not resolved: {', '.join(said[0]) or 'none'}"
+    signs = {name: resolved(of[metric]) for name, of in differences.items()}
+    said = [name.replace(" - ", " > " if sign > 0 else " < ") for name, sign in signs.items() if sign]
+    open_ones = [name.replace(" - ", " and ") for name, sign in signs.items() if not sign]
+    return f"resolved: {', '.join(said) or 'none'}; not resolved: {', '.join(open_ones) or 'none'}"
 
 
 def markdown(rows: dict[str, dict[str, Summary | float | str]], digits: int = 3, sign: str = "") -> str:

@@ -1,6 +1,7 @@
 """The scorers: against transformers on deterministic weights, the published head, published layouts at full size."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -170,10 +171,11 @@ def test_word_pieces_are_transformers():
     assert tokenizer(WORDS["prompts"]).tolist() == WORDS["ids"]
 
 
-def test_a_vocabulary_that_is_not_berts(tmp_path):
-    (tmp_path / "vocab.txt").write_text("a\nb\n[UNK]\n")
-    with pytest.raises(InputError, match=r"not BERT's vocabulary: it lacks \[PAD\], \[CLS\], \[SEP\]"):
-        rewards.read_vocab(tmp_path / "vocab.txt")
+def test_a_vocabulary_that_is_not_berts(scorers, small_scorers, tmp_path):
+    shutil.copytree(scorers, tmp_path / "scorers")
+    (tmp_path / "scorers/bert-base-uncased/vocab.txt").write_text("a\nb\n[UNK]\n")
+    with pytest.raises(InputError, match=r"vocab.txt: .* not usable: lacks \[PAD\], \[CLS\], \[SEP\]"):
+        rewards.load("imagereward", tmp_path / "scorers")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

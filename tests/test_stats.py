@@ -85,6 +85,10 @@ def rewards(**means: float) -> dict[str, dict[str, np.ndarray]]:
     return {n.replace("_", "-"): {"reward": m + noise} for (n, m), noise in zip(means.items(), spread)}
 
 
+def differences(**means: float) -> dict[str, dict]:
+    return compare(rewards(**means))["differences"]
+
+
 STORY = {"base": 7.0, "sft": 7.01, "dpo": 7.02, "spin_1": 7.1, "spin_2": 7.2, "spin_3": 7.3}
 
 
@@ -100,18 +104,22 @@ STORY = {"base": 7.0, "sft": 7.01, "dpo": 7.02, "spin_1": 7.1, "spin_2": 7.2, "s
     ],
 )
 def test_claims(changed, verdicts):
-    assert [found["verdict"] for found in judge.claims(rewards(**STORY | changed), "reward")] == verdicts
+    assert [found["verdict"] for found in judge.claims(differences(**STORY | changed), "reward")] == verdicts
 
 
 def test_claims_need_their_models():
-    found = judge.claims(rewards(base=7.0, sft=7.0, spin_1=6.5), "reward")
+    found = judge.claims(differences(base=7.0, sft=7.0, spin_1=6.5), "reward")
     assert [(line["claim"], line["verdict"]) for line in found] == [
         ("SPIN-1 beats SFT", "fails"),
         ("SFT plateaus, staying within 0.05 of theta_0", "holds"),
     ]
-    assert judge.claims(rewards(base=7.0), "reward") == []
-    plateau = [found for found in judge.claims(rewards(base=7.0, sft=7.0), "reward") if "plateaus" in found["claim"]]
-    assert plateau and not judge.claims({"base": {"hps": np.ones(3)}, "sft": {"hps": np.ones(3)}}, "hps")
+    assert judge.claims(differences(base=7.0), "reward") == []
+    plateau = [
+        found for found in judge.claims(differences(base=7.0, sft=7.0), "reward") if "plateaus" in found["claim"]
+    ]
+    assert plateau and not judge.claims(
+        compare({"base": {"hps": np.ones(3)}, "sft": {"hps": np.ones(3)}})["differences"], "hps"
+    )
 
 
 def test_less_is_better_where_one_says_so():
