@@ -11,7 +11,7 @@ import argparse
 import re
 import sys
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -35,7 +35,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--models", nargs="+", default=[], help=models)
     add("--prompts", help="file of prompts: .txt (one a line), .json, .jsonl (default: the miniature world's test set)")
     add("--num-prompts", type=whole, help="only the first N (default: all)")
-    add("--num-images", type=whole, default=5, help="pictures a prompt, of which the best counts (default: 5)")
+    add(
+        "--num-images",
+        type=run.number(int, 1, judge.STRIDE),
+        default=5,
+        help="pictures a prompt, of which the best counts (default: 5)",
+    )
     metrics = f"among {', '.join(rewards.FILES)} (default: toy for the miniature world, else {' '.join(PAPERS)})"
     add("--metrics", nargs="+", choices=list(rewards.FILES), metavar="METRIC", help=metrics)
     add("--scorers", help="folder with the scorers' files, REPOSITORY/FILE each (default: from the hub)")
@@ -56,6 +61,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give a run folder, or --models")
     # what is not given is as in the run, or as in the paper
     past = run.read_json(Path(args.run, "config.json")) if args.run else {}
+    if args.run and "sampler_steps" not in past:
+        parser.error(f"{args.run}: not a run of train.py")
     args.of_run = argparse.Namespace(**past)
     args.sampler = args.sampler or past.get("sampler", "ddim")
     usual = {"steps": 20 if args.sampler == "dpm++" else 50, "guidance": 7.5, "dtype": "float32", "batch_size": 16}
@@ -67,6 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     usual |= {"out": f"{args.run}/evaluation" if args.run else "runs/evaluation"}
     for name, value in usual.items():
         setattr(args, name, getattr(args, name) or value)
+    args.metrics = list(dict.fromkeys(args.metrics))
     if not args.prompts and args.metrics != ["toy"]:
         parser.error("--prompts: needed, but for the miniature world")
     return args
@@ -92,11 +100,13 @@ def main(argv: list[str] | None = None) -> dict:
     # ---- every model draws every prompt, at every guidance -----------------------------------------------------------
     settings = {"steps": args.steps, "sampler": args.sampler, "eta": args.eta, "autocast": getattr(torch, args.dtype)}
     settings |= {"height": args.resolution, "width": args.resolution}
-    contests, drawn = {}, {}
-    for g in args.guidance:
-        contests[g] = judge.Contest(prompts, args.num_images, args.seed, settings | {"guidance": g}, Path(args.out))
-        for name in models:
-            drawn[g, name] = contests[g].draw(name, hashes[name], partial(player, name), args.batch_size)
+    of_all = (prompts, args.num_images, args.seed)
+    contests = {g: judge.Contest(*of_all, settings | {"guidance": g}, Path(args.out)) for g in args.guidance}
+    drawn = {}
+    for name in models:
+        loaded = cache(partial(player, name))  # once, if there is anything to draw
+        for g, contest in contests.items():
+            drawn[g, name] = contest.draw(name, hashes[name], loaded, args.batch_size)
 
     # ---- every scorer judges every picture; of a prompt's, the best counts -------------------------------------------
     scorers, scores = [], {at: {} for at in drawn}
@@ -104,7 +114,7 @@ def main(argv: list[str] | None = None) -> dict:
         scorer = rewards.load(metric, args.scorers, args.device)
         for (g, name), pictures in drawn.items():
             scores[g, name] |= contests[g].score(name, pictures, scorer)
-        scorers.append(replace(scorer, score=None))  # its network goes
+        scorers.append(scorer := replace(scorer, score=None))  # its network goes
     judged_by = [scorer.judged_by for scorer in scorers]
     metric = judged_by[0] if len(judged_by) == 1 else "average"
     best = {at: stats.best_of(of, judged_by) for at, of in scores.items()}

@@ -70,6 +70,7 @@ WRONG = {
     "evaluate.py": "give a run folder, or --models",
     "evaluate.py nowhere": "nowhere/config.json: no such file",
     "evaluate.py nowhere --models {tiny}": "give a run folder, or --models",
+    "evaluate.py {tiny}/unet": "unet: not a run of train.py",
     "evaluate.py --models {tiny}": "--prompts: needed, but for the miniature world",
     "evaluate.py --models {tiny} --prompts {empty}": "empty.txt: holds no prompts",
     "evaluate.py --models {tiny} --prompts missing.jsonl": "missing.jsonl: no such file",
