@@ -26,10 +26,8 @@ class InputError(ValueError):
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` at which to make a file or a folder; renames it into place if the block succeeds.
-
-    Until then `path` holds what it held before. A folder must not exist yet. InputError where the disk refuses.
-    """
+    """Yields a path beside `path` at which to make a file, or a folder that is not there yet; moves it into place if
+    the block succeeds, until when `path` holds what it held before. InputError where the disk refuses."""
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +103,7 @@ def script(name: str, main: Callable[[], object], stopped: str = "what is finish
 
 
 def number(kind: type, low: float, high: float = math.inf):
-    """A type for argparse: a finite number of a kind, int or float, from `low` to `high`."""
+    """A type for argparse: a finite int or float. What argparse says of others: invalid int from 1 on value: '0'."""
 
     def parse(text: str):
         value = kind(text)
@@ -113,7 +111,6 @@ def number(kind: type, low: float, high: float = math.inf):
             raise ValueError
         return value
 
-    # argparse says: invalid int from 1 on value: '0'
     parse.__name__ = f"{kind.__name__} from {low} {'on' if high == math.inf else f'to {high}'}"
     return parse
 
@@ -185,7 +182,6 @@ class Run:
             write_json(path, config)
 
     def log(self, line: dict) -> None:
-        """Appends one line to log.jsonl."""
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
