@@ -1,7 +1,5 @@
-"""Prompts -> token ids -> context, with the text tower and the byte-pair encoding of open_clip.
-
-open_clip is imported when a text encoder is built: importing it takes seconds.
-"""
+"""Prompts -> token ids -> context, with the text tower and the byte-pair encoding of open_clip, which is imported when
+one of them is built: that takes seconds."""
 
 import gzip
 import json
@@ -18,12 +16,9 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 class Tokenizer:
-    """CLIP's lower-cased byte-pair encoding: prompts -> ids, cut to `length` and padded with `pad_token`.
-
-    merges: the pairs in order of rank, "a b" each; None for CLIP's own 48,894.
-    pad_token: SD-1.x pads with the end token (49407), SD-2.x with "!" (0).
-    Ids follow from the merges: 256 bytes, 256 bytes that end a word, one token a merge, start, end.
-    """
+    """CLIP's lower-cased byte-pair encoding: prompts -> ids, cut to `length` and padded with `pad_token`: in SD-1.x the
+    end token (49407), in SD-2.x "!" (0). merges: the pairs in order of rank, "a b" each; None for CLIP's own 48,894.
+    Ids follow from the merges: 256 bytes, 256 bytes that end a word, one token a merge, start, end."""
 
     def __init__(self, merges: list[str] | None = None, pad_token: str = EOS, length: int = 77):
         from open_clip.tokenizer import SimpleTokenizer
@@ -67,10 +62,8 @@ def clean(text: str) -> str:
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text tower up to its final norm. config: transformers' text_encoder/config.json; sizes come from it.
-
-    forward(prompts, B of them) -> context [B,77,D]. ValueError for an activation it does not know.
-    """
+    """CLIP's text tower up to its final norm: forward(prompts, B of them) -> context [B,77,D]. config: transformers'
+    text_encoder/config.json; sizes come from it. ValueError for an activation it does not know."""
 
     def __init__(self, config: dict, tokenizer: Tokenizer):
         super().__init__()

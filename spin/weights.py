@@ -2,9 +2,7 @@
 
     unet/, vae/: config.json, diffusion_pytorch_model.safetensors    text_encoder/: config.json, model.safetensors
     scheduler/: scheduler_config.json    tokenizer/: vocab.json + merges.txt, or tokenizer.json; without it, CLIP's own
-
-Folders of several generations of diffusers and transformers are read; the newest names are written.
-"""
+Folders of several generations of diffusers and transformers are read; the newest names are written."""
 
 import re
 from collections.abc import Callable
@@ -29,8 +27,7 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")  # the folders
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # the one class that published training checkpoints name, as a key of no interest here, and an empty one in its place
 INERT = [(type("Callback", (), {}), "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
-
-# The published SD-1.5 VAE has the attention names of an older diffusers.
+# the published SD-1.5 VAE has the attention names of an older diffusers
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -48,18 +45,15 @@ class StableDiffusion:
         return self.text_encoder(prompts)
 
 
-# ---- In --------------------------------------------------------------------------------------------------------------
 def load(
     source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", unet: str | Path | None = None
 ) -> StableDiffusion:
-    """Reads a checkpoint: a folder in the diffusers layout, a hub id "org/name", or a file in the original layout.
+    """Reads a folder in the diffusers layout, a hub id "org/name", or a file in the original layout. unet: another
+    checkpoint, or its unet/ alone, whose UNet is taken instead. InputError where a file is missing, cut short or
+    foreign, a tensor is not as config.json says, or config.json describes another architecture.
 
-    unet: another checkpoint, or its UNet's folder alone, whose UNet is taken instead.
     With prediction_type "v_prediction" (SD-2.x at 768 px; also a file of SD-2.x that does not say is taken for one) the
-    networks answer v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, and v's errors are what losses compare.
-    Raises InputError, one line, where a file is missing, cut short or foreign, a tensor's name or shape is not
-    what config.json says, or config.json describes another architecture.
-    """
+    networks answer v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, and v's errors are what losses compare."""
     path = locate(source)
     single = read_single(path) if path.is_file() else None
     network = load_unet(unet, dtype, device) if unet else make("unet", read_part(path, "unet", single), dtype, device)
@@ -86,16 +80,13 @@ def load_unet(source: str | Path, dtype: torch.dtype = torch.float32, device: st
 
 
 def make(part: str, found: tuple[dict, dict[str, Tensor], Path], dtype: torch.dtype, device: str) -> nn.Module:
-    """The network that `read_part` found."""
     config, tensors, where = found
     return fill(build(NETWORKS[part], config, where), tensors, where, dtype, device)
 
 
 def read_part(path: Path, part: str, single: dict | None = None) -> tuple[dict, dict[str, Tensor], Path]:
     """A network's config and tensors, under the names that diffusers and transformers give them now, and their place.
-
-    path: a checkpoint's, or for a UNet its own folder. single: what `read_single` found there, if it is a file.
-    """
+    path: a checkpoint's, or for a UNet its own folder. single: what `read_single` found there, if it is a file."""
     if path.is_file():
         tensors = single or read_single(path)
         kind = original.config_of(tensors)
@@ -233,13 +224,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def fill(
-    network: nn.Module, tensors: dict[str, Tensor], where: Path, dtype: torch.dtype, device: str,
-    names: Names | None = None,
-) -> nn.Module:  # fmt: skip
+    network: nn.Module, tensors: dict, where: Path, dtype: torch.dtype, device: str, names: Names | None = None
+) -> nn.Module:
     """Gives a network built on the meta device its weights, converted one by one into memory of their own.
-
-    names: `text.Names`, where those of `tensors` are not the network's own.
-    """
+    names: `text.Names`, where those of `tensors` are not the network's own."""
     wanted = network.state_dict()
     compare(tensors, unstack(wanted, names) if names else wanted, where)
     tensors = stack(tensors, names) if names else tensors
@@ -253,8 +241,7 @@ def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], where: Path) ->
     reshaped = [f"{name} is {list(found[name].shape)}, not {list(wanted[name].shape)}" for name in reshaped]
     missing, unexpected = wanted.keys() - found.keys(), found.keys() - wanted.keys()
     differences = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    said = [f"{len(names)} {kind} ({listed(sorted(names))})" for kind, names in differences.items() if names]
-    if said:
+    if said := [f"{len(names)} {kind} ({listed(sorted(names))})" for kind, names in differences.items() if names]:
         raise InputError(f"{where}: its tensors are not those of its config: {'; '.join(said)}")
 
 
@@ -262,7 +249,6 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-# ---- Out -------------------------------------------------------------------------------------------------------------
 def save(sd: StableDiffusion, folder: str | Path) -> None:
     """Writes the diffusers layout; StableDiffusionPipeline.from_pretrained opens it, `load` gives back every bit."""
     folder, encoder = Path(folder), sd.text_encoder
