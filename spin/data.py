@@ -31,20 +31,13 @@ class CaptionedImages:
         self.folder, self.resolution, self.pairs = Path(folder), resolution, pairs
         self.root, self.metadata = self.folder.resolve(), self.folder / "metadata.jsonl"
         try:
-            self.rows = np.fromiter(islice(self.find_rows(), first), dtype=np.dtype((np.int64, 2)))
+            with open(self.metadata, "rb") as file:  # of each line that is not empty: its number, from 1 on, and place
+                rows = ((n, file.tell() - len(line)) for n, line in enumerate(file, start=1) if line.strip())
+                self.rows = np.fromiter(islice(rows, first), dtype=np.dtype((np.int64, 2)))
         except OSError:
             raise InputError(f"{self.metadata}: no such file; it has a line for each image: file_name, text") from None
         if not len(self.rows):
             raise InputError(f"{self.metadata}: no rows")
-
-    def find_rows(self) -> Iterator[tuple[int, int]]:
-        """(number, from 1 on, and place) of each line that is not empty."""
-        place = 0
-        with open(self.metadata, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, place
-                place += len(line)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,7 +1,5 @@
 """One process, or the several that torchrun starts: each rank has its share of the work, rank 0 writes the rest.
-
-Everything here does nothing where there is one process.
-"""
+Everything here does nothing where there is one process."""
 
 import os
 import signal

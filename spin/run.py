@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -154,8 +153,8 @@ class Run:
 
     def promoted(self) -> int:
         """The last self-play iteration whose checkpoint is there; 0 for none. Earlier ones may have been deleted."""
-        there = [re.fullmatch(r"iter(\d+)", path.parent.name) for path in self.folder.glob("iter*/checkpoint")]
-        return max((int(match[1]) for match in there if match), default=0)
+        there = [path.parent.name.removeprefix("iter") for path in self.folder.glob("iter*/checkpoint")]
+        return max((int(name) for name in there if name.isdecimal()), default=0)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

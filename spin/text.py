@@ -36,8 +36,7 @@ class Tokenizer:
         if pad_token not in self.vocab:
             raise ValueError(f"pad token {pad_token!r} is not in the tokenizer's vocabulary")
         self.pad_token, self.length = pad_token, length
-        # written out in a prompt, a special token stands for itself. The pad token counts as one, as it does in
-        # transformers: under SD-2.x every "!" becomes the pad id
+        # written out in a prompt, these stand for themselves; the pad token too, as in transformers: "!" under SD-2.x
         self.specials = re.compile("(" + "|".join(map(re.escape, sorted({BOS, EOS, pad_token}))) + ")")
 
     def encode(self, prompt: str) -> list[int]:
@@ -74,17 +73,12 @@ class TextEncoder(nn.Module):
         activation = config.get("hidden_act", "quick_gelu")
         if activation not in activations:
             raise ValueError(f"hidden_act is {activation!r}: only {' and '.join(activations)} are known")
-        self.tower = TextTransformer(
-            context_length=config.get("max_position_embeddings", 77),
-            vocab_size=config["vocab_size"],
-            width=config["hidden_size"],
-            heads=config["num_attention_heads"],
-            layers=config["num_hidden_layers"],
-            mlp_ratio=config["intermediate_size"] / config["hidden_size"],
-            act_layer=activations[activation],
-            output_dim=None,  # no projection: the UNet reads the tokens themselves
-        )
-        self.names = names("text", i=config["num_hidden_layers"])  # a checkpoint's
+        sizes = {"context_length": config.get("max_position_embeddings", 77), "vocab_size": config["vocab_size"]}
+        sizes |= {"width": config["hidden_size"], "heads": config["num_attention_heads"]}
+        sizes |= {"layers": config["num_hidden_layers"], "mlp_ratio": config["intermediate_size"] / sizes["width"]}
+        # output_dim: no projection, the UNet reads the tokens themselves
+        self.tower = TextTransformer(**sizes, act_layer=activations[activation], output_dim=None)
+        self.names = names("text", i=sizes["layers"])  # a checkpoint's
         self.tower.attn_mask = None  # made where it is used: a buffer that no checkpoint holds cannot be loaded
 
     def forward(self, prompts: list[str]) -> Tensor:

@@ -21,6 +21,7 @@ SIZES = {"small": 5.6, "large": 8.6}  # radius
 PLACES = {"at the top left": (10, 10), "at the top right": (22, 10), "at the bottom left": (10, 22)}
 PLACES |= {"at the bottom right": (22, 22), "in the centre": (16, 16)}
 VALUES = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES, "background": COLOURS}
+METRICS, LESS_IS_BETTER = ("aligned", "clean", "reward", "palette"), ("palette",)
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,6 @@ def ideal(scene: Scene) -> np.ndarray:
 def to_pil(picture: np.ndarray) -> Image.Image:
     """[H,W,3] in [0,1] -> 8 bits."""
     return Image.fromarray((picture * 255).round().astype(np.uint8))
-
-
-METRICS = ("aligned", "clean", "reward", "palette")
-LESS_IS_BETTER = ("palette",)
 
 
 @cache
