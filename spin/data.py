@@ -20,6 +20,7 @@ from tqdm import tqdm
 from spin.run import InputError, hash_files, read_text, whole
 
 SHARD = 256  # rows a file of latents holds
+ORDER, DRAW, GENERATE = range(3)  # streams of random numbers that never meet
 
 
 class CaptionedImages:
@@ -191,9 +192,6 @@ class LatentShards:
             except (SafetensorError, OSError):
                 raise InputError(f"{self.path(shard)}: missing or damaged; delete it, and it is made anew") from None
         return torch.stack(found).float()
-
-
-ORDER, DRAW, GENERATE = range(3)  # streams of random numbers that never meet
 
 
 @lru_cache(maxsize=2)

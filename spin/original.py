@@ -1,5 +1,4 @@
 """The single-file layout in which Stable Diffusion was first published: its names, and what its files leave unsaid.
-
 One file holds model.diffusion_model.* (UNet), first_stage_model.* (VAE) and cond_stage_model.* (text tower), but no
 config: `SD_1` and `SD_2` are what it would say. A training checkpoint's other keys (model_ema.*, ...) are not read."""
 

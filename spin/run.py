@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pickle
-import platform
 import shutil
 import subprocess
 import sys
@@ -134,7 +133,7 @@ def provenance() -> dict:
     except FileNotFoundError:  # no git on this machine
         commit = ""
     packages = ("torch", "numpy", "safetensors", "pillow", "open-clip-torch")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     return {"commit": commit or "unknown: not a git clone", "versions": versions}
 
 

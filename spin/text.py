@@ -13,6 +13,11 @@ import torch
 from torch import Tensor, nn
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+# Published names of tensors -> those in a network of ours, of CLIP's text tower (without "text_model."), of the rest of
+# CLIP, and of BLIP. {p}: weight and bias; {i}, {t}, {v}: a layer; {qkv}, {query}: three that are the rows of one.
+TABLES = json.loads(Path(__file__).with_name("names.json").read_text())
+STACKED = {"qkv": "qkv", "query": ("query", "key", "value")}
+Names = list[tuple[list[str], str]]  # (published names, the one of ours that has them as its rows)
 
 
 class Tokenizer:
@@ -90,13 +95,6 @@ class TextEncoder(nn.Module):
         x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
         mask = torch.full((ids.shape[1],) * 2, float("-inf"), device=ids.device).triu(1).to(x.dtype)
         return tower.ln_final(tower.transformer(x, attn_mask=mask))
-
-
-# Published names of tensors -> those in a network of ours, of CLIP's text tower (without "text_model."), of the rest of
-# CLIP, and of BLIP. {p}: weight and bias; {i}, {t}, {v}: a layer; {qkv}, {query}: three that are the rows of one.
-TABLES = json.loads(Path(__file__).with_name("names.json").read_text())
-STACKED = {"qkv": "qkv", "query": ("query", "key", "value")}
-Names = list[tuple[list[str], str]]  # (published names, the one of ours that has them as its rows)
 
 
 def names(table: str, **layers: int) -> Names:

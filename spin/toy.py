@@ -1,6 +1,5 @@
 """The miniature world: captioned pictures of one shape on a plain background, and an exact score, of pixels and prompt
 alone. Pictures are [32,32,3] float32 in [0,1], y downwards; lengths in pixels.
-
 toy_set/ is the small clean set to fine-tune on, its rejected/ an image with some wrong attribute for each; toy_base/ is
 the model to begin with. tutorial/drawing.py and pretrain.py made them."""
 
@@ -99,7 +98,6 @@ def templates() -> tuple[list[tuple[str, str, str]], np.ndarray]:
 def score(images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
     """Judges pictures [N,32,32,3] in [0,1] by their prompts, captions of whole scenes: a dict of [N] for each metric.
     Raises KeyError for a prompt that describes no scene of this world, ValueError for pictures of another size.
-
     A picture is fitted, by least squares, as mask x colour + (1 - mask) x background, over all masks that a scene can
     have; the best fit's mask and its nearest named colours say what the picture shows.
     aligned: 1 if all five attributes are those of the prompt, else 0.

@@ -1,5 +1,4 @@
 """Checkpoints in and out, read strictly: the folder layout of diffusers, from the hub too, and single original files.
-
     unet/, vae/: config.json, diffusion_pytorch_model.safetensors    text_encoder/: config.json, model.safetensors
     scheduler/: scheduler_config.json    tokenizer/: vocab.json + merges.txt, or tokenizer.json; without it, CLIP's own
 Folders of several generations of diffusers and transformers are read; the newest names are written."""
@@ -51,7 +50,6 @@ def load(
     """Reads a folder in the diffusers layout, a hub id "org/name", or a file in the original layout. unet: another
     checkpoint, or its unet/ alone, whose UNet is taken instead. InputError where a file is missing, cut short or
     foreign, a tensor is not as config.json says, or config.json describes another architecture.
-
     With prediction_type "v_prediction" (SD-2.x at 768 px; also a file of SD-2.x that does not say is taken for one) the
     networks answer v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, and v's errors are what losses compare."""
     path = locate(source)
@@ -131,10 +129,10 @@ def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
     names = ("*.json", "*.txt", "diffusion_pytorch_model.safetensors", "model.safetensors")
     wanted = [f"{part}/{name}" for part in parts for name in names]
     folder = download(str(source), wanted)
-    if not any((folder / parts[0]).glob("*.safetensors")):
-        others = [f"{part}/*{end}" for part in parts for end in ("_model.bin", "model.fp16.safetensors")]
-        folder = download(str(source), wanted + others)
-    return folder
+    if any((folder / parts[0]).glob("*.safetensors")):
+        return folder
+    others = [f"{part}/*{end}" for part in parts for end in ("_model.bin", "model.fp16.safetensors")]
+    return download(str(source), wanted + others)
 
 
 def download(repository: str, files: list[str]) -> Path:
@@ -252,13 +250,12 @@ def listed(names: list[str]) -> str:
 def save(sd: StableDiffusion, folder: str | Path) -> None:
     """Writes the diffusers layout; StableDiffusionPipeline.from_pretrained opens it, `load` gives back every bit."""
     folder, encoder = Path(folder), sd.text_encoder
-    config = sd.unet.config | {"_class_name": "UNet2DConditionModel"}
-    save_network(folder / "unet", config, "diffusion_pytorch_model", sd.unet.state_dict())
+    save_network(folder / "unet", sd.unet.config | {"_class_name": "UNet2DConditionModel"}, sd.unet.state_dict())
     config = sd.vae.config | {"_class_name": "AutoencoderKL", "scaling_factor": sd.vae.scaling_factor}
-    save_network(folder / "vae", config, "diffusion_pytorch_model", sd.vae.state_dict())
+    save_network(folder / "vae", config, sd.vae.state_dict())
     config = encoder.config | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     text = unstack(encoder.tower.state_dict(), encoder.names)
-    save_network(folder / "text_encoder", config, "model", {f"text_model.{name}": text[name] for name in text})
+    save_network(folder / "text_encoder", config, {f"text_model.{name}": text[name] for name in text}, "model")
     save_tokenizer(folder / "tokenizer", encoder.tokenizer)
     schedule = {"_class_name": "DDIMScheduler"} | sd.scheduler.config
     write_json(folder / "scheduler" / "scheduler_config.json", schedule)
@@ -269,7 +266,7 @@ def save(sd: StableDiffusion, folder: str | Path) -> None:
     write_json(folder / "model_index.json", index | {"scheduler": ["diffusers", schedule["_class_name"]]})
 
 
-def save_network(folder: Path, config: dict, stem: str, tensors: dict[str, Tensor]) -> None:
+def save_network(folder: Path, config: dict, tensors: dict[str, Tensor], stem: str = "diffusion_pytorch_model") -> None:
     # the type of the file that was read, perhaps; the tensors say their own
     write_json(folder / "config.json", {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
