@@ -195,10 +195,9 @@ class Run:
     def rewind_log(self, model: str, steps: int) -> None:
         """Forgets what was logged of a model after its first `steps` steps: training goes on from there."""
         log = self.read_log()
-        kept = [line for line in log if line["model"] != model]
-        kept += [line for line in log if line["model"] == model][:steps]
+        kept = [row for row in log if row["model"] != model] + [row for row in log if row["model"] == model][:steps]
         with whole(self.folder / "log.jsonl") as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def save_state(self, model: str, state: dict) -> None:
         """What resuming a model's training needs, tensors and numbers, in the place of what was saved before."""

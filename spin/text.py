@@ -75,8 +75,7 @@ class TextEncoder(nn.Module):
 
         self.config, self.tokenizer = dict(config), tokenizer
         activations = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's tower, and OpenCLIP's in SD-2.x
-        activation = config.get("hidden_act", "quick_gelu")
-        if activation not in activations:
+        if (activation := config.get("hidden_act", "quick_gelu")) not in activations:
             raise ValueError(f"hidden_act is {activation!r}: only {' and '.join(activations)} are known")
         sizes = {"context_length": config.get("max_position_embeddings", 77), "vocab_size": config["vocab_size"]}
         sizes |= {"width": config["hidden_size"], "heads": config["num_attention_heads"]}

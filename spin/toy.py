@@ -100,10 +100,9 @@ def score(images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
     Raises KeyError for a prompt that describes no scene of this world, ValueError for pictures of another size.
     A picture is fitted, by least squares, as mask x colour + (1 - mask) x background, over all masks that a scene can
     have; the best fit's mask and its nearest named colours say what the picture shows.
-    aligned: 1 if all five attributes are those of the prompt, else 0.
+    aligned: 1 if all attributes are the prompt's, else 0. palette: rms distance of fitted colours to the nearest named.
     clean: 0..10, without looking at the prompt: 10 exp(-(r + palette) / 0.1), r the rms of what the fit leaves over.
-    reward: 0..10: 10 exp(-d / 0.1), d the rms distance to the ideal picture of the prompt.
-    palette: rms distance of the two fitted colours to the nearest named ones; 0 is best."""
+    reward: 0..10: 10 exp(-d / 0.1), d the rms distance to the ideal picture of the prompt."""
     scenes = [BY_CAPTION[prompt] for prompt in prompts]
     names, masks = templates()
     x = images.reshape(len(images), SIDE * SIDE, 3).astype(np.float32)

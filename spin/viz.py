@@ -23,8 +23,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def parameters(prompt: str, settings: dict) -> str:
-    """How a picture was made, in the lines that Stable Diffusion programs write to and read from a PNG.
-    settings: {"Seed": 1, ...}; a "Negative prompt" that is not empty gets a line of its own."""
+    """How a picture was made, as Stable Diffusion programs write it to a PNG. settings: {"Seed": 1, ...}."""
     others = [f"{name}: {value}" for name, value in settings.items() if name != "Negative prompt"]
     negative = [f"Negative prompt: {settings['Negative prompt']}"] if settings.get("Negative prompt") else []
     return "\n".join([prompt, *negative, ", ".join(others)])

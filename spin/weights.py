@@ -40,16 +40,14 @@ class StableDiffusion:
     scheduler: Scheduler
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """B prompts -> context [B,77,D]."""
-        return self.text_encoder(prompts)
+        return self.text_encoder(prompts)  # context [B,77,D]
 
 
 def load(
     source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", unet: str | Path | None = None
 ) -> StableDiffusion:
-    """Reads a folder in the diffusers layout, a hub id "org/name", or a file in the original layout. unet: another
-    checkpoint, or its unet/ alone, whose UNet is taken instead. InputError where a file is missing, cut short or
-    foreign, a tensor is not as config.json says, or config.json describes another architecture.
+    """Reads a diffusers folder, a hub id "org/name", or a file in the original layout. unet: another checkpoint, or its
+    unet/ alone, to take the UNet from. InputError for what is missing, cut short, foreign, or not as config.json says.
     With prediction_type "v_prediction" (SD-2.x at 768 px; also a file of SD-2.x that does not say is taken for one) the
     networks answer v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, and v's errors are what losses compare."""
     path = locate(source)
