@@ -17,9 +17,7 @@ QUICK = 10.0  # seconds; a call that takes less is measured a second time, awake
 
 def estimate(args, this_run: run.Run, sd, images, real, stages: list, players: Callable) -> Iterator[tuple[str, float]]:
     """(a line of text, seconds) for each kind of work that is left; files and the scores' arithmetic are not counted.
-
-    real: shards of latents. stages: those to train. players: of args, sd and a stage, makes the module that is trained.
-    """
+    real: shards of latents. stages: those to train. players: of args, sd and a stage, makes the module to train."""
     side = args.resolution // sd.vae.downscale
     blank = SimpleNamespace(read=lambda name, rows, entries=None: torch.zeros((len(rows), 4, side, side)))
 

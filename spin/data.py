@@ -1,8 +1,5 @@
-"""Captioned images, latents on disk, and which sample is drawn when.
-
-Nothing here keeps a random state: every draw is a function of (seed, iteration, step, place in the batch), so a run
-that was interrupted, or split into other micro-batches or among more ranks, draws the same samples.
-"""
+"""Captioned images, latents on disk, and which sample is drawn when: a function of (seed, iteration, step, place in the
+batch), without state, so a run that was interrupted, or split among micro-batches or ranks, draws the same samples."""
 
 import json
 import os
@@ -23,42 +20,30 @@ from tqdm import tqdm
 from spin.run import InputError, hash_files, read_text, whole
 
 SHARD = 256  # rows a file of latents holds
+ORDER, DRAW, GENERATE = range(3)  # streams of random numbers that never meet
 
 
-# ---- Captioned images ------------------------------------------------------------------------------------------------
 class CaptionedImages:
-    """A folder of images with metadata.jsonl: one object a line, `file_name` and `text` (or `caption`).
-
-    `caption(i)` and `image(i)` are row i. With `pairs`, each line also has a `rejected_file_name`, the image that DPO
-    is to like less: `image(i, rejected=True)`. What is wrong with a row is an InputError when it is asked for;
-    `inspect` asks for all, `keep` leaves some out. In memory are only the places where lines begin, 16 bytes a row.
-    first: only the first N rows are used. Raises InputError for a folder without metadata.jsonl or without a row in it.
-    """
+    """A folder of images with metadata.jsonl: one object a line, `file_name` and `text` (or `caption`), with `pairs`
+    also `rejected_file_name`, the image that DPO is to like less. first: only the first N rows. InputError for a folder
+    without metadata.jsonl or a row in it; for a row that is wrong, when it is asked for. In memory: 16 bytes a row."""
 
     def __init__(self, folder: str | Path, resolution: int, pairs: bool = False, first: int | None = None):
         self.folder, self.resolution, self.pairs = Path(folder), resolution, pairs
         self.root, self.metadata = self.folder.resolve(), self.folder / "metadata.jsonl"
         try:
-            self.rows = np.fromiter(islice(self.find_rows(), first), dtype=np.dtype((np.int64, 2)))
+            with open(self.metadata, "rb") as file:  # of each line that is not empty: its number, from 1 on, and place
+                rows = ((n, file.tell() - len(line)) for n, line in enumerate(file, start=1) if line.strip())
+                self.rows = np.fromiter(islice(rows, first), dtype=np.dtype((np.int64, 2)))
         except OSError:
             raise InputError(f"{self.metadata}: no such file; it has a line for each image: file_name, text") from None
         if not len(self.rows):
             raise InputError(f"{self.metadata}: no rows")
 
-    def find_rows(self) -> Iterator[tuple[int, int]]:
-        """(number, from 1 on, and place) of each line that is not empty."""
-        place = 0
-        with open(self.metadata, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, place
-                place += len(line)
-
     def __len__(self) -> int:
         return len(self.rows)
 
     def keep(self, rows: np.ndarray) -> None:
-        """Uses only these rows, in this order, from now on."""
         self.rows = self.rows[rows]
 
     def row(self, i: int) -> tuple[str, list[Path]]:
@@ -151,26 +136,20 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
         picture = Image.fromarray((np.asarray(picture, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     return picture.convert("RGB")
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a .txt file (one a line), or of the strings or objects of a .json list or the lines of a .jsonl.
-
-    Objects say `prompt`, `text` or `caption`. Raises InputError where the file holds no prompt or something else.
-    """
-    path = Path(path)
-    text = read_text(path)
+    """The lines of a .txt; or strings or objects (`prompt`, `text` or `caption`): a .json list or a .jsonl's lines.
+    InputError where the file holds no prompt or something else."""
+    text = read_text(path := Path(path))
     lines = [line for line in text.split("\n") if line.strip()]
     try:
-        if path.suffix == ".json":
-            entries = json.loads(text)
-            if not isinstance(entries, list):
-                raise ValueError("the file's outermost value is no list")
-        else:
+        if path.suffix != ".json":
             entries = [json.loads(line) if path.suffix == ".jsonl" else line.strip() for line in lines]
+        elif not isinstance(entries := json.loads(text), list):
+            raise ValueError("the file's outermost value is no list")
         keys = ("prompt", "text", "caption")
         entries = [next(e[key] for key in keys if key in e) if isinstance(e, dict) else e for e in entries]
     except (ValueError, TypeError, StopIteration) as error:
@@ -180,7 +159,6 @@ def read_prompts(path: str | Path) -> list[str]:
     return entries
 
 
-# ---- Latents on disk -------------------------------------------------------------------------------------------------
 class LatentShards:
     """Tensors of these data rows, ascending, in a folder, as float16, SHARD rows a file: each is whole or not there."""
 
@@ -216,14 +194,9 @@ class LatentShards:
         return torch.stack(found).float()
 
 
-# ---- Which sample is drawn when --------------------------------------------------------------------------------------
-ORDER, DRAW, GENERATE = range(3)  # streams of random numbers that never meet
-
-
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, iteration: int, epoch: int, count: int) -> np.ndarray:
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(ORDER, iteration, epoch)))
-    return rng.permutation(count)
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(ORDER, iteration, epoch))).permutation(count)
 
 
 def batch_rows(seed: int, iteration: int, step: int, batch_size: int, count: int) -> list[int]:
@@ -234,8 +207,7 @@ def batch_rows(seed: int, iteration: int, step: int, batch_size: int, count: int
 
 def draw(seed: int, iteration: int, step: int, place: int, shape: tuple[int, ...], timesteps: int) -> dict[str, Tensor]:
     """What is random in a pair of a batch: t in 0..timesteps-1, flip and drop in [0,1), and three normals [*shape]:
-    eps, posterior, and eps_gen for the generated image where that is not to share eps.
-    """
+    eps, posterior, and eps_gen for the generated image where that is not to share eps."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(DRAW, iteration, step, place)))
     drawn = {"t": torch.tensor(int(rng.integers(timesteps))), "flip": torch.tensor(rng.random())}
     for name in ("eps", "posterior", "eps_gen"):

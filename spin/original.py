@@ -1,10 +1,6 @@
 """The single-file layout in which Stable Diffusion was first published: its names, and what its files leave unsaid.
-
-One file holds model.diffusion_model.* (UNet), first_stage_model.* (VAE) and cond_stage_model.* (text tower), and no
-config: `SD_1` and `SD_2`, from configs.json, are what it would say. `names` is the whole translation of UNet and VAE,
-a bijection made from a network's own names. A training checkpoint's other keys, its averaged weights (model_ema.*)
-among them, are not read.
-"""
+One file holds model.diffusion_model.* (UNet), first_stage_model.* (VAE) and cond_stage_model.* (text tower), but no
+config: `SD_1` and `SD_2` are what it would say. A training checkpoint's other keys (model_ema.*, ...) are not read."""
 
 import json
 import re
@@ -18,10 +14,9 @@ TEXT_1 = "cond_stage_model.transformer.text_model."  # of SD-1.x, then transform
 PREDICTION = "modelspec.prediction_type"  # in a .safetensors file's metadata, where it is said: epsilon or v
 TEXT_2 = "cond_stage_model.model."  # of SD-2.x, then open_clip's
 
-# What a file leaves unsaid, {"unet": its config.json, ...}; of OpenCLIP's ViT-H, SD-2.x reads all layers but the last.
-# And settings that our networks and samplers have built in: another value in a config.json means another architecture
-# (SDXL, an inpainting model, ...), which might load and would draw nonsense. What other files are, by a part of a name
-# in them. And parts of diffusers' names -> those here.
+# SD_*: {"unet": its config.json, ...}; of OpenCLIP's ViT-H, SD-2.x reads all layers but the last. BUILT_IN: settings;
+# another value means another architecture (SDXL, an inpainting model, ...), which might load and would draw nonsense.
+# FOREIGN: what other files are, by a part of a name in them. IN_*: parts of diffusers' names -> those here.
 FACTS = json.loads(Path(__file__).with_name("configs.json").read_text())
 SD_1, SD_2, BUILT_IN, FOREIGN, IN_UNET, IN_RESNET, IN_VAE = FACTS.values()
 

@@ -1,7 +1,5 @@
 """The two images of a pair: real ones encoded, the opponent's drawn, both kept as latents, and read with their noise.
-
-args: train.py's flags. real, generated: `data.LatentShards`; each rank fills its share of their files.
-"""
+args: train.py's flags. real, generated: `data.LatentShards`; each rank fills its share of their files."""
 
 import numpy as np
 import torch
@@ -32,9 +30,7 @@ def encode(args, sd, images: data.CaptionedImages, real: data.LatentShards) -> N
 
 def generate(args, sd, images: data.CaptionedImages, generated: data.LatentShards, k: int) -> None:
     """Draws and stores theta_{k-1}'s latent for every row of `generated`; its noise depends on seed, k, row alone.
-
-    For (C.5) it stores the path, [sampler steps,4,h,w] a row, instead of its end: 1.6 MB a row at 512 px and 50 steps.
-    """
+    For (C.5) it stores the path, [sampler steps,4,h,w] a row, instead of its end: 1.6 MB at 512 px and 50 steps."""
 
     def drawn(rows: list[int]) -> dict[str, Tensor]:
         generators = [data.generator(args.seed, k, row) for row in rows]
@@ -64,7 +60,6 @@ def fill(shards: data.LatentShards, make, batch_size: int, title: str) -> None:
 
 
 def how_to_draw(args) -> dict:
-    """This run's settings of `sampler.sample`."""
     size = {"height": args.resolution, "width": args.resolution, "autocast": getattr(torch, args.dtype)}
     return size | {"steps": args.sampler_steps, "guidance": args.guidance, "sampler": args.sampler}
 

@@ -1,7 +1,4 @@
-"""One process, or the several that torchrun starts: each rank has its share of the work, rank 0 writes the rest.
-
-Everything here does nothing where there is one process.
-"""
+"""The ranks that torchrun starts share the work; rank 0 writes the rest. With one process nothing here does a thing."""
 
 import os
 import signal

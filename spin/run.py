@@ -6,8 +6,6 @@ import json
 import math
 import os
 import pickle
-import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -26,10 +24,8 @@ class InputError(ValueError):
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` at which to make a file or a folder; renames it into place if the block succeeds.
-
-    Until then `path` holds what it held before. A folder must not exist yet. InputError where the disk refuses.
-    """
+    """Yields a path beside `path` at which to make a file, or a folder that is not there yet; moves it into place if
+    the block succeeds, until when `path` holds what it held before. InputError where the disk refuses."""
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +101,7 @@ def script(name: str, main: Callable[[], object], stopped: str = "what is finish
 
 
 def number(kind: type, low: float, high: float = math.inf):
-    """A type for argparse: a finite number of a kind, int or float, from `low` to `high`."""
+    """A type for argparse: a finite int or float. What argparse says of others: invalid int from 1 on value: '0'."""
 
     def parse(text: str):
         value = kind(text)
@@ -113,7 +109,6 @@ def number(kind: type, low: float, high: float = math.inf):
             raise ValueError
         return value
 
-    # argparse says: invalid int from 1 on value: '0'
     parse.__name__ = f"{kind.__name__} from {low} {'on' if high == math.inf else f'to {high}'}"
     return parse
 
@@ -138,7 +133,7 @@ def provenance() -> dict:
     except FileNotFoundError:  # no git on this machine
         commit = ""
     packages = ("torch", "numpy", "safetensors", "pillow", "open-clip-torch")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     return {"commit": commit or "unknown: not a git clone", "versions": versions}
 
 
@@ -157,8 +152,8 @@ class Run:
 
     def promoted(self) -> int:
         """The last self-play iteration whose checkpoint is there; 0 for none. Earlier ones may have been deleted."""
-        there = [re.fullmatch(r"iter(\d+)", path.parent.name) for path in self.folder.glob("iter*/checkpoint")]
-        return max((int(match[1]) for match in there if match), default=0)
+        there = [path.parent.name.removeprefix("iter") for path in self.folder.glob("iter*/checkpoint")]
+        return max((int(name) for name in there if name.isdecimal()), default=0)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -185,7 +180,6 @@ class Run:
             write_json(path, config)
 
     def log(self, line: dict) -> None:
-        """Appends one line to log.jsonl."""
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -201,10 +195,9 @@ class Run:
     def rewind_log(self, model: str, steps: int) -> None:
         """Forgets what was logged of a model after its first `steps` steps: training goes on from there."""
         log = self.read_log()
-        kept = [line for line in log if line["model"] != model]
-        kept += [line for line in log if line["model"] == model][:steps]
+        kept = [row for row in log if row["model"] != model] + [row for row in log if row["model"] == model][:steps]
         with whole(self.folder / "log.jsonl") as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def save_state(self, model: str, state: dict) -> None:
         """What resuming a model's training needs, tensors and numbers, in the place of what was saved before."""

@@ -1,7 +1,5 @@
-"""Prompts -> token ids -> context, with the text tower and the byte-pair encoding of open_clip.
-
-open_clip is imported when a text encoder is built: importing it takes seconds.
-"""
+"""Prompts -> token ids -> context, with the text tower and the byte-pair encoding of open_clip, which is imported when
+one of them is built: that takes seconds."""
 
 import gzip
 import json
@@ -15,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+# Published names of tensors -> those in a network of ours, of CLIP's text tower (without "text_model."), of the rest of
+# CLIP, and of BLIP. {p}: weight and bias; {i}, {t}, {v}: a layer; {qkv}, {query}: three that are the rows of one.
+TABLES = json.loads(Path(__file__).with_name("names.json").read_text())
+STACKED = {"qkv": "qkv", "query": ("query", "key", "value")}
+Names = list[tuple[list[str], str]]  # (published names, the one of ours that has them as its rows)
 
 
 class Tokenizer:
-    """CLIP's lower-cased byte-pair encoding: prompts -> ids, cut to `length` and padded with `pad_token`.
-
-    merges: the pairs in order of rank, "a b" each; None for CLIP's own 48,894.
-    pad_token: SD-1.x pads with the end token (49407), SD-2.x with "!" (0).
-    Ids follow from the merges: 256 bytes, 256 bytes that end a word, one token a merge, start, end.
-    """
+    """CLIP's lower-cased byte-pair encoding: prompts -> ids, cut to `length` and padded with `pad_token`: in SD-1.x the
+    end token (49407), in SD-2.x "!" (0). merges: the pairs in order of rank, "a b" each; None for CLIP's own 48,894.
+    Ids follow from the merges: 256 bytes, 256 bytes that end a word, one token a merge, start, end."""
 
     def __init__(self, merges: list[str] | None = None, pad_token: str = EOS, length: int = 77):
         from open_clip.tokenizer import SimpleTokenizer
@@ -41,8 +41,7 @@ class Tokenizer:
         if pad_token not in self.vocab:
             raise ValueError(f"pad token {pad_token!r} is not in the tokenizer's vocabulary")
         self.pad_token, self.length = pad_token, length
-        # written out in a prompt, a special token stands for itself. The pad token counts as one, as it does in
-        # transformers: under SD-2.x every "!" becomes the pad id
+        # written out in a prompt, these stand for themselves; the pad token too, as in transformers: "!" under SD-2.x
         self.specials = re.compile("(" + "|".join(map(re.escape, sorted({BOS, EOS, pad_token}))) + ")")
 
     def encode(self, prompt: str) -> list[int]:
@@ -67,10 +66,8 @@ def clean(text: str) -> str:
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text tower up to its final norm. config: transformers' text_encoder/config.json; sizes come from it.
-
-    forward(prompts, B of them) -> context [B,77,D]. ValueError for an activation it does not know.
-    """
+    """CLIP's text tower up to its final norm: forward(prompts, B of them) -> context [B,77,D]. config: transformers'
+    text_encoder/config.json; sizes come from it. ValueError for an activation it does not know."""
 
     def __init__(self, config: dict, tokenizer: Tokenizer):
         super().__init__()
@@ -78,20 +75,14 @@ class TextEncoder(nn.Module):
 
         self.config, self.tokenizer = dict(config), tokenizer
         activations = {"quick_gelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's tower, and OpenCLIP's in SD-2.x
-        activation = config.get("hidden_act", "quick_gelu")
-        if activation not in activations:
+        if (activation := config.get("hidden_act", "quick_gelu")) not in activations:
             raise ValueError(f"hidden_act is {activation!r}: only {' and '.join(activations)} are known")
-        self.tower = TextTransformer(
-            context_length=config.get("max_position_embeddings", 77),
-            vocab_size=config["vocab_size"],
-            width=config["hidden_size"],
-            heads=config["num_attention_heads"],
-            layers=config["num_hidden_layers"],
-            mlp_ratio=config["intermediate_size"] / config["hidden_size"],
-            act_layer=activations[activation],
-            output_dim=None,  # no projection: the UNet reads the tokens themselves
-        )
-        self.names = names("text", i=config["num_hidden_layers"])  # a checkpoint's
+        sizes = {"context_length": config.get("max_position_embeddings", 77), "vocab_size": config["vocab_size"]}
+        sizes |= {"width": config["hidden_size"], "heads": config["num_attention_heads"]}
+        sizes |= {"layers": config["num_hidden_layers"], "mlp_ratio": config["intermediate_size"] / sizes["width"]}
+        # output_dim: no projection, the UNet reads the tokens themselves
+        self.tower = TextTransformer(**sizes, act_layer=activations[activation], output_dim=None)
+        self.names = names("text", i=sizes["layers"])  # a checkpoint's
         self.tower.attn_mask = None  # made where it is used: a buffer that no checkpoint holds cannot be loaded
 
     def forward(self, prompts: list[str]) -> Tensor:
@@ -103,13 +94,6 @@ class TextEncoder(nn.Module):
         x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
         mask = torch.full((ids.shape[1],) * 2, float("-inf"), device=ids.device).triu(1).to(x.dtype)
         return tower.ln_final(tower.transformer(x, attn_mask=mask))
-
-
-# Published names of tensors -> those in a network of ours, of CLIP's text tower (without "text_model."), of the rest of
-# CLIP, and of BLIP. {p}: weight and bias; {i}, {t}, {v}: a layer; {qkv}, {query}: three that are the rows of one.
-TABLES = json.loads(Path(__file__).with_name("names.json").read_text())
-STACKED = {"qkv": "qkv", "query": ("query", "key", "value")}
-Names = list[tuple[list[str], str]]  # (published names, the one of ours that has them as its rows)
 
 
 def names(table: str, **layers: int) -> Names:

@@ -1,12 +1,7 @@
-"""The miniature world: captioned pictures of one shape on a plain background, and an exact score for them.
-
-Everything is drawn from seeds, and the score is computed from pixels and prompt with no learned model. Pictures are
-[32,32,3] float32 in [0,1], y downwards; lengths in pixels.
-
-toy_set/ is the small clean set to fine-tune on, as any data set for train.py: PNGs and metadata.jsonl; rejected/ has
-an image with some wrong attribute for each. toy_base/ is the model to begin with. tutorial/drawing.py and pretrain.py
-made them.
-"""
+"""The miniature world: captioned pictures of one shape on a plain background, and an exact score, of pixels and prompt
+alone. Pictures are [32,32,3] float32 in [0,1], y downwards; lengths in pixels.
+toy_set/ is the small clean set to fine-tune on, its rejected/ an image with some wrong attribute for each; toy_base/ is
+the model to begin with. tutorial/drawing.py and pretrain.py made them."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -18,27 +13,16 @@ from PIL import Image
 
 SIDE = 32
 BASE, CURATED = (Path(__file__).parent / name for name in ("toy_base", "toy_set"))
-COLOURS = {
-    "red": (0.86, 0.16, 0.16),
-    "green": (0.16, 0.66, 0.24),
-    "blue": (0.16, 0.28, 0.84),
-    "yellow": (0.95, 0.83, 0.20),
-    "white": (0.96, 0.96, 0.96),
-    "black": (0.08, 0.08, 0.08),
-}
+COLOURS = {"red": (0.86, 0.16, 0.16), "green": (0.16, 0.66, 0.24), "blue": (0.16, 0.28, 0.84)}
+COLOURS |= {"yellow": (0.95, 0.83, 0.20), "white": (0.96, 0.96, 0.96), "black": (0.08, 0.08, 0.08)}
 SHAPES = ("circle", "square", "triangle")
 SIZES = {"small": 5.6, "large": 8.6}  # radius
-PLACES = {
-    "at the top left": (10, 10),
-    "at the top right": (22, 10),
-    "at the bottom left": (10, 22),
-    "at the bottom right": (22, 22),
-    "in the centre": (16, 16),
-}
+PLACES = {"at the top left": (10, 10), "at the top right": (22, 10), "at the bottom left": (10, 22)}
+PLACES |= {"at the bottom right": (22, 22), "in the centre": (16, 16)}
 VALUES = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES, "background": COLOURS}
+METRICS, LESS_IS_BETTER = ("aligned", "clean", "reward", "palette"), ("palette",)
 
 
-# ---- Scenes and their captions ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Scene:
     """What a picture shows. An attribute that is None is left out of the caption."""
@@ -67,12 +51,9 @@ def split() -> dict[str, list[Scene]]:
     return {name: [SCENES[i] for i in part] for name, part in parts.items()}
 
 
-# ---- Drawing ---------------------------------------------------------------------------------------------------------
 def coverage(shape: str, radius: float, centre: tuple[float, float], angle: float = 0.0) -> np.ndarray:
     """[32,32]: the part of each pixel that the shape covers, from the signed distance to its edge.
-
-    radius: the circle's; squares and triangles of about the same area. angle: radians.
-    """
+    radius: the circle's; squares and triangles of about the same area. angle: radians."""
     grid = np.arange(SIDE, dtype=np.float32) + 0.5
     x, y = grid[None, :] - centre[0], grid[:, None] - centre[1]
     x, y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
@@ -82,8 +63,7 @@ def coverage(shape: str, radius: float, centre: tuple[float, float], angle: floa
         inside = 0.88 * radius - np.maximum(np.abs(x), np.abs(y))
     else:  # a triangle with its tip up: three half-planes at the same distance from its middle
         y = y - 0.15 * radius
-        slopes = np.maximum(np.abs(x) * np.sqrt(0.75) - 0.5 * y, y)
-        inside = 0.62 * radius - slopes
+        inside = 0.62 * radius - np.maximum(np.abs(x) * np.sqrt(0.75) - 0.5 * y, y)
     return np.clip(inside + 0.5, 0, 1).astype(np.float32)
 
 
@@ -104,12 +84,6 @@ def to_pil(picture: np.ndarray) -> Image.Image:
     return Image.fromarray((picture * 255).round().astype(np.uint8))
 
 
-# ---- The score -------------------------------------------------------------------------------------------------------
-
-METRICS = ("aligned", "clean", "reward", "palette")
-LESS_IS_BETTER = ("palette",)
-
-
 @cache
 def templates() -> tuple[list[tuple[str, str, str]], np.ndarray]:
     """Every (size, shape, place), shifted by up to 2 pixels each way: K = 750 names, and their masks [K,1024]."""
@@ -123,20 +97,15 @@ def templates() -> tuple[list[tuple[str, str, str]], np.ndarray]:
 
 def score(images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
     """Judges pictures [N,32,32,3] in [0,1] by their prompts, captions of whole scenes: a dict of [N] for each metric.
-
+    Raises KeyError for a prompt that describes no scene of this world, ValueError for pictures of another size.
     A picture is fitted, by least squares, as mask x colour + (1 - mask) x background, over all masks that a scene can
     have; the best fit's mask and its nearest named colours say what the picture shows.
-
-    aligned: 1 if all five attributes are those of the prompt, else 0.
+    aligned: 1 if all attributes are the prompt's, else 0. palette: rms distance of fitted colours to the nearest named.
     clean: 0..10, without looking at the prompt: 10 exp(-(r + palette) / 0.1), r the rms of what the fit leaves over.
-    reward: 0..10: 10 exp(-d / 0.1), d the rms distance to the ideal picture of the prompt.
-    palette: rms distance of the two fitted colours to the nearest named ones; 0 is best.
-    Raises KeyError for a prompt that describes no scene of this world, ValueError for pictures of another size.
-    """
+    reward: 0..10: 10 exp(-d / 0.1), d the rms distance to the ideal picture of the prompt."""
     scenes = [BY_CAPTION[prompt] for prompt in prompts]
     names, masks = templates()
     x = images.reshape(len(images), SIDE * SIDE, 3).astype(np.float32)
-
     # normal equations of every mask m: [m.m  m.n; m.n  n.n] [colour; background] = [m.x; n.x] with n = 1 - m
     mm, mn, nn = (masks**2).sum(1), (masks * (1 - masks)).sum(1), ((1 - masks) ** 2).sum(1)
     mx = masks @ x  # [N,K,3]
@@ -145,22 +114,15 @@ def score(images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
     colour = (nn[:, None] * mx - mn[:, None] * nx) / determinant
     background = (mm[:, None] * nx - mn[:, None] * mx) / determinant
     left = (x**2).sum((1, 2))[:, None] - (colour * mx + background * nx).sum(2)  # [N,K], squared
-    best = left.argmin(1)
-
-    row = np.arange(len(x))
+    row, best = np.arange(len(x)), left.argmin(1)
     found = np.stack([colour[row, best], background[row, best]], 1)  # [N,2,3]
     weights = np.stack([masks[best], 1 - masks[best]], 2)  # [N,1024,2]
     rms_left = np.sqrt(((x - weights @ found) ** 2).mean((1, 2)))
     distance = np.linalg.norm(found[:, :, None] - np.array(list(COLOURS.values())), axis=3) / np.sqrt(3)  # [N,2,6]
     palette = np.sqrt((distance.min(2) ** 2).mean(1))
-    shown = [
-        Scene(names[k][0], list(COLOURS)[c], names[k][1], names[k][2], list(COLOURS)[b])
-        for k, (c, b) in zip(best, distance.argmin(2))
-    ]
+    named, fits = list(COLOURS), zip(best, distance.argmin(2))
+    shown = [Scene(names[k][0], named[c], *names[k][1:], named[b]) for k, (c, b) in fits]
+    aligned = np.array([a == b for a, b in zip(shown, scenes)], dtype=float)
     off = np.sqrt(((images - np.stack([ideal(scene) for scene in scenes])) ** 2).mean((1, 2, 3)))
-    return {
-        "aligned": np.array([a == b for a, b in zip(shown, scenes)], dtype=float),
-        "clean": 10 * np.exp(-(rms_left + palette) / 0.1),
-        "reward": 10 * np.exp(-off / 0.1),
-        "palette": palette,
-    }
+    clean, reward = 10 * np.exp(-(rms_left + palette) / 0.1), 10 * np.exp(-off / 0.1)
+    return {"aligned": aligned, "clean": clean, "reward": reward, "palette": palette}

@@ -14,7 +14,7 @@ from spin.run import whole
 INK, PALE, PAPER = (32, 32, 36), (200, 200, 206), (255, 255, 255)
 LEFT, TOP, RIGHT, BOTTOM = 76, 34, 14, 30  # pixels around a chart
 COLOURS = [(31, 105, 180), (214, 90, 24), (34, 139, 76), (150, 60, 160), (120, 120, 120)]
-Plot = dict[str, Sequence[float]]  # {line name: values over steps 1, 2, ...}
+Pictures, Plot = Sequence[Image.Image], dict[str, Sequence[float]]  # a plot: {line name: values over steps 1, 2, ...}
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -23,14 +23,10 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def parameters(prompt: str, settings: dict) -> str:
-    """How a picture was made, in the lines that Stable Diffusion programs write to and read from a PNG.
-
-    settings: {"Seed": 1, ...}; a "Negative prompt" that is not empty gets a line of its own.
-    """
-    negative_prompt = settings.get("Negative prompt")
-    lines = [prompt, f"Negative prompt: {negative_prompt}"] if negative_prompt else [prompt]
+    """How a picture was made, as Stable Diffusion programs write it to a PNG. settings: {"Seed": 1, ...}."""
     others = [f"{name}: {value}" for name, value in settings.items() if name != "Negative prompt"]
-    return "\n".join([*lines, ", ".join(others)])
+    negative = [f"Negative prompt: {settings['Negative prompt']}"] if settings.get("Negative prompt") else []
+    return "\n".join([prompt, *negative, ", ".join(others)])
 
 
 def save_png(picture: Image.Image, path: Path, prompt: str = "", settings: dict | None = None) -> None:
@@ -42,20 +38,17 @@ def save_png(picture: Image.Image, path: Path, prompt: str = "", settings: dict 
         picture.save(part, format="PNG", pnginfo=info)
 
 
-def grid(
-    rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], captions: Sequence[str], cell: int = 192
-) -> Image.Image:
+def grid(rows: Sequence[Pictures], columns: Sequence[str], captions: Sequence[str], cell: int = 192) -> Image.Image:
     """A table of pictures of `cell` pixels: a title over each column, a caption (a prompt) to the left of each row."""
     font, gap, margin, line = ImageFont.load_default(15), 6, 190, 19
     title_height = line + gap if any(columns) else 0
-    width = margin + len(columns) * (cell + gap)
-    sheet = Image.new("RGB", (width, title_height + len(rows) * (cell + gap)), PAPER)
+    size = (margin + len(columns) * (cell + gap), title_height + len(rows) * (cell + gap))
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     for j, title in enumerate(columns):
         draw.text((margin + j * (cell + gap) + cell / 2, 2), title, INK, font, anchor="ma")
     for i, (pictures, caption) in enumerate(zip(rows, captions, strict=True)):
-        top = title_height + i * (cell + gap)
-        lines = textwrap.wrap(caption, 24)[: cell // line]
+        top, lines = title_height + i * (cell + gap), textwrap.wrap(caption, 24)[: cell // line]
         draw.multiline_text((gap, top + gap), "\n".join(lines), INK, font, spacing=line - 15)
         for j, picture in enumerate(pictures):
             scale = cell / max(picture.size)
@@ -72,12 +65,11 @@ def line_charts(panels: dict[str, Plot], marks: Sequence[int] = (), width: int =
 
 def interval_charts(models: dict[str, dict[str, dict[str, float]]], width: int = 460, height: int = 240) -> Image.Image:
     """A panel for each metric, a point with its interval for each model: {model: {metric: mean, low, high}}."""
-    metrics = next(iter(models.values()))
-    of_metric = {metric: {name: of[metric] for name, of in models.items()} for metric in metrics}
-    return two_a_row([interval_chart(metric, points, width, height) for metric, points in of_metric.items()])
+    points = {metric: {name: of[metric] for name, of in models.items()} for metric in next(iter(models.values()))}
+    return two_a_row([interval_chart(metric, of_models, width, height) for metric, of_models in points.items()])
 
 
-def two_a_row(panels: Sequence[Image.Image]) -> Image.Image:
+def two_a_row(panels: Pictures) -> Image.Image:
     (width, height), columns = panels[0].size, min(2, len(panels))
     sheet = Image.new("RGB", (columns * width, math.ceil(len(panels) / columns) * height), PAPER)
     for i, panel in enumerate(panels):
@@ -102,13 +94,12 @@ def axes(title: str, values: Sequence[float], width: int, height: int):
 def line_chart(title: str, lines: Plot, marks: Sequence[int], width: int, height: int) -> Image.Image:
     finite = [y for values in lines.values() for y in values if math.isfinite(y)]
     panel, draw, font, level = axes(title, finite, width, height)
-    count = max(2, *(len(values) for values in lines.values()))
+    count, legend = max(2, *(len(values) for values in lines.values())), width - RIGHT
     across = lambda step: LEFT + (step - 1) / (count - 1) * (width - RIGHT - LEFT)  # noqa: E731
     for mark in marks:
         draw.line([(across(mark), height - BOTTOM), (across(mark), TOP)], PALE)
     draw.text((LEFT, height - BOTTOM + 6), "step 1", INK, font)
     draw.text((width - RIGHT, height - BOTTOM + 6), str(count), INK, font, anchor="ra")
-    legend = width - RIGHT
     for (name, values), colour in reversed(list(zip(lines.items(), COLOURS))):
         points = [(across(step), level(y)) for step, y in enumerate(values, start=1) if math.isfinite(y)]
         draw.line(points, colour, 2)
@@ -125,12 +116,12 @@ def interval_chart(title: str, points: dict[str, dict[str, float]], width: int, 
     panel, draw, font, level = axes(f"{title}, mean and 95 % interval", ends, width, height)
     for i, (name, point) in enumerate(points.items()):
         x = LEFT + (i + 0.5) * (width - RIGHT - LEFT) / len(points)
+        mean, low, high = (level(point[key]) for key in ("mean", "low", "high"))
         if min(ends) <= 0 <= max(ends):
-            top, bottom = sorted([level(0), level(point["mean"])])
-            draw.rectangle([x - 18, top, x + 18, bottom], PALE)
-        draw.line([(x, level(point["low"])), (x, level(point["high"]))], COLOURS[0], 3)
-        for end in ("low", "high"):
-            draw.line([(x - 6, level(point[end])), (x + 6, level(point[end]))], COLOURS[0], 2)
-        draw.circle((x, level(point["mean"])), 5, COLOURS[1])
+            draw.rectangle([x - 18, min(level(0), mean), x + 18, max(level(0), mean)], PALE)
+        draw.line([(x, low), (x, high)], COLOURS[0], 3)
+        for end in (low, high):
+            draw.line([(x - 6, end), (x + 6, end)], COLOURS[0], 2)
+        draw.circle((x, mean), 5, COLOURS[1])
         draw.text((x, height - BOTTOM + 8), name, INK, font, anchor="ma")
     return panel

@@ -1,10 +1,7 @@
 """Checkpoints in and out, read strictly: the folder layout of diffusers, from the hub too, and single original files.
-
     unet/, vae/: config.json, diffusion_pytorch_model.safetensors    text_encoder/: config.json, model.safetensors
     scheduler/: scheduler_config.json    tokenizer/: vocab.json + merges.txt, or tokenizer.json; without it, CLIP's own
-
-Folders of several generations of diffusers and transformers are read; the newest names are written.
-"""
+Folders of several generations of diffusers and transformers are read; the newest names are written."""
 
 import re
 from collections.abc import Callable
@@ -29,8 +26,7 @@ PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")  # the folders
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # the one class that published training checkpoints name, as a key of no interest here, and an empty one in its place
 INERT = [(type("Callback", (), {}), "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
-
-# The published SD-1.5 VAE has the attention names of an older diffusers.
+# the published SD-1.5 VAE has the attention names of an older diffusers
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -44,22 +40,16 @@ class StableDiffusion:
     scheduler: Scheduler
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """B prompts -> context [B,77,D]."""
-        return self.text_encoder(prompts)
+        return self.text_encoder(prompts)  # context [B,77,D]
 
 
-# ---- In --------------------------------------------------------------------------------------------------------------
 def load(
     source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", unet: str | Path | None = None
 ) -> StableDiffusion:
-    """Reads a checkpoint: a folder in the diffusers layout, a hub id "org/name", or a file in the original layout.
-
-    unet: another checkpoint, or its UNet's folder alone, whose UNet is taken instead.
+    """Reads a diffusers folder, a hub id "org/name", or a file in the original layout. unet: another checkpoint, or its
+    unet/ alone, to take the UNet from. InputError for what is missing, cut short, foreign, or not as config.json says.
     With prediction_type "v_prediction" (SD-2.x at 768 px; also a file of SD-2.x that does not say is taken for one) the
-    networks answer v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, and v's errors are what losses compare.
-    Raises InputError, one line, where a file is missing, cut short or foreign, a tensor's name or shape is not
-    what config.json says, or config.json describes another architecture.
-    """
+    networks answer v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, and v's errors are what losses compare."""
     path = locate(source)
     single = read_single(path) if path.is_file() else None
     network = load_unet(unet, dtype, device) if unet else make("unet", read_part(path, "unet", single), dtype, device)
@@ -86,16 +76,13 @@ def load_unet(source: str | Path, dtype: torch.dtype = torch.float32, device: st
 
 
 def make(part: str, found: tuple[dict, dict[str, Tensor], Path], dtype: torch.dtype, device: str) -> nn.Module:
-    """The network that `read_part` found."""
     config, tensors, where = found
     return fill(build(NETWORKS[part], config, where), tensors, where, dtype, device)
 
 
 def read_part(path: Path, part: str, single: dict | None = None) -> tuple[dict, dict[str, Tensor], Path]:
     """A network's config and tensors, under the names that diffusers and transformers give them now, and their place.
-
-    path: a checkpoint's, or for a UNet its own folder. single: what `read_single` found there, if it is a file.
-    """
+    path: a checkpoint's, or for a UNet its own folder. single: what `read_single` found there, if it is a file."""
     if path.is_file():
         tensors = single or read_single(path)
         kind = original.config_of(tensors)
@@ -140,10 +127,10 @@ def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
     names = ("*.json", "*.txt", "diffusion_pytorch_model.safetensors", "model.safetensors")
     wanted = [f"{part}/{name}" for part in parts for name in names]
     folder = download(str(source), wanted)
-    if not any((folder / parts[0]).glob("*.safetensors")):
-        others = [f"{part}/*{end}" for part in parts for end in ("_model.bin", "model.fp16.safetensors")]
-        folder = download(str(source), wanted + others)
-    return folder
+    if any((folder / parts[0]).glob("*.safetensors")):
+        return folder
+    others = [f"{part}/*{end}" for part in parts for end in ("_model.bin", "model.fp16.safetensors")]
+    return download(str(source), wanted + others)
 
 
 def download(repository: str, files: list[str]) -> Path:
@@ -233,13 +220,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def fill(
-    network: nn.Module, tensors: dict[str, Tensor], where: Path, dtype: torch.dtype, device: str,
-    names: Names | None = None,
-) -> nn.Module:  # fmt: skip
+    network: nn.Module, tensors: dict, where: Path, dtype: torch.dtype, device: str, names: Names | None = None
+) -> nn.Module:
     """Gives a network built on the meta device its weights, converted one by one into memory of their own.
-
-    names: `text.Names`, where those of `tensors` are not the network's own.
-    """
+    names: `text.Names`, where those of `tensors` are not the network's own."""
     wanted = network.state_dict()
     compare(tensors, unstack(wanted, names) if names else wanted, where)
     tensors = stack(tensors, names) if names else tensors
@@ -253,8 +237,7 @@ def compare(found: dict[str, Tensor], wanted: dict[str, Tensor], where: Path) ->
     reshaped = [f"{name} is {list(found[name].shape)}, not {list(wanted[name].shape)}" for name in reshaped]
     missing, unexpected = wanted.keys() - found.keys(), found.keys() - wanted.keys()
     differences = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    said = [f"{len(names)} {kind} ({listed(sorted(names))})" for kind, names in differences.items() if names]
-    if said:
+    if said := [f"{len(names)} {kind} ({listed(sorted(names))})" for kind, names in differences.items() if names]:
         raise InputError(f"{where}: its tensors are not those of its config: {'; '.join(said)}")
 
 
@@ -262,17 +245,15 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-# ---- Out -------------------------------------------------------------------------------------------------------------
 def save(sd: StableDiffusion, folder: str | Path) -> None:
     """Writes the diffusers layout; StableDiffusionPipeline.from_pretrained opens it, `load` gives back every bit."""
     folder, encoder = Path(folder), sd.text_encoder
-    config = sd.unet.config | {"_class_name": "UNet2DConditionModel"}
-    save_network(folder / "unet", config, "diffusion_pytorch_model", sd.unet.state_dict())
+    save_network(folder / "unet", sd.unet.config | {"_class_name": "UNet2DConditionModel"}, sd.unet.state_dict())
     config = sd.vae.config | {"_class_name": "AutoencoderKL", "scaling_factor": sd.vae.scaling_factor}
-    save_network(folder / "vae", config, "diffusion_pytorch_model", sd.vae.state_dict())
+    save_network(folder / "vae", config, sd.vae.state_dict())
     config = encoder.config | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     text = unstack(encoder.tower.state_dict(), encoder.names)
-    save_network(folder / "text_encoder", config, "model", {f"text_model.{name}": text[name] for name in text})
+    save_network(folder / "text_encoder", config, {f"text_model.{name}": text[name] for name in text}, "model")
     save_tokenizer(folder / "tokenizer", encoder.tokenizer)
     schedule = {"_class_name": "DDIMScheduler"} | sd.scheduler.config
     write_json(folder / "scheduler" / "scheduler_config.json", schedule)
@@ -283,7 +264,7 @@ def save(sd: StableDiffusion, folder: str | Path) -> None:
     write_json(folder / "model_index.json", index | {"scheduler": ["diffusers", schedule["_class_name"]]})
 
 
-def save_network(folder: Path, config: dict, stem: str, tensors: dict[str, Tensor]) -> None:
+def save_network(folder: Path, config: dict, tensors: dict[str, Tensor], stem: str = "diffusion_pytorch_model") -> None:
     # the type of the file that was read, perhaps; the tensors say their own
     write_json(folder / "config.json", {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
