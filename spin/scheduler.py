@@ -1,11 +1,8 @@
 """The noise schedule of Stable Diffusion and one step of each sampler.
 
-Symbols: x0 is a clean latent, eps standard normal noise of its shape, and
-
-    x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps
-
-with alpha_bar_t the cumulative product of 1 - beta_t: `alphas_cumprod[t]` for t = 0..T-1. The SPIN paper (arXiv
-2402.10210) writes alpha_t for it and counts t from 1, so that its alpha_0 is 1.
+x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps: x0 is a clean latent, eps standard normal noise of its shape,
+alpha_bar_t the cumulative product of 1 - beta_t, `alphas_cumprod[t]` for t = 0..T-1. The SPIN paper (arXiv 2402.10210)
+writes alpha_t for it and counts t from 1, so that its alpha_0 is 1. Latents and noise are [B,...], alphas [B] or 0-d.
 Sources: DDPM (arXiv 2006.11239), DDIM (arXiv 2010.02502), v-prediction (arXiv 2202.00512).
 """
 
@@ -14,10 +11,8 @@ from torch import Tensor
 
 
 class Scheduler:
-    """What a checkpoint's scheduler_config.json fixes.
+    """What a scheduler_config.json fixes; ValueError for a `beta_schedule` or `prediction_type` that is not known.
 
-    config: `num_train_timesteps`, `beta_start`, `beta_end`, `beta_schedule` (linear, scaled_linear),
-    `prediction_type` (epsilon, v_prediction), `steps_offset`, `set_alpha_to_one`. Raises ValueError on another value.
     A missing key means what it means to diffusers' DDIMScheduler, but that latents are never clipped. The offset is
     the config's, where StableDiffusionPipeline would replace one of 0, with a warning, by 1.
     """
@@ -29,9 +24,8 @@ class Scheduler:
         self.steps_offset = int(config.get("steps_offset", 0))
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type {self.prediction_type!r}: only epsilon and v_prediction are known")
-        start, end = config.get("beta_start", 1e-4), config.get("beta_end", 2e-2)
-        schedule = config.get("beta_schedule", "linear")
-        self.alphas_cumprod = alphas_cumprod(schedule, start, end, self.num_train_timesteps)  # [T] float32
+        betas = config.get("beta_schedule", "linear"), config.get("beta_start", 1e-4), config.get("beta_end", 2e-2)
+        self.alphas_cumprod = alphas_cumprod(*betas, self.num_train_timesteps)  # [T] float32
         # DDIM's last step lands here: the clean image, or the training schedule's least noisy level
         self.final_alpha_cumprod = torch.tensor(1.0) if config.get("set_alpha_to_one", True) else self.alphas_cumprod[0]
 
@@ -50,10 +44,7 @@ class Scheduler:
         return self.num_train_timesteps // steps
 
     def alphas_of_step(self, t: int, steps: int, sampler: str) -> tuple[Tensor, Tensor]:
-        """alpha_bar at t and at the timestep that one of `steps` sampling steps leads to, 0-d each.
-
-        Past the end of the schedule lies `final_alpha_cumprod` for "ddim", alpha_bar = 1 for "ddpm" and "dpm++".
-        """
+        """alpha_bar at t and a sampling step on, 0-d; past the schedule's end ddim's final_alpha_cumprod, or else 1."""
         previous = t - self.stride(steps)
         past_the_end = self.final_alpha_cumprod if sampler == "ddim" else torch.tensor(1.0)
         return self.alphas_cumprod[t], self.alphas_cumprod[previous] if previous >= 0 else past_the_end
@@ -76,7 +67,6 @@ def per_image(coefficient: Tensor, like: Tensor) -> Tensor:
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x_t [B,...] from x0 and eps [B,...] and alpha_bar_t, [B] or 0-d."""
     alpha_bar = per_image(alpha_bar, x0)
     return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
 
@@ -107,10 +97,10 @@ def posterior_std(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
 
 
 def error_weight(alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float) -> Tensor:
-    """h_t, by which an error of the predicted noise moves mu_theta (appendix C.3); [B] or 0-d.
+    """h_t of appendix C.3: x_{t-1} - mu_theta(x_t) = h_t (eps - eps_theta) + s_t times the step's noise.
 
-    x_{t-1} - mu_theta(x_t) = h_t (eps - eps_theta) + s_t times the step's noise. The paper prints sqrt(1 - alpha_{t-1})
-    as the last factor; the algebra gives sqrt(1 - alpha_t). Part of what beta stands for: it is nowhere multiplied.
+    The paper prints sqrt(1 - alpha_{t-1}) as the last factor; the algebra gives sqrt(1 - alpha_t). Part of what beta
+    stands for: it is nowhere multiplied.
     """
     s = eta * posterior_std(alpha_bar, alpha_bar_prev)
     of_eps = (1 - alpha_bar_prev - s**2).clamp(min=0).sqrt()
@@ -118,10 +108,7 @@ def error_weight(alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float) -> Tenso
 
 
 def ddim_step(x0: Tensor, eps: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float, noise: Tensor) -> Tensor:
-    """x_{t-1} ~ N(mu_theta, s_t^2), equation (3.2), s_t = eta times DDPM's. eta 0 ignores `noise`.
-
-    x0, eps: what the network implies at x_t, noise: standard normal, all [B,...]. alphas: [B] or 0-d.
-    """
+    """x_{t-1} ~ N(mu_theta, s_t^2), equation (3.2), s_t = eta times DDPM's, from what the network implies at x_t."""
     s = eta * posterior_std(alpha_bar, alpha_bar_prev)
     direction = (1 - alpha_bar_prev - s**2).clamp(min=0).sqrt()
     mean = per_image(alpha_bar_prev.sqrt(), x0) * x0 + per_image(direction, x0) * eps
@@ -133,9 +120,8 @@ def dpmpp_step(
 ) -> Tensor:
     """DPM-Solver++(2M), arXiv 2211.01095, algorithm 2: DDIM without noise, to an x0 that is extrapolated.
 
-    Along lambda = log(signal / noise), half-way to the next level, by what x0 did since the level before. Of second
-    order where DDIM is of first: 20 steps do for 50. x_t, the x0 the network implies: [B,...]. alphas: 0-d.
-    before: that level's x0 and alpha_bar; None for the first step, which is DDIM's. So is one to alpha_bar 1.
+    Along lambda = log(signal / noise), half-way to the next level, by what x0 did since the level before, whose x0 and
+    alpha_bar are `before`. The first step, without one, and a step to alpha_bar 1 are DDIM's. alphas: 0-d.
     """
     if before is not None and alpha_bar_prev < 1:
         x0_before, alpha_bar_before = before
@@ -146,10 +132,7 @@ def dpmpp_step(
 
 
 def ddpm_step(x_t: Tensor, x0: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, noise: Tensor) -> Tensor:
-    """x_{t-1} ~ q(x_{t-1} | x_t, x0), DDPM's equations (6) and (7), between any two levels of the schedule.
-
-    x_t, the x0 the network implies, noise (standard normal): [B,...]. alphas: [B] or 0-d.
-    """
+    """x_{t-1} ~ q(x_{t-1} | x_t, x0), DDPM's equations (6) and (7), between any two levels of the schedule."""
     alpha = alpha_bar / alpha_bar_prev
     of_x0 = alpha_bar_prev.sqrt() * (1 - alpha) / (1 - alpha_bar)
     of_x_t = alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
