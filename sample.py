@@ -63,17 +63,15 @@ def main(argv: list[str] | None = None) -> list[Path]:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     settings = {"Steps": args.steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Eta": args.eta}
     settings["Model"] = "/".join(Path(args.unet or args.model).resolve().parts[-2:])  # iter3/checkpoint, say
-    settings["Negative prompt"] = args.negative_prompt
     drawn = sampler.pictures(
         sd, jobs, args.batch_size, steps=args.steps, guidance=args.guidance, eta=args.eta, sampler=args.sampler,
         negative_prompts=args.negative_prompt, height=args.height, width=args.width,
     )  # fmt: skip
     for (prompt, seed), path, image in zip(jobs, paths, tqdm(drawn, "drawing", len(jobs), unit="image", delay=0.5)):
         picture = viz.to_pil(image)
-        viz.save_png(picture, path, prompt, {"Seed": seed, **settings})
+        viz.save_png(picture, path, prompt, {"Seed": seed, "Negative prompt": args.negative_prompt, **settings})
         if len(pictures) < GRID_ROWS * args.num_images:  # only those are kept that the grid shows
             pictures.append(picture)
-
     if len(pictures) > 1:
         rows = [pictures[at : at + args.num_images] for at in range(0, len(pictures), args.num_images)]
         columns = [f"seed {seed}" for seed in seeds]

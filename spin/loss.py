@@ -28,13 +28,11 @@ def spin_loss(
     err_data: Tensor, err_gen: Tensor, opp_err_data: Tensor, opp_err_gen: Tensor, beta: Beta, link: str = "logistic"
 ) -> Losses:
     """Equation (C.6), the form the paper trains with: l(-w [(policy - opponent on real) - (the same on generated)]).
-
     err_data, err_gen: [B] errors of the policy on the noised real and generated image, `per_image_error`; opp_err_data,
     opp_err_gen: of the opponent on the same two, without gradient. w = beta / 2. link: KeyError if not in LINKS.
     Metrics: delta_data and delta_gen, policy error minus opponent error on real and generated; margin = delta_gen -
     delta_data, positive when the policy tells the two apart; implicit_accuracy, 1 where the margin is positive, 0 where
-    negative, a half where it is zero.
-    """
+    negative, a half where it is zero."""
     delta_data = err_data - opp_err_data.detach()
     delta_gen = err_gen - opp_err_gen.detach()
     logit = -0.5 * beta * (delta_data - delta_gen)
@@ -48,11 +46,9 @@ def spin_trajectory_loss(
     err_data: Tensor, gap_gen: Tensor, opp_err_data: Tensor, beta: Beta, link: str = "logistic"
 ) -> Losses:
     """Equation (C.5): for x'_t on the path by which the opponent drew its image, not an image noised anew.
-
     Where DDIM takes no noise and no guidance, the noise that the opponent predicted is the one that made the step, so
     that its own error is zero and the policy's, gap_gen [B], the distance of the two predictions. At theta = theta_k
-    nothing is pushed: the gradient is SFT's, times -l'(0) beta / 2. Otherwise as `spin_loss`, with delta_gen = gap_gen.
-    """
+    nothing is pushed: the gradient is SFT's, times -l'(0) beta / 2. Returns what `spin_loss` does."""
     return spin_loss(err_data, gap_gen, opp_err_data, torch.zeros_like(gap_gen), beta, link)  # (C.5)
 
 
@@ -60,20 +56,16 @@ def spin_exact_loss(
     err_data: Tensor, err_gen: Tensor, opp_err_data: Tensor, opp_err_gen: Tensor, beta: Beta, link: str = "logistic"
 ) -> Losses:
     """Equation (4.8): the mean over timesteps inside the link; in eps-space, every step of an image weighing the same.
-
     By Jensen's inequality (Lemma 4.1) at most the mean over t of `spin_loss`, which is what is trained, since it needs
-    one timestep a pair where this needs all. Errors [B,T]; otherwise as `spin_loss`, with metrics [B] of the means.
-    """
+    one timestep a pair where this needs all. Errors [B,T]; otherwise as `spin_loss`, with metrics [B] of the means."""
     data, gen, opp_data, opp_gen = (e.mean(1) for e in (err_data, err_gen, opp_err_data, opp_err_gen))
     return spin_loss(data, gen, opp_data, opp_gen, beta, link)  # (4.8)
 
 
 def dpo_loss(err_win: Tensor, err_lose: Tensor, ref_err_win: Tensor, ref_err_lose: Tensor, beta: Beta) -> Losses:
     """Diffusion-DPO (arXiv 2311.12908): -log sigmoid of the same logit as SPIN's, on a preference pair. [B] each.
-
     The preferred image has the place of the real one, the rejected image that of the opponent's, and the frozen
-    reference, theta_0 throughout, that of the opponent.
-    """
+    reference, theta_0 throughout, that of the opponent."""
     return spin_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta)
 
 

@@ -18,9 +18,7 @@ def sample(
     height: int | None = None, width: int | None = None, sampler: str = "ddim", autocast: torch.dtype = torch.float32,
     trajectory: list[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Draws one latent for each prompt: x0, scaled, [B,4,h,w] float32. `decode` makes pictures of them.
-
-    sd: `weights.StableDiffusion`, or anything with its unet, vae, scheduler and encode_prompts.
+    """Draws one latent for each prompt: x0, scaled, [B,4,h,w] float32. `decode` makes pictures. sd: see `weights.load`.
     guidance: eps_empty + guidance (eps_prompt - eps_empty), arXiv 2207.12598; 1: none, at half the cost; 0: eps_empty
         alone (below 1, diffusers turns it off). negative_prompts: instead of the empty one, one for all or for each.
     eta: share of DDPM's noise that DDIM adds in a step, 0 to 1; the other samplers ignore it.
@@ -28,8 +26,7 @@ def sample(
         image does not depend on its batch. None: seeds 0, 1, 2, ...
     height, width: pixels, multiples of the VAE's factor; None: the size the UNet was trained at.
     trajectory: a list to which x_t [B,4,h,w] is appended at each of the scheduler's timesteps, noisiest first.
-    Raises InputError, a ValueError, where an argument is out of range, or what was drawn is not finite.
-    """
+    Raises InputError, a ValueError, where an argument is out of range, or what was drawn is not finite."""
     batch, f = len(prompts), sd.vae.downscale
     if isinstance(prompts, str) or not batch:
         raise InputError("prompts must be a list of at least one prompt")

@@ -12,10 +12,8 @@ from torch import Tensor
 
 class Scheduler:
     """What a scheduler_config.json fixes; ValueError for a `beta_schedule` or `prediction_type` that is not known.
-
     A missing key means what it means to diffusers' DDIMScheduler, but that latents are never clipped. The offset is
-    the config's, where StableDiffusionPipeline would replace one of 0, with a warning, by 1.
-    """
+    the config's, where StableDiffusionPipeline would replace one of 0, with a warning, by 1."""
 
     def __init__(self, config: dict):
         self.config = dict(config)
@@ -52,13 +50,11 @@ class Scheduler:
 
 def alphas_cumprod(schedule: str, beta_start: float, beta_end: float, num_train_timesteps: int) -> Tensor:
     """alpha_bar_t [T] float32. "scaled_linear" spaces sqrt(beta) evenly: Stable Diffusion's. ValueError if unknown."""
-    if schedule == "linear":
-        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
-    elif schedule == "scaled_linear":
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32) ** 2
-    else:
+    if schedule not in ("linear", "scaled_linear"):
         raise ValueError(f"beta_schedule {schedule!r}: only linear and scaled_linear are known")
-    return torch.cumprod(1.0 - betas, dim=0)
+    power = 2 if schedule == "scaled_linear" else 1
+    roots = torch.linspace(beta_start ** (1 / power), beta_end ** (1 / power), num_train_timesteps, dtype=torch.float32)
+    return torch.cumprod(1.0 - roots**power, dim=0)
 
 
 def per_image(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -98,10 +94,8 @@ def posterior_std(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
 
 def error_weight(alpha_bar: Tensor, alpha_bar_prev: Tensor, eta: float) -> Tensor:
     """h_t of appendix C.3: x_{t-1} - mu_theta(x_t) = h_t (eps - eps_theta) + s_t times the step's noise.
-
     The paper prints sqrt(1 - alpha_{t-1}) as the last factor; the algebra gives sqrt(1 - alpha_t). Part of what beta
-    stands for: it is nowhere multiplied.
-    """
+    stands for: it is nowhere multiplied."""
     s = eta * posterior_std(alpha_bar, alpha_bar_prev)
     of_eps = (1 - alpha_bar_prev - s**2).clamp(min=0).sqrt()
     return of_eps - (alpha_bar_prev / alpha_bar).sqrt() * (1 - alpha_bar).sqrt()
@@ -119,10 +113,8 @@ def dpmpp_step(
     x_t: Tensor, x0: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor, before: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """DPM-Solver++(2M), arXiv 2211.01095, algorithm 2: DDIM without noise, to an x0 that is extrapolated.
-
     Along lambda = log(signal / noise), half-way to the next level, by what x0 did since the level before, whose x0 and
-    alpha_bar are `before`. The first step, without one, and a step to alpha_bar 1 are DDIM's. alphas: 0-d.
-    """
+    alpha_bar are `before`. The first step, without one, and a step to alpha_bar 1 are DDIM's. alphas: 0-d."""
     if before is not None and alpha_bar_prev < 1:
         x0_before, alpha_bar_before = before
         now, then, last = (0.5 * torch.logit(a) for a in (alpha_bar, alpha_bar_prev, alpha_bar_before))

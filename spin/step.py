@@ -23,9 +23,7 @@ def spin_step(
     autocast: torch.dtype = torch.float32, eps_gen: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Equation (C.6), the mean over B pairs; a pair shares its timestep, its prompt and, without `eps_gen`, its noise.
-
-    Diffusion-DPO is the same step: theta_0 is the opponent and x0_gen the rejected image (`spin.loss.dpo_loss`).
-    """
+    Diffusion-DPO is the same step: theta_0 is the opponent and x0_gen the rejected image (`spin.loss.dpo_loss`)."""
     x0 = torch.cat([x0_data, x0_gen])  # [2B,4,h,w]
     eps = torch.cat([eps, eps if eps_gen is None else eps_gen])
     t, context = torch.cat([t, t]), torch.cat([context, context])
@@ -45,11 +43,9 @@ def spin_trajectory_step(
     autocast: torch.dtype = torch.float32,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Equation (C.5), the mean over B pairs; x_t_gen: [B,4,h,w], where the opponent's image was at t while drawn.
-
     Guidance bends that path: its steps are made by another noise than the one predicted for the prompt alone. What
     counts is nevertheless the latter, the opponent's prediction without guidance, which is also its answer on real
-    images: so the two players agree at theta = theta_k, and nothing is pushed there.
-    """
+    images: so the two players agree at theta = theta_k, and nothing is pushed there."""
     alpha_bar = alphas_cumprod[t]
     x_t = torch.cat([add_noise(x0_data, eps, alpha_bar), x_t_gen])  # [2B,4,h,w]
     wanted = target(x0_data, eps, alpha_bar, prediction_type)
@@ -105,10 +101,8 @@ def as_autocast_would(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def compiled(step):
     """`step`, compiled when it is first called: minutes for a large UNet, once for any values of its tensors.
-
     By itself, the compiler rounds the policy, whose activations are kept, otherwise than the opponent: in bfloat16 the
-    loss at theta_k missed log 2 by 0.04 to 1. With the option both round as eager code (on a CPU from torch 2.14 on).
-    """
+    loss at theta_k missed log 2 by 0.04 to 1. The option makes both round as eager code (on a CPU from torch 2.14)."""
     torch._dynamo.config.optimize_ddp = False  # one graph also under DistributedDataParallel
     return torch.compile(step, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
 

@@ -111,7 +111,6 @@ class UNet(nn.Module):
             raise ValueError(f"level types {sorted(odd)}: only {', '.join([*DOWN_TYPES, *UP_TYPES])} are known")
         shared = config["cross_attention_dim"], groups, config.get("use_linear_projection", False)
         transformers = [partial(Transformer2D, c, n, *shared) for c, n in zip(channels, heads)]  # one a level
-
         self.conv_in = nn.Conv2d(config.get("in_channels", 4), channels[0], 3, padding=1)
         sizes = {"linear_1": channels[0], "linear_2": temb_channels}
         self.time_embedding = nn.ModuleDict({name: nn.Linear(c, temb_channels) for name, c in sizes.items()})
@@ -147,7 +146,6 @@ class UNet(nn.Module):
         sinusoids = timestep_embedding(timesteps.expand(len(latents)), self.conv_in.out_channels, flip, shift)
         temb = self.time_embedding["linear_1"](sinusoids.to(latents.dtype))
         temb = self.time_embedding["linear_2"](F.silu(temb))  # [B,1280]
-
         skips = [self.conv_in(latents)]  # [B,320,64,64]
         for block in self.down_blocks:  # -> [B,320,32,32] -> [B,640,16,16] -> [B,1280,8,8] -> [B,1280,8,8]
             skips += self.call(block, skips[-1], temb, context)

@@ -37,10 +37,6 @@ def levels(channels: list[int], depth: int, groups: int) -> nn.Sequential:
     return nn.Sequential(*[PlainLevel(*sizes, (groups, EPS)) for sizes in zip(inputs, channels)])
 
 
-def mid_level(channels: int, groups: int) -> MidLevel:
-    return MidLevel(channels, (groups, EPS), lambda: PixelAttention(channels, groups))
-
-
 class Encoder(nn.Module):
     def __init__(self, in_channels: int, latent_channels: int, channels: list[int], depth: int, groups: int):
         super().__init__()
@@ -48,7 +44,7 @@ class Encoder(nn.Module):
         self.down_blocks = levels(channels, depth, groups)
         for block, width in zip(self.down_blocks[:-1], channels):
             block.downsamplers = nn.ModuleList([Downsample2D(width, padding=0)])
-        self.mid_block = mid_level(channels[-1], groups)
+        self.mid_block = MidLevel(channels[-1], (groups, EPS), lambda: PixelAttention(channels[-1], groups))
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
 
@@ -63,7 +59,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels = channels[::-1]
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
-        self.mid_block = mid_level(channels[0], groups)
+        self.mid_block = MidLevel(channels[0], (groups, EPS), lambda: PixelAttention(channels[0], groups))
         self.up_blocks = levels(channels, depth + 1, groups)
         for block, width in zip(self.up_blocks[:-1], channels):
             block.upsamplers = nn.ModuleList([Upsample2D(width)])
