@@ -20,7 +20,7 @@ GRID_ROWS = 20  # prompts that grid.png shows at most
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw pictures from a checkpoint.", usage=argparse.SUPPRESS)
-    add, whole = parser.add_argument, run.number(int, 1)
+    add, whole, from_0, share = parser.add_argument, run.number(int, 1), run.number(float, 0), run.number(float, 0, 1)
     add("--model", required=True, help="checkpoint folder in the diffusers layout, hub id, or original single file")
     add("--unet", help="take the UNet from this one instead (default: the model's own)")
     add("--save-single", help="also write the model to this .safetensors file, in the original single-file layout")
@@ -30,7 +30,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--num-images", type=whole, default=1, help="images a prompt (default: 1)")
     add("--seed", type=run.SEED, default=0, help="seed of a prompt's first image; the next has the next (0)")
     add("--steps", type=whole, help="network evaluations an image (default: 50; with dpm++ 20)")
-    from_0, share = run.number(float, 0), run.number(float, 0, 1)
     add("--guidance", type=from_0, default=7.5, help="1: none, at half the cost; 0: only the negative prompt (7.5)")
     add("--sampler", choices=SAMPLERS, default="ddim", help="ddpm: ancestral; dpm++: needs fewer steps (default: ddim)")
     add("--eta", type=share, default=0.0, help="share of DDPM's noise in a DDIM step (default: 0)")

@@ -314,7 +314,6 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
     ranks.wait()
     if rank_0:
         this_run.rewind_log(stage.model, first - 1)
-
     step_of_loss = ranks.parallel(step_of_loss)
     share = size // ranks.WORLD  # of a batch, this rank's
     begin, end = ranks.RANK * share, (ranks.RANK + 1) * share

@@ -3,9 +3,8 @@
 Everything is said with four numbers a pair of images: the squared error of two players (the policy being trained,
 theta, and the frozen opponent, theta_k) on two noised images (a real one, and one the opponent generated for the same
 prompt). Equation numbers are those of arXiv 2402.10210. logit = beta / 2 x (delta_gen - delta_data), errors being means
-over an image's dimensions: the paper prints neither the half nor the mean, only "beta = 2000"; both are
-Diffusion-DPO's convention, assumed here. With sums over D dimensions, beta / D would give the same loss; without the
-half, beta / 2.
+over an image's dimensions: the paper prints neither the half nor the mean, only "beta = 2000"; both are assumed here,
+Diffusion-DPO's convention. With sums over D dimensions, beta / D gives the same loss; without the half, beta / 2.
 """
 
 import torch
@@ -64,8 +63,7 @@ def spin_exact_loss(
 
 def dpo_loss(err_win: Tensor, err_lose: Tensor, ref_err_win: Tensor, ref_err_lose: Tensor, beta: Beta) -> Losses:
     """Diffusion-DPO (arXiv 2311.12908): -log sigmoid of the same logit as SPIN's, on a preference pair. [B] each.
-    The preferred image has the place of the real one, the rejected image that of the opponent's, and the frozen
-    reference, theta_0 throughout, that of the opponent."""
+    The preferred image stands for the real one, the rejected for the opponent's, frozen theta_0 for the opponent."""
     return spin_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta)
 
 

@@ -22,8 +22,7 @@ def sample(
     guidance: eps_empty + guidance (eps_prompt - eps_empty), arXiv 2207.12598; 1: none, at half the cost; 0: eps_empty
         alone (below 1, diffusers turns it off). negative_prompts: instead of the empty one, one for all or for each.
     eta: share of DDPM's noise that DDIM adds in a step, 0 to 1; the other samplers ignore it.
-    generators: one on the CPU for each prompt, from which alone its first latent and step noise are drawn, so that an
-        image does not depend on its batch. None: seeds 0, 1, 2, ...
+    generators: on the CPU, one a prompt, of all its noise: no image depends on its batch. None: seeds 0, 1, 2, ...
     height, width: pixels, multiples of the VAE's factor; None: the size the UNet was trained at.
     trajectory: a list to which x_t [B,4,h,w] is appended at each of the scheduler's timesteps, noisiest first.
     Raises InputError, a ValueError, where an argument is out of range, or what was drawn is not finite."""

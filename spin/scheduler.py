@@ -80,10 +80,9 @@ def target(x0: Tensor, eps: Tensor, alpha_bar: Tensor, prediction_type: str) -> 
 
 def x0_and_eps(output: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
     """The clean latent and the noise that the network's answer [B,...] at x_t [B,...] implies."""
+    if prediction_type == "v_prediction":  # (x_t, v) is (x0, eps) turned by an angle: the same formulas turn it back
+        return velocity(output, x_t, alpha_bar), add_noise(output, x_t, alpha_bar)
     alpha_bar = per_image(alpha_bar, x_t)
-    if prediction_type == "v_prediction":
-        x0 = alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * output
-        return x0, alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t
     return (x_t - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt(), output
 
 

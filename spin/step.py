@@ -44,8 +44,7 @@ def spin_trajectory_step(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Equation (C.5), the mean over B pairs; x_t_gen: [B,4,h,w], where the opponent's image was at t while drawn.
     Guidance bends that path: its steps are made by another noise than the one predicted for the prompt alone. What
-    counts is nevertheless the latter, the opponent's prediction without guidance, which is also its answer on real
-    images: so the two players agree at theta = theta_k, and nothing is pushed there."""
+    counts is the latter, also the opponent's answer on real images: so at theta = theta_k nothing is pushed."""
     alpha_bar = alphas_cumprod[t]
     x_t = torch.cat([add_noise(x0_data, eps, alpha_bar), x_t_gen])  # [2B,4,h,w]
     wanted = target(x0_data, eps, alpha_bar, prediction_type)
