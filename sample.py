@@ -20,7 +20,7 @@ GRID_ROWS = 20  # prompts that grid.png shows at most
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw pictures from a checkpoint.", usage=argparse.SUPPRESS)
-    add, whole = parser.add_argument, run.number(int, 1)
+    add, whole, from_0, share = parser.add_argument, run.number(int, 1), run.number(float, 0), run.number(float, 0, 1)
     add("--model", required=True, help="checkpoint folder in the diffusers layout, hub id, or original single file")
     add("--unet", help="take the UNet from this one instead (default: the model's own)")
     add("--save-single", help="also write the model to this .safetensors file, in the original single-file layout")
@@ -30,7 +30,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--num-images", type=whole, default=1, help="images a prompt (default: 1)")
     add("--seed", type=run.SEED, default=0, help="seed of a prompt's first image; the next has the next (0)")
     add("--steps", type=whole, help="network evaluations an image (default: 50; with dpm++ 20)")
-    from_0, share = run.number(float, 0), run.number(float, 0, 1)
     add("--guidance", type=from_0, default=7.5, help="1: none, at half the cost; 0: only the negative prompt (7.5)")
     add("--sampler", choices=SAMPLERS, default="ddim", help="ddpm: ancestral; dpm++: needs fewer steps (default: ddim)")
     add("--eta", type=share, default=0.0, help="share of DDPM's noise in a DDIM step (default: 0)")
@@ -63,17 +62,15 @@ def main(argv: list[str] | None = None) -> list[Path]:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     settings = {"Steps": args.steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Eta": args.eta}
     settings["Model"] = "/".join(Path(args.unet or args.model).resolve().parts[-2:])  # iter3/checkpoint, say
-    settings["Negative prompt"] = args.negative_prompt
     drawn = sampler.pictures(
         sd, jobs, args.batch_size, steps=args.steps, guidance=args.guidance, eta=args.eta, sampler=args.sampler,
         negative_prompts=args.negative_prompt, height=args.height, width=args.width,
     )  # fmt: skip
     for (prompt, seed), path, image in zip(jobs, paths, tqdm(drawn, "drawing", len(jobs), unit="image", delay=0.5)):
         picture = viz.to_pil(image)
-        viz.save_png(picture, path, prompt, {"Seed": seed, **settings})
+        viz.save_png(picture, path, prompt, {"Seed": seed, "Negative prompt": args.negative_prompt, **settings})
         if len(pictures) < GRID_ROWS * args.num_images:  # only those are kept that the grid shows
             pictures.append(picture)
-
     if len(pictures) > 1:
         rows = [pictures[at : at + args.num_images] for at in range(0, len(pictures), args.num_images)]
         columns = [f"seed {seed}" for seed in seeds]

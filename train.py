@@ -34,10 +34,9 @@ from spin.run import InputError
 from spin.sampler import SAMPLERS, timesteps
 from spin.step import PolicyStep, as_autocast_would, compiled, sft_step, spin_step, spin_trajectory_step
 
-# The miniature world's settings, whose captions say left and right, so that nothing is mirrored; and the paper's, taken
-# literally: iteration 1's 50 steps end inside the 200 of warm-up. Lists have a value an iteration. Assumed is what the
-# paper does not say: clipping and mirroring as in Diffusion-DPO's public code, which also drops a fifth of the prompts,
-# and 50 sampling steps as in the authors' demonstration. Tuned is, method by method, what tutorial/tuning.py found.
+# The miniature world's captions say left and right, so nothing is mirrored. The paper's settings are taken literally:
+# iteration 1's 50 steps end inside the 200 of warm-up. Assumed is what it does not say: clipping and mirroring as in
+# Diffusion-DPO's public code, which also drops a fifth of the prompts, and 50 sampling steps as in the authors' demo.
 TOY, PAPER, ASSUMED, TUNED = run.read_json(Path(run.__file__).with_name("presets.json")).values()
 PRESETS = {"toy": TOY, "paper": PAPER}
 TUNED |= {"all": sum(TUNED.values(), []), "spin-trajectory": TUNED["spin"]}
@@ -47,8 +46,8 @@ TUNED |= {"all": sum(TUNED.values(), []), "spin-trajectory": TUNED["spin"]}
 MAY_CHANGE = ("model", "unet", "data", "out", "save_every", "sample_every", "skip_bad", "dry_run", "device", "compile")
 MAY_CHANGE += ("opponent_dtype", "micro_batch", "generation_batch", "checkpoint_activations")
 WATCHED = 50  # steps over which the known failure is looked for
-FORGETTING = "both errors have long been up, on real images more than half as much as on generated ones. The policy "
-FORGETTING += "forgets how to denoise, however good its loss: see 'Reading the picture' in tutorial/00_the_map.md"
+FORGETTING = """both errors have long been up, on real images more than half as much as on generated ones. The policy \
+forgets how to denoise, however good its loss: see 'Reading the picture' in tutorial/00_the_map.md"""
 SOURCES = """toy: chosen so that the story takes minutes on a CPU; tuned: by tutorial/tuning.py on validation prompts;
 paper: from its appendix A; assumed: the paper does not say."""
 
@@ -58,8 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     either = lambda *names: {"choices": names, "default": names[0]}  # noqa: E731
     whole, from_0, share = run.number(int, 1), run.number(float, 0), run.number(float, 0, 1)
 
-    def add(flag: str, help: str, **kwargs) -> None:
-        """A flag whose default is the preset's, where it has one."""
+    def add(flag: str, help: str, **kwargs) -> None:  # its default is the preset's, where it has one
         name = flag.strip("-").replace("-", "_")
         source = {"toy": ", tuned" * (name in TUNED["all"]), "paper": ", assumed" * (name in ASSUMED), "default": ""}
         defaults, presets = [], PRESETS if name in PAPER else {"default": {name: kwargs.get("default")}}
@@ -156,9 +154,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 @dataclass
-class Stage:
-    """One model to train."""
-
+class Stage:  # one model to train
     model: str  # spin-1, spin-2, ..., sft, dpo
     loss: str  # spin, spin-trajectory, sft, dpo
     batches: list[tuple[int, int]]  # (iteration, step) of each optimiser step: the draws' key
@@ -190,11 +186,9 @@ def main(argv: list[str] | None = None) -> dict:
         if args.resolution % parts.vae.downscale:
             raise InputError(f"--resolution {args.resolution}: must be a multiple of {parts.vae.downscale}")
         timesteps(parts, args.sampler_steps)
-        hashes = {
-            "model_hash": weights.checkpoint_hash(weights.locate(args.model)),
-            "unet_hash": weights.checkpoint_hash(weights.locate(args.unet, ("unet",))) if args.unet else None,
-            "data_hash": images.hash(),
-        }
+        hashes = {"model_hash": weights.checkpoint_hash(weights.locate(args.model))}
+        hashes["unet_hash"] = weights.checkpoint_hash(weights.locate(args.unet, ("unet",))) if args.unet else None
+        hashes["data_hash"] = images.hash()
         transform = f"{args.resolution}px{'-mirrored' if args.flip else ''}"
         cache = this_run.folder / "cache" / f"{hashes['model_hash']}-{hashes['data_hash']}-{transform}"
         leave_out_bad_rows(args, images, cache)
@@ -203,8 +197,7 @@ def main(argv: list[str] | None = None) -> dict:
         if rank_0:
             this_run.settle(vars(args) | hashes | run.provenance(), same=fixed, write=not args.dry_run)
 
-        def player(model: str):
-            """theta_0, or one of the run's models."""
+        def player(model: str):  # theta_0, or one of the run's models
             checkpoint, unet = report.models_of(args, this_run)[model]
             return replace(parts, unet=weights.load_unet(unet or checkpoint, device=args.device).requires_grad_(False))
 
@@ -266,9 +259,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def leave_out_bad_rows(args, images: data.CaptionedImages, cache: Path) -> None:
     """Looks at every row of the data, once, and lists in cache/bad_rows.txt those that cannot be used.
-
-    With --skip-bad the others are `images` from now on; without, InputError if there is one.
-    """
+    With --skip-bad the others are `images` from now on; without, InputError if there is one."""
     usable, listed = cache / "usable_rows.npy", cache / "bad_rows.txt"
     if ranks.RANK == 0 and not usable.exists():
         keep = np.ones(len(images), dtype=bool)
@@ -308,10 +299,7 @@ def players(args, sd, stage: Stage) -> PolicyStep:
 
 def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, draw: Callable):
     """Trains a copy of sd.unet, with sd.unet as its opponent, a line of the log each step; returns sd with the copy.
-
-    Begins after the last saved state, if there is one. real, generated: latents of the images and, for self-play, of
-    the opponent's. draw(name, model): draws samples.
-    """
+    Begins after the last saved state. real, generated: latents of the images and, for self-play, of the opponent's."""
     steps, size, rank_0 = len(stage.batches), args.batch_size, ranks.RANK == 0
     step_of_loss = players(args, sd, stage)
     policy = step_of_loss.policy
@@ -326,7 +314,6 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
     ranks.wait()
     if rank_0:
         this_run.rewind_log(stage.model, first - 1)
-
     step_of_loss = ranks.parallel(step_of_loss)
     share = size // ranks.WORLD  # of a batch, this rank's
     begin, end = ranks.RANK * share, (ranks.RANK + 1) * share
@@ -363,8 +350,7 @@ def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, dr
                 promoted = stage.model == f"spin-{k}" and k > 1
                 last = this_run.checkpoint(f"spin-{k - 1}") if promoted else args.unet or args.model
                 raise InputError(f"{now}: the loss or its gradient is not finite; last good: {last}")
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr  # the one there is
             done = None  # until weights and log are both a step further
             optimizer.step()
             optimizer.zero_grad()

@@ -18,21 +18,14 @@ def sample(
     height: int | None = None, width: int | None = None, sampler: str = "ddim", autocast: torch.dtype = torch.float32,
     trajectory: list[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Draws one latent for each prompt: x0, scaled, [B,4,h,w] float32. `decode` makes pictures of them.
-
-    sd: `weights.StableDiffusion`, or anything with its unet, vae, scheduler and encode_prompts.
-    guidance: eps_empty + guidance (eps_prompt - eps_empty), arXiv 2207.12598; 1: no guidance, at half the cost; 0:
-        the empty prompt alone (below 1, diffusers turns guidance off).
+    """Draws one latent for each prompt: x0, scaled, [B,4,h,w] float32. `decode` makes pictures. sd: see `weights.load`.
+    guidance: eps_empty + guidance (eps_prompt - eps_empty), arXiv 2207.12598; 1: none, at half the cost; 0: eps_empty
+        alone (below 1, diffusers turns it off). negative_prompts: instead of the empty one, one for all or for each.
     eta: share of DDPM's noise that DDIM adds in a step, 0 to 1; the other samplers ignore it.
-    sampler: "ddim"; "ddpm", ancestral; or "dpm++", DPM-Solver++(2M), which needs fewer steps.
-    generators: one on the CPU for each prompt, from which alone its first latent and step noise are drawn, so that an
-        image does not depend on its batch. None: seeds 0, 1, 2, ...
-    negative_prompts: what takes the place of the empty prompt, one for all or one for each.
+    generators: on the CPU, one a prompt, of all its noise: no image depends on its batch. None: seeds 0, 1, 2, ...
     height, width: pixels, multiples of the VAE's factor; None: the size the UNet was trained at.
-    autocast: dtype the networks compute in.
     trajectory: a list to which x_t [B,4,h,w] is appended at each of the scheduler's timesteps, noisiest first.
-    Raises InputError, a ValueError, where an argument is out of range, or what was drawn is not finite.
-    """
+    Raises InputError, a ValueError, where an argument is out of range, or what was drawn is not finite."""
     batch, f = len(prompts), sd.vae.downscale
     if isinstance(prompts, str) or not batch:
         raise InputError("prompts must be a list of at least one prompt")
@@ -46,12 +39,9 @@ def sample(
     if sampler not in SAMPLERS:
         raise InputError(f"sampler {sampler!r}: only {', '.join(SAMPLERS)} are known")
 
-    device, dtype, guided = sd.unet.conv_in.weight.device, sd.unet.conv_in.weight.dtype, guidance != 1
-    shape = (1, sd.unet.conv_in.in_channels, height // f, width // f)
-
-    def noise() -> Tensor:
-        return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-
+    first, guided = sd.unet.conv_in, guidance != 1
+    device, dtype, shape = first.weight.device, first.weight.dtype, (1, first.in_channels, height // f, width // f)
+    noise = lambda: torch.cat([torch.randn(shape, generator=own) for own in generators]).to(device)  # noqa: E731
     with torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
         context = sd.encode_prompts([*negative_prompts, *prompts] if guided else list(prompts)).to(dtype)
         x_t, before = noise(), None
@@ -96,7 +86,6 @@ def pictures(sd, jobs: Sequence[tuple[str, int]], at_once: int = 1, **settings) 
 def decode(sd, latents: Tensor) -> Tensor:
     """Scaled latents [B,4,h,w] -> pictures [B,3,H,W] float32 in [0,1]."""
     dtype = next(sd.vae.parameters()).dtype
-    # one at 512 px, since the decoder's memory is large; of smaller ones as many as have that many pixels
-    at_once = max(1, 64 * 64 // latents[0, 0].numel())
+    at_once = max(1, 64 * 64 // latents[0, 0].numel())  # one at 512 px, since the decoder's memory is large
     images = [sd.vae.decode(x0.to(dtype) / sd.vae.scaling_factor) for x0 in latents.split(at_once)]
     return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)

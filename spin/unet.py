@@ -5,6 +5,7 @@ Shapes in comments are SD-1.5's at 512 px: latents [B,4,64,64], channels 320, 64
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -93,16 +94,12 @@ class UpLevel(Level):
 
 
 class UNet(nn.Module):
-    """config: diffusers' unet/config.json. Sizes come from it alone. ValueError for a level type it does not know.
-
-    forward(latents [B,4,h,w], timesteps [B] or 0-d, context [B,77,D]) -> [B,4,h,w]
-    `checkpoint_activations = True` recomputes each level in the backward pass instead of storing its activations.
-    """
+    """config: diffusers' unet/config.json. Sizes come from it alone. ValueError for a level type it does not know."""
 
     def __init__(self, config: dict):
         super().__init__()
         self.config = dict(config)
-        self.checkpoint_activations = False
+        self.checkpoint_activations = False  # True: recompute each level in the backward pass instead of storing them
         self.sample_size = int(config.get("sample_size") or 64)  # latent height and width it was trained at
         channels, depth = config["block_out_channels"], config.get("layers_per_block", 2)
         groups, eps = norm = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
@@ -112,48 +109,43 @@ class UNet(nn.Module):
         heads = [heads] * len(channels) if isinstance(heads, int) else heads
         if odd := {*config["down_block_types"]} - {*DOWN_TYPES} | {*config["up_block_types"]} - {*UP_TYPES}:
             raise ValueError(f"level types {sorted(odd)}: only {', '.join([*DOWN_TYPES, *UP_TYPES])} are known")
-
-        def transformer(level: int):
-            context_channels, linear = config["cross_attention_dim"], config.get("use_linear_projection", False)
-            return lambda: Transformer2D(channels[level], heads[level], context_channels, groups, linear)
-
+        shared = config["cross_attention_dim"], groups, config.get("use_linear_projection", False)
+        transformers = [partial(Transformer2D, c, n, *shared) for c, n in zip(channels, heads)]  # one a level
         self.conv_in = nn.Conv2d(config.get("in_channels", 4), channels[0], 3, padding=1)
         sizes = {"linear_1": channels[0], "linear_2": temb_channels}
         self.time_embedding = nn.ModuleDict({name: nn.Linear(c, temb_channels) for name, c in sizes.items()})
 
-        skip_channels = [channels[0]]
-        self.down_blocks = nn.ModuleList()
+        self.down_blocks, skip_channels = nn.ModuleList(), [channels[0]]
         for level, name in zip(range(len(channels)), config["down_block_types"], strict=True):
             width, before = channels[level], channels[max(level - 1, 0)]
-            attention = transformer(level) if DOWN_TYPES[name] else None
+            attention = transformers[level] if DOWN_TYPES[name] else None
             block = DownLevel([before] + [width] * (depth - 1), width, norm, temb_channels, attention)
             skip_channels += [width] * depth
             if level < len(channels) - 1:
                 block.downsamplers = nn.ModuleList([Downsample2D(width, config.get("downsample_padding", 1))])
                 skip_channels.append(width)
             self.down_blocks.append(block)
+        self.mid_block = MidLevel(channels[-1], norm, transformers[-1], temb_channels)
 
-        self.mid_block = MidLevel(channels[-1], norm, transformer(-1), temb_channels)
         self.up_blocks = nn.ModuleList()
         for level, name in zip(reversed(range(len(channels))), config["up_block_types"], strict=True):
             width, before = channels[level], channels[min(level + 1, len(channels) - 1)]
-            attention = transformer(level) if UP_TYPES[name] else None
+            attention = transformers[level] if UP_TYPES[name] else None
             # one layer more than on the way down: the first level, or the last downsampling, left a skip of its own
             inputs = [c + skip_channels.pop() for c in [before] + [width] * depth]
             block = UpLevel(inputs, width, norm, temb_channels, attention)
             if level > 0:
                 block.upsamplers = nn.ModuleList([Upsample2D(width)])
             self.up_blocks.append(block)
-
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps)
         self.conv_out = nn.Conv2d(channels[0], config.get("out_channels", 4), 3, padding=1)
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """latents [B,4,h,w], timesteps [B] or 0-d, context [B,77,D] -> [B,4,h,w]"""
         flip, shift = self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
         sinusoids = timestep_embedding(timesteps.expand(len(latents)), self.conv_in.out_channels, flip, shift)
         temb = self.time_embedding["linear_1"](sinusoids.to(latents.dtype))
         temb = self.time_embedding["linear_2"](F.silu(temb))  # [B,1280]
-
         skips = [self.conv_in(latents)]  # [B,320,64,64]
         for block in self.down_blocks:  # -> [B,320,32,32] -> [B,640,16,16] -> [B,1280,8,8] -> [B,1280,8,8]
             skips += self.call(block, skips[-1], temb, context)
@@ -167,6 +159,5 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def call(self, block: nn.Module, *inputs):
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
+        return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)

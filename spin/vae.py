@@ -31,14 +31,10 @@ class PlainLevel(Level):
         return x
 
 
-def levels(channels: list[int], depth: int, groups: int) -> nn.ModuleList:
+def levels(channels: list[int], depth: int, groups: int) -> nn.Sequential:
     """A level for each of `channels`; the caller hangs `downsamplers` or `upsamplers` on it."""
     inputs = [[before] + [c] * (depth - 1) for before, c in zip([channels[0], *channels], channels)]
-    return nn.ModuleList(PlainLevel(*sizes, (groups, EPS)) for sizes in zip(inputs, channels))
-
-
-def mid_level(channels: int, groups: int) -> MidLevel:
-    return MidLevel(channels, (groups, EPS), lambda: PixelAttention(channels, groups))
+    return nn.Sequential(*[PlainLevel(*sizes, (groups, EPS)) for sizes in zip(inputs, channels)])
 
 
 class Encoder(nn.Module):
@@ -48,14 +44,13 @@ class Encoder(nn.Module):
         self.down_blocks = levels(channels, depth, groups)
         for block, width in zip(self.down_blocks[:-1], channels):
             block.downsamplers = nn.ModuleList([Downsample2D(width, padding=0)])
-        self.mid_block = mid_level(channels[-1], groups)
+        self.mid_block = MidLevel(channels[-1], (groups, EPS), lambda: PixelAttention(channels[-1], groups))
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)  # [B,128,512,512]
-        for block in self.down_blocks:  # -> [B,128,256,256] -> [B,256,128,128] -> [B,512,64,64] -> [B,512,64,64]
-            x = block(x)
+        # [B,128,512,512] -> [B,128,256,256] -> [B,256,128,128] -> [B,512,64,64] -> [B,512,64,64]
+        x = self.down_blocks(self.conv_in(x))
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
@@ -64,7 +59,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels = channels[::-1]
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
-        self.mid_block = mid_level(channels[0], groups)
+        self.mid_block = MidLevel(channels[0], (groups, EPS), lambda: PixelAttention(channels[0], groups))
         self.up_blocks = levels(channels, depth + 1, groups)
         for block, width in zip(self.up_blocks[:-1], channels):
             block.upsamplers = nn.ModuleList([Upsample2D(width)])
@@ -72,9 +67,8 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(x))  # [B,512,64,64]
-        for block in self.up_blocks:  # -> [B,512,128,128] -> [B,512,256,256] -> [B,256,512,512] -> [B,128,512,512]
-            x = block(x)
+        # [B,512,64,64] -> [B,512,128,128] -> [B,512,256,256] -> [B,256,512,512] -> [B,128,512,512]
+        x = self.up_blocks(self.mid_block(self.conv_in(x)))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
