@@ -4,8 +4,7 @@
     python evaluate.py --models A B C --prompts prompts.jsonl --out FOLDER   any checkpoints, by the paper's metrics
 
 Of a prompt's pictures (--num-images) the one with the highest plain average of the scores counts, as in the paper.
-The same command, given again after an interruption, draws and scores only what is missing.
-"""
+The same command, given again after an interruption, draws and scores only what is missing."""
 
 import argparse
 import re
@@ -146,8 +145,7 @@ def main(argv: list[str] | None = None) -> dict:
 def named(models: list[str]) -> dict[str, tuple[str, str | None]]:
     """{name: (checkpoint, UNet or None)}: NAME=PATH, or named by the last part of the path that tells something.
 
-    A UNet alone, as the authors published theirs, borrows the other parts of the first model.
-    """
+    A UNet alone, as the authors published theirs, borrows the other parts of the first model."""
     found: dict[str, tuple[str, str | None]] = {}
     for model in models:
         name, _, source = model.partition("=") if re.match(r"[\w.-]+=", model) else ("", "", model)

@@ -1,8 +1,7 @@
 """BLIP as ImageReward has it: a vision transformer, and a BERT that reads the prompt while it looks at the picture.
 
 Architecture: arXiv 2201.12086; as a reward: arXiv 2304.05977. The blocks are torch's own; names.json has the published
-names of their tensors.
-"""
+names of their tensors."""
 
 import re
 import unicodedata
@@ -67,8 +66,7 @@ class WordPiece:
 
     Accents are dropped; punctuation and Chinese characters are words of their own. A word is cut, from the left, into
     the longest pieces there are, all but the first marked with ##; where that fails it is [UNK]. ValueError for a
-    vocabulary without BERT's special tokens.
-    """
+    vocabulary without BERT's special tokens."""
 
     SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # written out in a prompt, they stand for themselves
 

@@ -1,8 +1,7 @@
 """Models side by side: all draw the same prompts from the same noise, are scored, compared with intervals, told of.
 
 OUT/images/<model>/guidance-<g>/<prompt>-<image>.png says in itself how it was made, OUT/scores/... of what its scores
-are. What is there, and was made as is now asked, is not made again. OUT/results.json, .md and .png tell of it all.
-"""
+are. What is there, and was made as is now asked, is not made again. OUT/results.json, .md and .png tell of it all."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -65,8 +64,7 @@ class Contest:
 def draw(player: Callable, jobs: list, paths: list[Path], about: dict, settings: dict, at_once: int = 1) -> None:
     """Draws (prompt, seed) to its path, unless what is there says that it was drawn with the same settings.
 
-    about: what else a picture says in its text chunk "parameters", its "Model" for one.
-    """
+    about: what else a picture says in its text chunk "parameters", its "Model" for one."""
     said = {"Steps": settings["steps"], "Sampler": settings["sampler"], "CFG scale": settings["guidance"]}
     said |= {"Eta": settings.get("eta", 0.0), "Precision": str(settings["autocast"]).removeprefix("torch.")} | about
 

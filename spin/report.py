@@ -1,7 +1,6 @@
 """What came of a run: the pictures its models draw, the curves of its log, the miniature world's scores.
 
-args: train.py's flags. player: gives the model of a name, "base", "sft", "spin-1", ..., ready to draw.
-"""
+args: train.py's flags. player: gives the model of a name, "base", "sft", "spin-1", ..., ready to draw."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,8 +25,7 @@ def draw_samples(args, this_run: run.Run, player: Callable, images, now: tuple[s
     """samples/<model>/: what each model draws for a few prompts, at fixed seeds; samples/grid.png: a column a model.
 
     The prompts are the data's first, or on the miniature world of those to be scored, with the ideal picture last.
-    now: name and model of one that is at hand, perhaps still in training; its pictures stay in the grid.
-    """
+    now: name and model of one that is at hand, perhaps still in training; its pictures stay in the grid."""
     scenes = toy.split()["test" if args.score == "none" else args.score][: args.grid_prompts] if args.world else []
     captions = dict.fromkeys(images.caption(row) for row in range(min(len(images), 1000)))
     prompts = [scene.caption for scene in scenes] or list(islice(captions, args.grid_prompts))
@@ -65,8 +63,7 @@ def judge_models(args, this_run: run.Run, player: Callable) -> dict:
     """The miniature world's exact score of every model, on prompts that fine-tuning never saw: results.json, .md, .png.
 
     All draw from the same noise, at the guidance that the opponents' images were drawn with; pictures and scores are
-    kept in evaluation/, where evaluate.py finds them.
-    """
+    kept in evaluation/, where evaluate.py finds them."""
     if not (this_run.folder / "results.json").exists():
         prompts, scorer = [scene.caption for scene in toy.split()[args.score]], rewards.load("toy")
         settings, folder = pairs.how_to_draw(args), this_run.folder / "evaluation"

@@ -1,8 +1,7 @@
 """Scores of pictures by their prompts: PickScore, HPS v2.0, LAION aesthetic v2, CLIP score, ImageReward, the toy's own.
 
 Published checkpoints are read in their published layouts, strictly, from a folder or from the hub; networks compute in
-float32. Scales are as published: PickScore and CLIP score are about 100 times a cosine, HPS is the cosine itself.
-"""
+float32. Scales are as published: PickScore and CLIP score are about 100 times a cosine, HPS is the cosine itself."""
 
 import json
 from collections.abc import Callable
@@ -43,8 +42,7 @@ class Scorer:
 def load(name: str, folder: str | Path | None = None, device: str = "cpu") -> Scorer:
     """The scorer of a name in FILES. folder: has its files, each as <name of its repository>/<file>; else the hub has.
 
-    Raises InputError where a file cannot be had, or is not what was published.
-    """
+    Raises InputError where a file cannot be had, or is not what was published."""
     paths = files(name, folder)
     if name == "toy":
         return Scorer(name, score_toy, hash_files([Path(toy.__file__)]), toy.METRICS, "reward", toy.LESS_IS_BETTER)
@@ -139,8 +137,7 @@ def load_imagereward(tensors: dict[str, Tensor], where: Path, device: str, visio
 def affine(tensors: dict[str, Tensor], prefix: str, width: int, where: Path) -> tuple[Tensor, Tensor]:
     """The published head, five linear layers of which none bends what it passes on, as the one that they are.
 
-    -> weight [1,width], bias [1]: h_5(h_4(...h_1(x))) = weight x + bias, multiplied out in float64.
-    """
+    -> weight [1,width], bias [1]: h_5(h_4(...h_1(x))) = weight x + bias, multiplied out in float64."""
     sizes = [width, 1024, 128, 64, 16, 1]
     layers = dict(zip((0, 2, 4, 6, 7), zip(sizes[1:], sizes)))  # the numbers between are dropout's
     wanted = {f"{prefix}{i}.weight": torch.empty(shape) for i, shape in layers.items()}

@@ -14,8 +14,7 @@ def interval(values: np.ndarray, level: float = 0.95, seed: int = 0) -> Summary:
     """mean, low, high, n of values [N]: the percentile bootstrap's interval for the mean over what the N stand for.
 
     Resamples with replacement, RESAMPLES times. Where all N agree the interval has no width, which is its weakness
-    for shares near 0 or 1. Raises ValueError for no values.
-    """
+    for shares near 0 or 1. Raises ValueError for no values."""
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"an interval needs a list of at least one number, not shape {values.shape}")
@@ -38,8 +37,7 @@ def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def best_of(scores: dict[str, np.ndarray], judged_by: Sequence[str]) -> dict[str, np.ndarray]:
     """{metric: [N,k]} -> {metric: [N]}: of a prompt's k pictures the one with most on the plain average of `judged_by`.
 
-    The first of those that tie. That average is a metric of its own, "average", where it is one of several.
-    """
+    The first of those that tie. That average is a metric of its own, "average", where it is one of several."""
     average = np.mean([scores[metric] for metric in judged_by], axis=0)
     scores = {"average": average} | scores if len(judged_by) > 1 else scores
     return {metric: np.take_along_axis(v, average.argmax(1)[:, None], 1)[:, 0] for metric, v in scores.items()}
