@@ -152,7 +152,7 @@ def read_prompts(path: str | Path) -> list[str]:
             raise ValueError("the file's outermost value is no list")
         keys = ("prompt", "text", "caption")
         entries = [next(e[key] for key in keys if key in e) if isinstance(e, dict) else e for e in entries]
-    except (ValueError, TypeError, StopIteration) as error:
+    except (ValueError, TypeError, StopIteration, RecursionError) as error:
         raise InputError(f"{path}: not a list of prompts ({error or 'no prompt, text or caption'})") from None
     if not entries or not all(isinstance(entry, str) for entry in entries):
         raise InputError(f"{path}: holds {'no prompts' if not entries else 'something that is not a prompt'}")

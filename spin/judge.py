@@ -1,5 +1,4 @@
 """Models side by side: all draw the same prompts from the same noise, are scored, compared with intervals, told of.
-
 OUT/images/<model>/guidance-<g>/<prompt>-<image>.png says in itself how it was made, OUT/scores/... of what its scores
 are. What is there, and was made as is now asked, is not made again. OUT/results.json, .md and .png tell of it all."""
 
@@ -63,7 +62,6 @@ class Contest:
 
 def draw(player: Callable, jobs: list, paths: list[Path], about: dict, settings: dict, at_once: int = 1) -> None:
     """Draws (prompt, seed) to its path, unless what is there says that it was drawn with the same settings.
-
     about: what else a picture says in its text chunk "parameters", its "Model" for one."""
     said = {"Steps": settings["steps"], "Sampler": settings["sampler"], "CFG scale": settings["guidance"]}
     said |= {"Eta": settings.get("eta", 0.0), "Precision": str(settings["autocast"]).removeprefix("torch.")} | about
@@ -99,7 +97,6 @@ def compare(title: str, scores: dict[str, dict[str, np.ndarray]], scorers: list,
 
 def claims(differences: dict[str, dict], metric: str) -> list[dict]:
     """The paper's claims that these models allow to judge: [{"claim", "verdict", "difference"}].
-
     "A beats B" holds if the whole interval of the difference is positive, and fails if it is negative. "SFT plateaus",
     said of the miniature world's reward, holds if its interval lies within PLATEAU of 0, and fails if it lies beyond.
     """

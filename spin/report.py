@@ -23,7 +23,6 @@ def models_of(args, this_run: run.Run) -> dict[str, tuple[str, str | None]]:
 
 def draw_samples(args, this_run: run.Run, player: Callable, images, now: tuple[str, object] | None = None) -> None:
     """samples/<model>/: what each model draws for a few prompts, at fixed seeds; samples/grid.png: a column a model.
-
     The prompts are the data's first, or on the miniature world of those to be scored, with the ideal picture last.
     now: name and model of one that is at hand, perhaps still in training; its pictures stay in the grid."""
     scenes = toy.split()["test" if args.score == "none" else args.score][: args.grid_prompts] if args.world else []
@@ -40,8 +39,8 @@ def draw_samples(args, this_run: run.Run, player: Callable, images, now: tuple[s
     if scenes:
         columns["ideal"] = [toy.to_pil(toy.ideal(scene)) for scene in scenes]
     if prompts:
-        cell = 4 * toy.SIDE if scenes else 192
-        viz.save_png(viz.grid(list(zip(*columns.values())), list(columns), prompts, cell), folder / "grid.png")
+        sheet = viz.grid(list(zip(*columns.values())), list(columns), prompts, 128 if scenes else 192)
+        viz.save_png(sheet, folder / "grid.png")
 
 
 def draw_curves(this_run: run.Run) -> None:
@@ -61,7 +60,6 @@ def draw_curves(this_run: run.Run) -> None:
 
 def judge_models(args, this_run: run.Run, player: Callable) -> dict:
     """The miniature world's exact score of every model, on prompts that fine-tuning never saw: results.json, .md, .png.
-
     All draw from the same noise, at the guidance that the opponents' images were drawn with; pictures and scores are
     kept in evaluation/, where evaluate.py finds them."""
     if not (this_run.folder / "results.json").exists():

@@ -12,7 +12,6 @@ Summary = dict[str, float]
 
 def interval(values: np.ndarray, level: float = 0.95, seed: int = 0) -> Summary:
     """mean, low, high, n of values [N]: the percentile bootstrap's interval for the mean over what the N stand for.
-
     Resamples with replacement, RESAMPLES times. Where all N agree the interval has no width, which is its weakness
     for shares near 0 or 1. Raises ValueError for no values."""
     values = np.asarray(values, dtype=float)
@@ -36,7 +35,6 @@ def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def best_of(scores: dict[str, np.ndarray], judged_by: Sequence[str]) -> dict[str, np.ndarray]:
     """{metric: [N,k]} -> {metric: [N]}: of a prompt's k pictures the one with most on the plain average of `judged_by`.
-
     The first of those that tie. That average is a metric of its own, "average", where it is one of several."""
     average = np.mean([scores[metric] for metric in judged_by], axis=0)
     scores = {"average": average} | scores if len(judged_by) > 1 else scores
@@ -45,7 +43,6 @@ def best_of(scores: dict[str, np.ndarray], judged_by: Sequence[str]) -> dict[str
 
 def compare(scores: dict[str, dict[str, np.ndarray]], less_is_better: Collection[str] = ()) -> dict[str, dict]:
     """{model: {metric: [N]}}, prompt i being the same for all -> {"models": ..., "differences": ...}.
-
     models: {model: {metric: interval, with "median"}}. differences, paired by prompt, of every two, the later minus the
     earlier: {"b - a": {metric: interval, with "win_rate": interval of how often b is better}}; better is more, or less.
     """
