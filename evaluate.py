@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give a run folder, or --models")
     # what is not given is as in the run, or as in the paper
     past = run.read_json(Path(args.run, "config.json")) if args.run else {}
-    if args.run and "sampler_steps" not in past:
+    if args.run and not {"model", "unet", "iterations", "sampler_steps", "generation_batch"} <= past.keys():
         parser.error(f"{args.run}: not a run of train.py")
     args.of_run = argparse.Namespace(**past)
     args.sampler = args.sampler or past.get("sampler", "ddim")
@@ -83,6 +83,11 @@ def main(argv: list[str] | None = None) -> dict:
     """Returns what results.json holds."""
     args = parse(argv)
     args.device = run.usable(args.device)
+    with run.Run(args.out).lock():
+        return evaluate(args)
+
+
+def evaluate(args: argparse.Namespace) -> dict:
     prompts = data.read_prompts(args.prompts) if args.prompts else [scene.caption for scene in toy.split()["test"]]
     prompts = prompts[: args.num_prompts]
     models = report.models_of(args.of_run, run.Run(args.run)) if args.run else named(args.models)
@@ -123,8 +128,9 @@ def main(argv: list[str] | None = None) -> dict:
     k = f"the best of {args.num_images} pictures each" if args.num_images > 1 else "a picture each"
     at = f"guidance {args.guidance[0]:g}" if len(args.guidance) == 1 else "each model at its best guidance"
     config = vars(args) | {"of_run": vars(args.of_run), "models": models, "hashes": hashes}
-    config |= {"count": len(prompts), "prompts_hash": run.hash_files([], prompts)} | run.provenance()
-    config |= {"scorers": {scorer.name: scorer.hash for scorer in scorers}, "best_guidance": best_at}
+    hashed = run.hash_files([Path(args.prompts)] if args.prompts else [], prompts)
+    config |= {"count": len(prompts), "prompts_hash": hashed, "resamples": stats.RESAMPLES} | run.provenance()
+    config |= {"scorer_hashes": {scorer.name: scorer.hash for scorer in scorers}, "best_guidance": best_at}
     found = {name: best[g, name] for name, g in best_at.items()}
     found = judge.compare(f"{len(prompts)} prompts, {k}, {at}", found, scorers, metric, config)
     single = {n: {m: stats.interval(v.mean(1)) for m, v in scores[g, n].items()} for n, g in best_at.items()}
@@ -144,12 +150,12 @@ def main(argv: list[str] | None = None) -> dict:
 
 def named(models: list[str]) -> dict[str, tuple[str, str | None]]:
     """{name: (checkpoint, UNet or None)}: NAME=PATH, or named by the last part of the path that tells something.
-
     A UNet alone, as the authors published theirs, borrows the other parts of the first model."""
     found: dict[str, tuple[str, str | None]] = {}
     for model in models:
         name, _, source = model.partition("=") if re.match(r"[\w.-]+=", model) else ("", "", model)
         name = name or [part for part in Path("model", source).parts if part not in ("checkpoint", "unet")][-1]
+        name = re.sub(r"[^\w.-]", "-", name).strip(".") or "model"  # of a folder, and of a table's column
         if name in found:
             raise InputError(f"--models: two are called {name}; give one another name: {name}-2={source}")
         path = weights.locate(source)

@@ -2,8 +2,7 @@
 
     python sample.py --model FOLDER --prompt "a red circle" --num-images 4
 
-Writes one PNG an image, with how it was made in its text chunk "parameters", and a grid when there is more than one.
-"""
+Writes one PNG an image, with how it was made in its text chunk "parameters", and a grid when there is more than one."""
 
 import argparse
 import sys

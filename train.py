@@ -7,8 +7,7 @@
 For k = 1..K: generate an image from theta_{k-1} for every prompt that the iteration will draw; train theta_k, started
 from theta_{k-1}, to tell the real images from those, with the SPIN loss (C.6); promote it to be the next opponent.
 The baselines, SFT and Diffusion-DPO, start from theta_0 and see the same real images in the same batches.
-The same command, given again after an interruption, goes on where it stopped; a finished stage is not repeated.
-"""
+The same command, given again after an interruption, goes on where it stopped; a finished stage is not repeated."""
 
 import argparse
 import copy

@@ -5,5 +5,4 @@ The networks: unet.py and vae.py, which share blocks.py; text.py; checkpoints in
 A run: data.py, run.py, ranks.py, cost.py before it, report.py after it, with viz.py.
 Judging: judge.py with rewards.py, blip.py and stats.py. The miniature world: toy.py, toy_base/ and toy_set/.
 
-A module imports only from modules of a lower level (tests/test_imports.py has the levels).
-"""
+A module imports only from modules of a lower level (tests/test_imports.py has the levels)."""

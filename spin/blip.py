@@ -1,5 +1,4 @@
 """BLIP as ImageReward has it: a vision transformer, and a BERT that reads the prompt while it looks at the picture.
-
 Architecture: arXiv 2201.12086; as a reward: arXiv 2304.05977. The blocks are torch's own; names.json has the published
 names of their tensors."""
 
@@ -63,7 +62,6 @@ def stack(kind: type[nn.Module], config: dict, eps: float, **more) -> nn.ModuleL
 
 class WordPiece:
     """BERT's lower-cased tokenizer: prompts -> ids [B,LENGTH], padded with 0. vocab: the lines of its vocab.txt.
-
     Accents are dropped; punctuation and Chinese characters are words of their own. A word is cut, from the left, into
     the longest pieces there are, all but the first marked with ##; where that fails it is [UNK]. ValueError for a
     vocabulary without BERT's special tokens."""
@@ -86,7 +84,7 @@ class WordPiece:
     def words(self, prompt: str) -> list[str]:
         found = []
         for part in re.split(r"(\[(?:PAD|UNK|CLS|SEP|MASK)\])", prompt):
-            text = [c for c in part if c in "\t\n\r" or not unprintable(c)]
+            text = [c for c in part if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd"]
             text = "".join(f" {c} " if "IDEOGRAPH" in unicodedata.name(c, "") else c for c in text)
             text = [c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn"]
             spaced = "".join(f" {c} " if punctuation(c) else c for c in text).split()
@@ -104,7 +102,3 @@ class WordPiece:
 
 def punctuation(c: str) -> bool:
     return unicodedata.category(c)[0] == "P" or c in "$+<=>^`|~"
-
-
-def unprintable(c: str) -> bool:
-    return unicodedata.category(c)[0] == "C" or c == "\ufffd"

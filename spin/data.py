@@ -146,6 +146,8 @@ def read_prompts(path: str | Path) -> list[str]:
     text = read_text(path := Path(path))
     lines = [line for line in text.split("\n") if line.strip()]
     try:
+        if path.suffix not in ("", ".txt", ".json", ".jsonl"):
+            raise ValueError("its name ends in none of .txt, .json, .jsonl")
         if path.suffix != ".json":
             entries = [json.loads(line) if path.suffix == ".jsonl" else line.strip() for line in lines]
         elif not isinstance(entries := json.loads(text), list):
@@ -153,8 +155,8 @@ def read_prompts(path: str | Path) -> list[str]:
         keys = ("prompt", "text", "caption")
         entries = [next(e[key] for key in keys if key in e) if isinstance(e, dict) else e for e in entries]
     except (ValueError, TypeError, StopIteration, RecursionError) as error:
-        raise InputError(f"{path}: not a list of prompts ({error or 'no prompt, text or caption'})") from None
-    if not entries or not all(isinstance(entry, str) for entry in entries):
+        raise InputError(f"{path}: not a list of prompts ({str(error) or 'no prompt, text or caption'})") from None
+    if not entries or not all(isinstance(e, str) and e.encode(errors="ignore").decode() == e for e in entries):
         raise InputError(f"{path}: holds {'no prompts' if not entries else 'something that is not a prompt'}")
     return entries
 

@@ -48,12 +48,15 @@ class Contest:
         keys = [run.hash_files([], [scorer.hash, parameters(path)]) for path in paths]
         file = self.out / "scores" / model / f"{self.at}-{scorer.name}.json"
         known = run.read_json(file) if file.exists() else {}
+        known = {key: of for key, of in known.items() if of.keys() >= set(scorer.metrics)}
         todo = [i for i, key in enumerate(keys) if key not in known]
         with tqdm(total=len(todo), desc=f"{scorer.name}: {model}", unit="image", disable=not todo) as bar:
             for at in range(0, len(todo), AT_ONCE):
                 batch = todo[at : at + AT_ONCE]
                 pictures = [Image.open(paths[i]).convert("RGB") for i in batch]
                 found = scorer.score(pictures, [self.jobs[i][0] for i in batch])
+                if not all(np.isfinite(values).all() for values in found.values()):
+                    raise run.InputError(f"{scorer.name}: a score is not finite; is one of its files broken?")
                 known |= {keys[i]: {m: float(found[m][n]) for m in scorer.metrics} for n, i in enumerate(batch)}
                 run.write_json(file, known)
                 bar.update(len(batch))
@@ -67,7 +70,7 @@ def draw(player: Callable, jobs: list, paths: list[Path], about: dict, settings:
     said |= {"Eta": settings.get("eta", 0.0), "Precision": str(settings["autocast"]).removeprefix("torch.")} | about
 
     def as_asked(prompt: str, seed: int, path: Path) -> bool:
-        return parameters(path).startswith(viz.parameters(prompt, {"Seed": seed} | said))
+        return parameters(path).startswith(viz.parameters(prompt, {"Seed": seed} | said) + ", Size: ")
 
     todo = [(*job, path) for job, path in zip(jobs, paths) if not as_asked(*job, path)]
     if todo:
@@ -83,14 +86,18 @@ def hashes(models: dict[str, tuple[str, str | None]]) -> dict[str, str]:
 
 
 def parameters(path: Path) -> str:
-    """What a picture says of how it was made; nothing if it is not there."""
-    return Image.open(path).info.get("parameters", "") if path.exists() else ""
+    """What a picture says of how it was made; nothing if it is not there, or no picture."""
+    try:
+        return Image.open(path).info.get("parameters", "")
+    except OSError:
+        return ""
 
 
 # ---- Tables and verdicts ---------------------------------------------------------------------------------------------
 def compare(title: str, scores: dict[str, dict[str, np.ndarray]], scorers: list, metric: str, config: dict) -> dict:
     """What results.json holds. scores: {model: {metric: [N]}}, prompt by prompt; metric: the one that counts."""
-    found = stats.compare(scores, {name for scorer in scorers for name in scorer.less_is_better})
+    less = [name for scorer in scorers for name in scorer.less_is_better]
+    found = {"less_is_better": less} | stats.compare(scores, less)
     verdicts = claims(found["differences"], metric)
     return {"title": title, "metric": metric} | found | {"claims": verdicts, "tables": {}, "config": config}
 
@@ -107,7 +114,7 @@ def claims(differences: dict[str, dict], metric: str) -> list[dict]:
     said |= {f"spin-{k} - spin-{k - 1}": renewed.format(k - 1, k) for k in range(2, last + 1)}
     found = []
     for pair in [pair for pair in said if pair in differences]:
-        gap = {end: differences[pair][metric][end] for end in ("mean", "low", "high")}
+        gap = {name: differences[pair][metric][name] for name in ("mean", "low", "high", "n")}
         sign = stats.resolved(gap)
         if pair == "sft - base":
             within = max(abs(gap["low"]), abs(gap["high"])) < PLATEAU
@@ -123,6 +130,7 @@ def write(folder: Path, found: dict) -> None:
     gains = {first: dict.fromkeys(found["models"][first], {"mean": 0.0, "low": 0.0, "high": 0.0})}
     gains |= {name: found["differences"][f"{name} - {first}"] for name in others}
     gains = {name: {f"{metric}, less {first}'s": of[metric] for metric in of} for name, of in gains.items()}
+    gains = gains if others else found["models"]
     viz.save_png(viz.interval_charts(gains), folder / "results.png")
     with run.whole(folder / "results.md") as part:
         part.write_text(markdown(found))
@@ -139,7 +147,8 @@ def markdown(found: dict, brief: bool = False) -> str:
     if differences and not brief:
         metrics = list(next(iter(models.values())))
         sections["Differences, paired by prompt."] = stats.markdown(differences, sign="+")
-        verdicts = [f"- {name}: {stats.verdicts(differences, name)}" for name in metrics]
+        less = {name: " (less is better)" for name in found["less_is_better"]}
+        verdicts = [f"- {name}{less.get(name, '')}: {stats.verdicts(differences, name)}" for name in metrics]
         sections["Which of them their intervals resolve:"] = "\n".join(verdicts)
         for name in metrics:
             title = f"How often a line's model is better than a column's, by {name}; ties count one half."

@@ -4,8 +4,7 @@ Everything is said with four numbers a pair of images: the squared error of two 
 theta, and the frozen opponent, theta_k) on two noised images (a real one, and one the opponent generated for the same
 prompt). Equation numbers are those of arXiv 2402.10210. logit = beta / 2 x (delta_gen - delta_data), errors being means
 over an image's dimensions: the paper prints neither the half nor the mean, only "beta = 2000"; both are assumed here,
-Diffusion-DPO's convention. With sums over D dimensions, beta / D gives the same loss; without the half, beta / 2.
-"""
+Diffusion-DPO's convention. With sums over D dimensions, beta / D gives the same loss; without the half, beta / 2."""
 
 import torch
 import torch.nn.functional as F

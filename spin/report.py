@@ -1,5 +1,4 @@
 """What came of a run: the pictures its models draw, the curves of its log, the miniature world's scores.
-
 args: train.py's flags. player: gives the model of a name, "base", "sft", "spin-1", ..., ready to draw."""
 
 from collections.abc import Callable

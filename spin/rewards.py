@@ -1,5 +1,4 @@
 """Scores of pictures by their prompts: PickScore, HPS v2.0, LAION aesthetic v2, CLIP score, ImageReward, the toy's own.
-
 Published checkpoints are read in their published layouts, strictly, from a folder or from the hub; networks compute in
 float32. Scales are as published: PickScore and CLIP score are about 100 times a cosine, HPS is the cosine itself."""
 
@@ -41,7 +40,6 @@ class Scorer:
 
 def load(name: str, folder: str | Path | None = None, device: str = "cpu") -> Scorer:
     """The scorer of a name in FILES. folder: has its files, each as <name of its repository>/<file>; else the hub has.
-
     Raises InputError where a file cannot be had, or is not what was published."""
     paths = files(name, folder)
     if name == "toy":
@@ -52,7 +50,10 @@ def load(name: str, folder: str | Path | None = None, device: str = "cpu") -> Sc
         vocab = read_text(paths[1]).rstrip("\n").split("\n")
         tokenizer = build(blip.WordPiece, vocab, paths[1], device="cpu")
     else:
-        clip, tokenizer = load_clip(open_clip_config(CLIPS[name]), tensors, paths[0], device), Tokenizer()
+        from open_clip import get_model_config, tokenize
+
+        clip = load_clip(get_model_config(CLIPS[name]), tensors, paths[0], device)
+        tokenizer = Tokenizer() if name == "pickscore" else tokenize  # transformers' and open_clip's cleaning differ
     if name == "aesthetic":
         weight, bias = (t.to(device) for t in affine(read_file(paths[1]), "layers.", clip.visual.output_dim, paths[1]))
 
@@ -84,25 +85,18 @@ def score_toy(pictures: list[Image.Image], prompts: list[str]) -> dict[str, np.n
 
 def files(name: str, folder: str | Path | None = None) -> list[Path]:
     """Those of a scorer on this machine, downloaded if need be; InputError where one cannot be had."""
-    return [find(name, repository, file, folder) for repository, file in FILES[name]]
-
-
-def find(name: str, repository: str, file: str, folder: str | Path | None) -> Path:
-    place = Path(folder or "FOLDER", repository.split("/")[1], file)
-    try:
-        return place if folder and place.exists() else download(repository, [file]) / file
-    except InputError as error:
-        put = f"put it at {place}" if folder else f"say --scorers FOLDER, with it at {place}"
-        raise InputError(f"{name} needs {file}: {put} ({error})") from None
+    found = []
+    for repository, file in FILES[name]:
+        place = Path(folder or "FOLDER", repository.split("/")[1], file)
+        try:
+            found.append(place if folder and place.exists() else download(repository, [file]) / file)
+        except InputError as error:
+            put = f"put it at {place}" if folder else f"say --scorers FOLDER, with it at {place}"
+            raise InputError(f"{name} needs {file}: {put} ({error})") from None
+    return found
 
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
-def open_clip_config(architecture: str) -> dict:
-    from open_clip import get_model_config
-
-    return get_model_config(architecture)
-
-
 def load_clip(config: dict, tensors: dict[str, Tensor], where: Path, device: str):
     """open_clip's CLIP. tensors: with its own names, as HPS has them, or with those of transformers' CLIPModel."""
     from open_clip.model import CLIP
@@ -136,7 +130,6 @@ def load_imagereward(tensors: dict[str, Tensor], where: Path, device: str, visio
 
 def affine(tensors: dict[str, Tensor], prefix: str, width: int, where: Path) -> tuple[Tensor, Tensor]:
     """The published head, five linear layers of which none bends what it passes on, as the one that they are.
-
     -> weight [1,width], bias [1]: h_5(h_4(...h_1(x))) = weight x + bias, multiplied out in float64."""
     sizes = [width, 1024, 128, 64, 16, 1]
     layers = dict(zip((0, 2, 4, 6, 7), zip(sizes[1:], sizes)))  # the numbers between are dropout's

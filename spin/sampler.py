@@ -38,7 +38,6 @@ def sample(
         raise InputError(f"{batch} prompts, {len(generators)} generators, {len(negative_prompts)} negative prompts")
     if sampler not in SAMPLERS:
         raise InputError(f"sampler {sampler!r}: only {', '.join(SAMPLERS)} are known")
-
     first, guided = sd.unet.conv_in, guidance != 1
     device, dtype, shape = first.weight.device, first.weight.dtype, (1, first.in_channels, height // f, width // f)
     noise = lambda: torch.cat([torch.randn(shape, generator=own) for own in generators]).to(device)  # noqa: E731

@@ -3,8 +3,7 @@
 x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps: x0 is a clean latent, eps standard normal noise of its shape,
 alpha_bar_t the cumulative product of 1 - beta_t, `alphas_cumprod[t]` for t = 0..T-1. The SPIN paper (arXiv 2402.10210)
 writes alpha_t for it and counts t from 1, so that its alpha_0 is 1. Latents and noise are [B,...], alphas [B] or 0-d.
-Sources: DDPM (arXiv 2006.11239), DDIM (arXiv 2010.02502), v-prediction (arXiv 2202.00512).
-"""
+Sources: DDPM (arXiv 2006.11239), DDIM (arXiv 2010.02502), v-prediction (arXiv 2202.00512)."""
 
 import torch
 from torch import Tensor

@@ -1,23 +1,30 @@
 """Bootstrap intervals, paired differences and win rates of scores: NumPy arrays, no model."""
 
+import math
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from itertools import combinations
+from statistics import NormalDist
 
 import numpy as np
 
 RESAMPLES = 10_000
+FEW = 10  # prompts: from fewer nothing is concluded
 Summary = dict[str, float]
 
 
 def interval(values: np.ndarray, level: float = 0.95, seed: int = 0) -> Summary:
-    """mean, low, high, n of values [N]: the percentile bootstrap's interval for the mean over what the N stand for.
-    Resamples with replacement, RESAMPLES times. Where all N agree the interval has no width, which is its weakness
-    for shares near 0 or 1. Raises ValueError for no values."""
+    """mean, low, high, n of values [N]: an interval for the mean over what the N stand for. The percentile bootstrap's,
+    resampled RESAMPLES times, widened as Student's t is over the normal, which N values call for. Where all N agree it
+    has no width, its weakness for shares near 0 or 1. ValueError for no values."""
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"an interval needs a list of at least one number, not shape {values.shape}")
     low, high = np.quantile(shares(len(values), seed) @ values, [(1 - level) / 2, (1 + level) / 2])
+    z, freedom = NormalDist().inv_cdf((1 + level) / 2), max(1, len(values) - 1)
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)  # Student's, about
+    wider = t / z * np.sqrt(1 + 1 / freedom)
+    low, high = values.mean() + wider * (np.array([low, high]) - values.mean())
     found = np.clip([values.mean(), low, high], values.min(), values.max())  # rounding may leave that range
     return dict(zip(("mean", "low", "high"), found.tolist())) | {"n": len(values)}
 
@@ -69,8 +76,8 @@ def win_rates(compared: dict, metric: str) -> dict[str, dict[str, Summary | str]
 
 
 def resolved(difference: Summary) -> int:
-    """1 if the interval lies above 0, -1 if below, 0 if it holds 0: not resolved."""
-    return int(difference["low"] > 0) - int(difference["high"] < 0)
+    """1 if the interval lies above 0, -1 if below, 0 if it holds 0, or is of fewer than FEW: not resolved."""
+    return 0 if difference["n"] < FEW else int(difference["low"] > 0) - int(difference["high"] < 0)
 
 
 def verdicts(differences: dict[str, dict], metric: str) -> str:
@@ -86,7 +93,9 @@ def markdown(rows: dict[str, dict[str, Summary | float | str]], digits: int = 3,
 
     def cell(value: Summary | float | str) -> str:
         if isinstance(value, dict):
-            mean, low, high = (f"{value[key]:{sign}.{digits}f}" for key in ("mean", "low", "high"))
+            width = value["high"] - value["low"]  # of which two digits are shown, where `digits` would not
+            places = max(digits, 1 - math.floor(math.log10(width))) if width > 1e-9 else digits
+            mean, low, high = (f"{value[key]:{sign}.{places}f}" for key in ("mean", "low", "high"))
             return f"{mean} [{low}, {high}]"
         return value if isinstance(value, str) else f"{value:{sign}.{digits}f}"
 

@@ -5,8 +5,7 @@ alone. x0_data, x0_gen: [B,4,h,w] scaled latents of a real image and of the oppo
 eps: [B,4,h,w] standard normal. t: [B] int64 in 0..T-1. context: [B,77,D]. alphas_cumprod: [T]. beta: 0-d tensor (a
 Python float that changes would recompile). prediction_type: with "v_prediction" the errors compared are those of v.
 autocast: dtype that the networks compute in; errors and losses are float32.
-Each returns the loss of the micro-batch, 0-d, and its metrics, [B] each. No value is read back from the device.
-"""
+Each returns the loss of the micro-batch, 0-d, and its metrics, [B] each. No value is read back from the device."""
 
 from collections.abc import Callable
 

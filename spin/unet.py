@@ -1,8 +1,7 @@
 """The UNet of Stable Diffusion 1.x and 2.x: noised latents, timesteps, text context -> the predicted noise.
 
 Attribute names are those of diffusers' UNet2DConditionModel, so a checkpoint loads without renaming a tensor.
-Shapes in comments are SD-1.5's at 512 px: latents [B,4,64,64], channels 320, 640, 1280, 1280, context [B,77,768].
-"""
+Shapes in comments are SD-1.5's at 512 px: latents [B,4,64,64], channels 320, 640, 1280, 1280, context [B,77,768]."""
 
 import math
 from functools import partial
@@ -114,7 +113,6 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.get("in_channels", 4), channels[0], 3, padding=1)
         sizes = {"linear_1": channels[0], "linear_2": temb_channels}
         self.time_embedding = nn.ModuleDict({name: nn.Linear(c, temb_channels) for name, c in sizes.items()})
-
         self.down_blocks, skip_channels = nn.ModuleList(), [channels[0]]
         for level, name in zip(range(len(channels)), config["down_block_types"], strict=True):
             width, before = channels[level], channels[max(level - 1, 0)]
@@ -126,7 +124,6 @@ class UNet(nn.Module):
                 skip_channels.append(width)
             self.down_blocks.append(block)
         self.mid_block = MidLevel(channels[-1], norm, transformers[-1], temb_channels)
-
         self.up_blocks = nn.ModuleList()
         for level, name in zip(reversed(range(len(channels))), config["up_block_types"], strict=True):
             width, before = channels[level], channels[min(level + 1, len(channels) - 1)]

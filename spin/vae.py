@@ -1,8 +1,7 @@
 """AutoencoderKL, Stable Diffusion's picture codec: images in [-1,1] <-> latents a factor f = 8 smaller each way.
 
 Attribute names are those of diffusers' AutoencoderKL. Shapes in comments are SD-1.5's at 512 px.
-Latents here are unscaled: the UNet works on them times `scaling_factor`.
-"""
+Latents here are unscaled: the UNet works on them times `scaling_factor`."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -66,6 +66,7 @@ def line_charts(panels: dict[str, Plot], marks: Sequence[int] = (), width: int =
 def interval_charts(models: dict[str, dict[str, dict[str, float]]], width: int = 460, height: int = 240) -> Image.Image:
     """A panel for each metric, a point with its interval for each model: {model: {metric: mean, low, high}}."""
     points = {metric: {name: of[metric] for name, of in models.items()} for metric in next(iter(models.values()))}
+    width = max(width, LEFT + RIGHT + len(models) * (8 * max(map(len, models)) + 8))  # for the models' names
     return two_a_row([interval_chart(metric, of_models, width, height) for metric, of_models in points.items()])
 
 

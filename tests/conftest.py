@@ -48,9 +48,11 @@ def scorers(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_scorers(monkeypatch) -> None:
+    import open_clip
+
     vision, text = (tiny.REWARDS["imagereward.tiny.config"][part] for part in ("vision", "text"))
     config = tiny.clip_config(tiny.REWARDS["pickscore.tiny.config"])
-    monkeypatch.setattr(rewards, "open_clip_config", lambda name: config)
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
     monkeypatch.setattr(rewards, "SIDE", 56)
     monkeypatch.setattr(rewards, "VISION", vision | {"image_size": 56, "patch_size": 14})
     monkeypatch.setattr(rewards, "TEXT", text)

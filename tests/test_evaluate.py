@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 import evaluate
 import sample
 import train
-from spin import judge, rewards, sampler, toy, viz
+from spin import data, judge, rewards, run, sampler, toy, viz
 from spin.run import InputError
 
 SINGLE = "One picture a prompt: the mean over all."
@@ -66,7 +67,11 @@ def test_what_a_run_is_told_of(evaluated):
     assert name == "spin-1 - base" and of["reward"]["mean"] == pytest.approx(gap, abs=1e-9)
     config = found["config"]
     assert config["guidance"] == [3] and config["steps"] == 20 and config["sampler"] == "ddim" and config["count"] == 10
-    assert set(config["hashes"]) == {"base", "spin-1"} and config["scorers"]["toy"] and config["prompts_hash"]
+    assert (
+        set(config["hashes"]) == {"base", "spin-1"}
+        and config["scorer_hashes"]["toy"]
+        and len(config["prompts_hash"]) == 16
+    )
     assert config["commit"] and config["versions"]["torch"] and config["seed"] == judge.SEED
     text = (out / "results.md").read_text()
     assert text.startswith("# 10 prompts, the best of 2 pictures each, guidance 3\n")
@@ -86,6 +91,7 @@ def test_every_picture_says_how_it_was_made_and_sample_draws_it_again(evaluated,
             settings = dict(pair.split(": ") for pair in line.split(", "))
             assert prompt == toy.split()["test"][int(path.name[:5])].caption
             assert settings["Steps"] == "20" and settings["CFG scale"] == "3.0" and settings["Size"] == "32x32"
+            assert settings["Eta"] == "0.0" and settings["Precision"] == "float32"
             assert settings["Model"] == name and settings["Model hash"] == found["config"]["hashes"][name]
             seeds.append(int(settings["Seed"]))
     assert len(set(seeds[:20])) == 20 and seeds[:20] == seeds[20:], "every model draws from the same noise"
@@ -130,6 +136,47 @@ def test_what_was_made_otherwise_is_made_again(evaluated, toy_run, counted, tmp_
     shutil.copy(toy.BASE / "unet/diffusion_pytorch_model.safetensors", tmp_path / "model/unet")
     second = evaluate.main(command)
     assert len(counted) == 40 and first["models"]["base"] == second["models"]["base"] == second["models"]["spin-1"]
+    counted.clear()
+    unet = ["--models", f"base={toy.BASE}", f"x={toy_run / 'iter1/checkpoint/unet'}", *command[3:], *FEW]
+    with_unet = evaluate.main(unet)
+    assert len(counted) == 20 and with_unet["models"]["x"] != first["models"]["base"]
+    assert (
+        evaluate.main(["--models", f"base={toy.BASE}", f"x={toy.BASE}", *unet[3:]])["models"]["x"]
+        == first["models"]["base"]
+    )
+    assert len(counted) == 40, "a hash that begins as another does is another"
+    evaluate.main([*command, "--eta", "0.5"])
+    assert len(counted) == 80
+
+
+def test_damaged_files_are_made_again(evaluated, toy_run, counted, tmp_path):
+    folder = tmp_path / "evaluation"
+    shutil.copytree(evaluated[0], folder)
+    (folder / "images/base/guidance-3-32px/00004-1.png").write_bytes(b"no picture")
+    [scores] = folder.glob("scores/base/*32px-toy.json")
+    known = json.loads(scores.read_text())
+    scores.write_text(json.dumps(known | {key: {"aligned": 1.0} for key in list(known)[:3]}))
+    found = evaluate.main([str(toy_run), *FEW, "--out", str(folder)])
+    assert len(counted) == 1 and found["models"]["spin-1"] == evaluated[1]["models"]["spin-1"]
+    assert set(json.loads(scores.read_text())) >= set(known)
+
+
+def test_another_scorer_scores_anew(evaluated, toy_run, monkeypatch, tmp_path):
+    folder = tmp_path / "evaluation"
+    shutil.copytree(evaluated[0], folder)
+    scorer = rewards.load("toy")
+    other = replace(
+        scorer, hash="another", score=lambda pictures, prompts: {m: np.ones(len(prompts)) for m in scorer.metrics}
+    )
+    monkeypatch.setattr(rewards, "load", lambda *args: other)
+    found = evaluate.main([str(toy_run), *FEW, "--out", str(folder)])
+    assert found["models"]["base"]["reward"]["mean"] == 1
+    broken = replace(
+        other, hash="broken", score=lambda pictures, prompts: {m: np.full(len(prompts), np.nan) for m in scorer.metrics}
+    )
+    monkeypatch.setattr(rewards, "load", lambda *args: broken)
+    with pytest.raises(InputError, match="toy: a score is not finite"):
+        evaluate.main([str(toy_run), *FEW, "--out", str(folder)])
 
 
 def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(evaluated, toy_run, monkeypatch, tmp_path):
@@ -154,10 +201,10 @@ def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(evaluated, toy_run
 
 
 def test_the_sweep_takes_each_model_at_its_best(evaluated, toy_run):
-    found = evaluate.main([str(toy_run), *FEW, "--guidance", "1", "3"])
+    found = evaluate.main([str(toy_run), *FEW, "--guidance", "3", "1"])
     sweep = found["tables"][evaluate.SWEEP.format("reward")]
     for name, of in sweep.items():
-        assert list(of) == ["best at", "1", "3"]
+        assert list(of) == ["best at", "3", "1"]
         best = max(("1", "3"), key=lambda g: of[g]["mean"])
         assert f"{found['config']['best_guidance'][name]:g}" == best == of["best at"]
         assert found["models"][name]["reward"]["mean"] == of[best]["mean"]
@@ -202,7 +249,9 @@ def test_the_papers_metrics(tiny_folder, tiny2_folder, prompts, scorers, small_s
     assert found["differences"]["iter3 - first"]["average"]["win_rate"]["mean"] == 0.5
     for of in found["models"].values():
         assert of["average"]["mean"] == pytest.approx(np.mean([of[m]["mean"] for m in metrics]), abs=1e-4)
-    assert set(found["config"]["scorers"]) == set(metrics)
+    assert set(found["config"]["scorer_hashes"]) == set(metrics)
+    assert found["config"]["scorers"] == str(scorers)
+    assert found["config"]["prompts_hash"] == run.hash_files([prompts], data.read_prompts(prompts))
 
     # one model's scores, by hand
     images = sorted((tmp_path / "out/images/model").rglob("*.png"))
@@ -223,6 +272,7 @@ def test_the_papers_metrics(tiny_folder, tiny2_folder, prompts, scorers, small_s
 def test_names_of_models():
     assert evaluate.named([str(toy.BASE)]) == {"toy_base": (str(toy.BASE), None)}
     assert evaluate.named([f"a={toy.BASE}", f"b={toy.BASE / 'unet'}"])["b"] == (str(toy.BASE), f"{toy.BASE / 'unet'}")
+    assert list(evaluate.named([f"{toy.BASE}/../toy_base", f"..={toy.BASE}"])) == ["toy_base", "model"]
     with pytest.raises(InputError, match="two are called toy_base; give one another name: toy_base-2="):
         evaluate.named([str(toy.BASE), str(toy.BASE)])
 
