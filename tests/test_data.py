@@ -223,6 +223,8 @@ def test_prompt_files(name, text, tmp_path):
         ("p.json", "{"),
         ("p.json", '"a cat"'),
         ("p.json", '{"prompt": "a cat"}'),
+        ("p.json", '["a cat", "a lone \\ud800"]'),
+        ("p.json", "[" * 100_000),
     ],
 )
 def test_prompt_files_without_prompts(name, text, tmp_path):
@@ -230,6 +232,15 @@ def test_prompt_files_without_prompts(name, text, tmp_path):
     with pytest.raises(InputError, match=r"p\.json|p\.txt") as error:
         read_prompts(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_wrong_with_a_prompt_file_is_said(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"Prompt": "one"}')
+    with pytest.raises(InputError, match="not a list of prompts .no prompt, text or caption."):
+        read_prompts(tmp_path / "p.jsonl")
+    (tmp_path / "p.tsv").write_text("Prompt\tCategory\n")
+    with pytest.raises(InputError, match="its name ends in none of .txt, .json, .jsonl"):
+        read_prompts(tmp_path / "p.tsv")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
