@@ -14,7 +14,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from spin import data, judge, report, rewards, run, stats, toy, viz, weights
 from spin.run import InputError
@@ -141,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     judge.write(Path(args.out), found)
 
     places = range(0, min(GRID_ROWS, len(prompts)) * args.num_images, args.num_images)
-    rows = [[Image.open(drawn[g, name][i]) for name, g in best_at.items()] for i in places]
+    rows = [[data.read_picture(drawn[g, name][i]) for name, g in best_at.items()] for i in places]
     viz.save_png(viz.grid(rows, list(models), prompts[: len(rows)]), Path(args.out, "grid.png"))
     print(judge.markdown(found))
     print(f"{args.out}: see results.md, results.png, grid.png")

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from spin import rewards, run, sampler, stats, viz, weights
+from spin import data, rewards, run, sampler, stats, viz, weights
 
 SEED, STRIDE = 1_000_000, 1000  # the first picture's of the first prompt; from one prompt's to the next one's
 PLATEAU = 0.05  # points of reward that SFT may move theta_0 and be said to have stood still
@@ -53,7 +53,7 @@ class Contest:
         with tqdm(total=len(todo), desc=f"{scorer.name}: {model}", unit="image", disable=not todo) as bar:
             for at in range(0, len(todo), AT_ONCE):
                 batch = todo[at : at + AT_ONCE]
-                pictures = [Image.open(paths[i]).convert("RGB") for i in batch]
+                pictures = [data.read_picture(paths[i]) for i in batch]
                 found = scorer.score(pictures, [self.jobs[i][0] for i in batch])
                 if not all(np.isfinite(values).all() for values in found.values()):
                     raise run.InputError(f"{scorer.name}: a score is not finite; is one of its files broken?")

@@ -159,6 +159,10 @@ def test_damaged_files_are_made_again(evaluated, toy_run, counted, tmp_path):
     found = evaluate.main([str(toy_run), *FEW, "--out", str(folder)])
     assert len(counted) == 1 and found["models"]["spin-1"] == evaluated[1]["models"]["spin-1"]
     assert set(json.loads(scores.read_text())) >= set(known)
+    path = folder / "images/base/guidance-3-32px/00000-0.png"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"guidance-3-32px/00000-0\.png: not a readable image"):
+        evaluate.main([str(toy_run), *FEW, "--out", str(folder)])
 
 
 def test_another_scorer_scores_anew(evaluated, toy_run, monkeypatch, tmp_path):
