@@ -110,6 +110,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         loaded = cache(partial(player, name))  # once, if there is anything to draw
         for g, contest in contests.items():
             drawn[g, name] = contest.draw(name, hashes[name], loaded, args.batch_size)
+    del loaded  # a model's memory, which the scorers can use
 
     # ---- every scorer judges every picture; of a prompt's, the best counts -------------------------------------------
     scorers, scores = [], {at: {} for at in drawn}

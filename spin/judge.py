@@ -116,7 +116,7 @@ def claims(differences: dict[str, dict], metric: str) -> list[dict]:
     for pair in [pair for pair in said if pair in differences]:
         gap = {name: differences[pair][metric][name] for name in ("mean", "low", "high", "n")}
         sign = stats.resolved(gap)
-        if pair == "sft - base":
+        if pair == "sft - base" and gap["n"] >= stats.FEW:
             within = max(abs(gap["low"]), abs(gap["high"])) < PLATEAU
             sign = 1 if within else -(gap["low"] > PLATEAU or gap["high"] < -PLATEAU)
         verdict = {1: "holds", 0: "is not resolved", -1: "fails"}[sign]

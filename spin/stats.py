@@ -25,7 +25,7 @@ def interval(values: np.ndarray, level: float = 0.95, seed: int = 0) -> Summary:
     t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)  # Student's, about
     wider = t / z * np.sqrt(1 + 1 / freedom)
     low, high = values.mean() + wider * (np.array([low, high]) - values.mean())
-    found = np.clip([values.mean(), low, high], values.min(), values.max())  # rounding may leave that range
+    found = np.clip([values.mean(), low, high], values.min(), values.max())  # which widening may leave
     return dict(zip(("mean", "low", "high"), found.tolist())) | {"n": len(values)}
 
 

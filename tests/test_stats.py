@@ -82,6 +82,8 @@ def test_equal_models_are_resolved_at_no_more_than_the_nominal_rate(count):
 def test_nothing_is_concluded_from_a_few_prompts():
     few = compare({"a": {"r": np.zeros(9)}, "b": {"r": np.ones(9)}})["differences"]["b - a"]["r"]
     assert few["low"] == few["high"] == 1 and resolved(few) == 0
+    still = compare({name: {"reward": np.zeros(9)} for name in ("base", "sft")})["differences"]
+    assert [line["verdict"] for line in judge.claims(still, "reward")] == ["is not resolved"]
     assert resolved(compare({"a": {"r": np.zeros(10)}, "b": {"r": np.ones(10)}})["differences"]["b - a"]["r"]) == 1
 
 
