@@ -1,0 +1,316 @@
+"""Do the paper's claims hold in the miniature world, and what does self-play learn? Three bases, three seeds each.
+
+    python tutorial/experiments.py               six to seven hours of two cores; again, it goes on where it stopped
+    python tutorial/experiments.py --parts map   only this part, of bases claims web learned choices map failure
+
+A job is one run of train.py and a look at its models; each takes one core, and as many run at once as --workers says.
+RUNS/<start>-<base>/seed-<seed>/<name>/scores.json keeps every picture's score; tutorial/findings.py makes of them the
+tables and figures in tutorial/evidence. Hyper-parameters are those that tuning.py found on base 0's validation prompts;
+where the start or the loss is another, trials of their own are made here, as many for each method.
+"""
+
+import argparse
+import multiprocessing
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from spin import data, judge, pairs, run, sampler, toy, viz, weights  # noqa: E402
+from spin.loss import per_image_error  # noqa: E402
+from spin.scheduler import add_noise  # noqa: E402
+from spin.step import spin_step  # noqa: E402
+from tutorial import drawing, pretrain  # noqa: E402
+
+BASES, SEEDS = (0, 1, 2), (0, 1, 2)  # of pretraining, of fine-tuning
+SWEEP = (1.0, 1.5, 2.0, 3.0, 5.0)  # guidance scales
+FIXED = "--score none --grid-prompts 0 --save-every 0 --device cpu"
+STEPS = sum(train.Stage.of("sft", train.parse([])).batches[-1][1] for _ in range(train.TOY["iterations"]))  # 300
+
+
+class Look(NamedTuple):
+    """At what a model is judged by. guidance None: the best of SWEEP for that model, on one picture a prompt."""
+
+    split: str
+    guidance: float | None
+    pictures: int = 1  # a prompt
+    steps: int = 20
+
+    @property
+    def name(self) -> str:
+        guidance = "best guidance" if self.guidance is None else f"guidance {self.guidance:g}"
+        return f"{self.split}, {guidance}" + (f", {self.steps} steps" if self.steps != 20 else "")
+
+
+TUNE = (Look("validation", 3.0),)
+SINGLE = (Look("test", 3.0),)
+ACROSS = tuple(Look("test", guidance) for guidance in (1.0, 2.0, 3.0, 5.0))
+LONGER = (Look("test", 3.0, steps=50),)
+BEST = (*(Look("validation", guidance) for guidance in SWEEP), Look("test", None, 2))
+FIVE = (Look("test", 3.0, 5),)
+HELD_OUT = "held-out error"  # of the predicted noise on curated pictures of the test scenes, which nobody was shown
+
+
+@dataclass
+class Job:
+    part: str
+    name: str
+    base: int
+    seed: int
+    flags: str = ""  # train.py's; none: nothing is trained
+    looks: dict[str, tuple[Look, ...]] = field(default_factory=lambda: {"spin-3": SINGLE})  # of each model to judge
+    start: str = "theta_0"  # or web
+    again: bool = False  # whether the first opponent's images are those of the run "claims", which are not drawn anew
+
+    @property
+    def place(self) -> str:
+        return f"{self.start}-{self.base}/seed-{self.seed}/{self.name}"
+
+    def done(self, runs: Path) -> bool:
+        return (runs / self.place / "scores.json").exists()
+
+
+# ---- What is asked ---------------------------------------------------------------------------------------------------
+def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
+    """The jobs of a part. web and learned need their trials done, of which they take the best."""
+    every = [(base, seed) for seed in seeds for base in bases]
+
+    def of(name: str, flags: str, cells=every, **others) -> list[Job]:
+        return [Job(part, name, base, seed, flags, **others) for base, seed in cells]
+
+    first_seeds = [(base, seeds[0]) for base in bases]
+    if part == "claims":
+        found = of("theta_0", "", first_seeds, looks={"base": (*FIVE, *BEST, *ACROSS, *LONGER)})
+        looks = dict.fromkeys(("sft", "dpo", "spin-1", "spin-2", "spin-3"), (*FIVE, *BEST))
+        looks["spin-3"] += (*ACROSS, *LONGER)
+        found += of("claims", "--loss all", looks=looks)
+        continued = {"looks": {"spin-1": (*SINGLE, *BEST)}, "again": True}
+        found += of("continued", f"--loss spin --iterations 1 --steps {STEPS}", **continued)
+        return found + of("sft-longer", f"--loss sft --steps {STEPS}", looks={"sft": (*SINGLE, *BEST)})
+    if part == "web":
+        found = of("theta_0", "", first_seeds, looks={"base": (*SINGLE, *BEST)}, start="web")
+        for method, models in (("sft", ["sft"]), ("dpo", ["dpo"]), ("spin", ["spin-1", "spin-2", "spin-3"])):
+            flags = f"--loss {method} {best_trial(runs, f'web-{method}')}"
+            found += of(method, flags, looks=dict.fromkeys(models, (*SINGLE, *BEST)), start="web")
+        return found
+    if part == "learned":
+        across = {"looks": {"spin-3": ACROSS}}
+        found = [job for g in (1, 2, 5) for job in of(f"negatives-at-{g}", f"--loss spin --guidance {g}", **across)]
+        found += of("negatives-50-steps", "--loss spin --sampler-steps 50", looks={"spin-3": (*ACROSS, *LONGER)})
+        found += of("negatives-as-images", "--loss spin --generated images", **across)
+        return found + of("trajectory", f"--loss spin-trajectory {best_trial(runs, 'trajectory')}", **across)
+    if part == "choices":
+        found = [Job(part, "gradient", base, seeds[0], looks={}) for base in bases]
+        found += of("noise-independent", "--loss spin --noise independent", again=True)
+        found += [
+            job for link in ("hinge", "correlation") for job in of(link, f"--loss spin --link {link}", again=True)
+        ]
+        found += of("dropout", "--loss spin --prompt-dropout 0.1", again=True)
+        for k, steps in ((2, 150), (6, 50), (1, 500)):
+            flags = f"--loss spin --iterations {k} --steps {steps}"
+            found += of(f"{k}-times-{steps}", flags, looks={f"spin-{k}": SINGLE}, again=True)
+        return found
+    if part == "map":
+        grid = product((2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4), (200, 1000, 5000, 20000, 100000))
+        of_one = {"cells": first_seeds, "looks": {"spin-1": SINGLE}, "again": True}
+        settings = [(f"map-lr-{lr:g}-beta-{beta:g}", f"--lr {lr:g} --beta {beta:g}") for lr, beta in grid]
+        return [job for name, flags in settings for job in of(name, f"--loss spin --iterations 1 {flags}", **of_one)]
+    if part == "failure":
+        looks = dict.fromkeys(("spin-1", "spin-2", "spin-3"), SINGLE)
+        return of("failure", "--loss spin --beta 200 --lr 1e-4", looks=looks, again=True)
+    raise ValueError(part)
+
+
+TRIALS = {
+    "web-sft": [f"--sft-lr {lr:g}" for lr in (3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)],
+    "web-dpo": [f"--dpo-lr {lr:g} --dpo-beta {beta:g}" for lr, beta in product((1e-6, 1e-5, 1e-4), (2000, 20000))],
+    "web-spin": [f"--lr {lr:g} --beta {beta:g}" for lr, beta in product((1e-5, 5e-5, 2e-4), (1000, 10000))],
+    "trajectory": [f"--lr {lr:g} --beta {beta:g}" for lr, beta in product((2e-6, 6e-6, 2e-5), (10000, 100000))],
+}
+
+
+def trials(kind: str) -> list[Job]:
+    """Of base 0 and seed 0, judged on validation prompts."""
+    start, method = ("web", kind.removeprefix("web-")) if kind.startswith("web") else ("theta_0", "spin-trajectory")
+    model = method if method in ("sft", "dpo") else "spin-3"
+    names = [f"trial-{kind}{flags.replace(' --', '-').replace('--', '-').replace(' ', '-')}" for flags in TRIALS[kind]]
+    given = {"looks": {model: TUNE}, "start": start}
+    return [Job("trials", n, 0, 0, f"--loss {method} {flags}", **given) for n, flags in zip(names, TRIALS[kind])]
+
+
+def best_trial(runs: Path, kind: str) -> str:
+    """The flags of the trial whose last model earns the most reward."""
+
+    def reward(job: Job) -> float:
+        (scores,) = run.read_json(runs / job.place / "scores.json")["models"].values()
+        return float(np.mean(scores[TUNE[0].name]["reward"]))
+
+    return max(zip(trials(kind), TRIALS[kind]), key=lambda trial: reward(trial[0]))[1]
+
+
+def trials_of(part: str) -> list[Job]:
+    kinds = {"web": ("web-sft", "web-dpo", "web-spin"), "learned": ("trajectory",)}.get(part, ())
+    return [job for kind in kinds for job in trials(kind)]
+
+
+# ---- A job -----------------------------------------------------------------------------------------------------------
+def start_of(runs: Path, start: str, base: int) -> Path:
+    """The checkpoint that a job begins with. theta_0 of base 0 is the one in spin/toy_base."""
+    return toy.BASE if (start, base) == ("theta_0", 0) else runs / f"base-{base}" / start
+
+
+def do(job: Job, runs: Path) -> float:
+    """Trains and judges what `job` says; seconds. What is there already is kept."""
+    out, began = runs / job.place, time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    start = start_of(runs, job.start, job.base)
+    with open(out / "output.txt", "a") as said, redirect_stdout(said), redirect_stderr(said):
+        found = {"commit": run.provenance()["commit"], "threads": torch.get_num_threads(), "flags": job.flags}
+        if job.name == "gradient":
+            found |= {"gradient": gradient_noise(runs, job)}
+        if job.flags:
+            if job.again:
+                images_of_the_first_opponent(runs, job)
+            train.main([*job.flags.split(), *FIXED.split(), *to_start(start, job.seed), "--out", str(out)])
+        found["training_seconds"] = round(time.perf_counter() - began, 1)
+        found["models"] = {}
+        sd = weights.load(start)
+        for model, looks in job.looks.items():
+            unet = sd.unet if model == "base" else weights.load_unet(str(run.Run(out).checkpoint(model)))
+            found["models"][model] = judged(replace(sd, unet=unet), looks)
+        found["seconds"] = round(time.perf_counter() - began, 1)
+        run.write_json(out / "scores.json", found)
+    return found["seconds"]
+
+
+def to_start(start: Path, seed: int) -> list[str]:
+    return ["--preset", "toy", "--model", str(start), "--seed", str(seed)]
+
+
+def images_of_the_first_opponent(runs: Path, job: Job) -> None:
+    """Copies the latents of real images and of theta_0's that the run "claims" made: any other would make the same."""
+    source, out = runs / replace(job, name="claims").place, runs / job.place
+    for folder in (*source.glob("cache/*"), source / "iter1" / "generated"):
+        if not (to := out / folder.relative_to(source)).exists():
+            with run.whole(to) as part:
+                shutil.copytree(folder, part)
+
+
+def judged(sd, looks: tuple[Look, ...]) -> dict:
+    """{look: {metric: [prompts][pictures]}} of a model; under HELD_OUT, [prompts], its error on real pictures."""
+    found: dict = {HELD_OUT: np.round(held_out_error(sd), 6).tolist()}
+    for look in looks:
+        guidance = look.guidance
+        if guidance is None:
+            tried = {g: np.mean(found[Look("validation", g).name]["reward"]) for g in SWEEP}
+            guidance = max(tried, key=tried.get)
+        if look.name in found and len(found[look.name]["reward"][0]) >= look.pictures:
+            continue
+        prompts = [scene.caption for scene in toy.split()[look.split]]
+        jobs = [(p, judge.SEED + judge.STRIDE * i + j) for i, p in enumerate(prompts) for j in range(look.pictures)]
+        settings = {"steps": look.steps, "guidance": guidance, "height": toy.SIDE, "width": toy.SIDE}
+        drawn = [np.asarray(viz.to_pil(x)) / np.float32(255) for x in sampler.pictures(sd, jobs, 64, **settings)]
+        scores = toy.score(np.stack(drawn), [prompt for prompt, _ in jobs])
+        by_prompt = {m: np.round(v, 4).reshape(len(prompts), -1).tolist() for m, v in scores.items()}
+        found[look.name] = {"guidance": guidance} | by_prompt
+    return found
+
+
+@torch.no_grad()
+def held_out_error(sd) -> np.ndarray:
+    """[200]: of each test scene the mean squared error of the noise predicted, over ten timesteps, for its prompt."""
+    scenes = toy.split()["test"]
+    drawn = [drawing.curated(scene, np.random.default_rng([1, i])) for i, scene in enumerate(scenes)]
+    mean, _ = pretrain.encode(sd, pretrain.to_tensor(drawn))
+    context, noise, errors = (
+        sd.encode_prompts([scene.caption for scene in scenes]),
+        torch.Generator().manual_seed(0),
+        [],
+    )
+    for t in range(50, 1000, 100):
+        eps, at = torch.randn(mean.shape, generator=noise), torch.full((len(mean),), t)
+        x_t = add_noise(mean * sd.vae.scaling_factor, eps, sd.scheduler.alphas_cumprod[at])
+        errors.append(per_image_error(sd.unet(x_t, at, context), eps))
+    return torch.stack(errors).mean(0).numpy()
+
+
+def gradient_noise(runs: Path, job: Job, batches: int = 100) -> dict:
+    """Of the gradient of (C.6) over batches of 16 pairs, at theta_0 and at SPIN-1 with theta_0 its opponent: the total
+    variance and the squared length of its mean (without bias), where a pair shares its noise and where it does not."""
+    claims = runs / replace(job, name="claims").place
+    args = train.parse([*to_start(start_of(runs, job.start, job.base), job.seed), "--out", str(claims)])
+    sd, found = weights.load(args.model), {}
+    images = data.CaptionedImages(args.data, args.resolution)
+    real = data.LatentShards(next((claims / "cache").iterdir()), range(len(images)))
+    generated = pairs.shards_of(args, run.Run(claims), train.Stage.of("spin-1", args), images)
+    for at, unet in (("theta_0", sd.unet), ("spin-1", weights.load_unet(str(run.Run(claims).checkpoint("spin-1"))))):
+        for args.noise in ("shared", "independent"):
+            total, squared = 0.0, 0.0
+            for s in range(1, batches + 1):
+                rows = data.batch_rows(job.seed, 1, s, args.batch_size, len(images))
+                batch = pairs.read(args, sd, "spin", images, real, generated, rows, (1, s, 0))
+                unet.requires_grad_(True).zero_grad()
+                given = {"alphas_cumprod": sd.scheduler.alphas_cumprod, "beta": torch.tensor(args.beta[0])}
+                loss, _ = spin_step(unet, sd.unet, **batch, **given)
+                loss.backward()
+                gradient = torch.cat([p.grad.flatten() for p in unet.parameters()]).double()
+                total, squared = total + gradient, squared + gradient.square().sum().item()
+            variance = (squared - total.square().sum().item() / batches) / (batches - 1)
+            signal = (total / batches).square().sum().item() - variance / batches
+            found[f"{at}, {args.noise}"] = {"variance": variance, "signal": signal, "batches": batches}
+    return found
+
+
+# ---- All of them -----------------------------------------------------------------------------------------------------
+def make_base(base: int, runs: Path) -> float:
+    began, out = time.perf_counter(), runs / f"base-{base}"
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "output.txt", "a") as said, redirect_stdout(said), redirect_stderr(said):
+        pretrain.main(["--seed", str(base), "--out", str(out)])
+    return time.perf_counter() - began
+
+
+PARTS = ("bases", "claims", "web", "learned", "choices", "map", "failure")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("--bases", nargs="+", type=int, choices=BASES, default=BASES, help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="default: all")
+    parser.add_argument("--runs", default="runs/evidence", help="folder for the runs (default: %(default)s)")
+    parser.add_argument("--workers", type=run.number(int, 1), default=2, help="jobs at once (default: %(default)s)")
+    args = parser.parse_args(argv)
+    runs = Path(args.runs)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+        def each(names: list[str], work, things: list) -> None:
+            began = [pool.submit(work, thing, runs) for thing in things]
+            for name, seconds in zip(names, began):
+                print(f"{name}: {seconds.result():.0f} s", flush=True)
+
+        for part in args.parts:
+            if part == "bases":
+                each([f"base-{base}" for base in args.bases], make_base, list(args.bases))
+                continue
+            for wanted in (partial(trials_of, part), partial(jobs, runs, part, args.bases, args.seeds)):
+                todo = [job for job in wanted() if not job.done(runs)]
+                each([job.place for job in todo], do, todo)
+
+
+if __name__ == "__main__":
+    sys.exit(run.script("experiments.py", main))
