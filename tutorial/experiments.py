@@ -91,9 +91,9 @@ def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
     def of(name: str, flags: str, cells=every, **others) -> list[Job]:
         return [Job(part, name, base, seed, flags, **others) for base, seed in cells]
 
-    first_seeds = [(base, seeds[0]) for base in bases]
+    once_a_base = [(base, SEEDS[0]) for base in bases]
     if part == "claims":
-        found = of("theta_0", "", first_seeds, looks={"base": (*FIVE, *BEST, *ACROSS, *LONGER)})
+        found = of("theta_0", "", once_a_base, looks={"base": (*FIVE, *BEST, *ACROSS, *LONGER)})
         looks = dict.fromkeys(("sft", "dpo", "spin-1", "spin-2", "spin-3"), (*FIVE, *BEST))
         looks["spin-3"] += (*ACROSS, *LONGER)
         found += of("claims", "--loss all", looks=looks)
@@ -101,7 +101,7 @@ def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
         found += of("continued", f"--loss spin --iterations 1 --steps {STEPS}", **continued)
         return found + of("sft-longer", f"--loss sft --steps {STEPS}", looks={"sft": (*SINGLE, *BEST)})
     if part == "web":
-        found = of("theta_0", "", first_seeds, looks={"base": (*SINGLE, *BEST)}, start="web")
+        found = of("theta_0", "", once_a_base, looks={"base": (*SINGLE, *BEST)}, start="web")
         for method, models in (("sft", ["sft"]), ("dpo", ["dpo"]), ("spin", ["spin-1", "spin-2", "spin-3"])):
             flags = f"--loss {method} {best_trial(runs, f'web-{method}')}"
             found += of(method, flags, looks=dict.fromkeys(models, (*SINGLE, *BEST)), start="web")
@@ -113,7 +113,7 @@ def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
         found += of("negatives-as-images", "--loss spin --generated images", **across)
         return found + of("trajectory", f"--loss spin-trajectory {best_trial(runs, 'trajectory')}", **across)
     if part == "choices":
-        found = [Job(part, "gradient", base, seeds[0], looks={}) for base in bases]
+        found = [Job(part, "gradient", *cell, looks={}) for cell in once_a_base]
         found += of("noise-independent", "--loss spin --noise independent", again=True)
         found += [
             job for link in ("hinge", "correlation") for job in of(link, f"--loss spin --link {link}", again=True)
@@ -125,7 +125,7 @@ def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
         return found
     if part == "map":
         grid = product((2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4), (200, 1000, 5000, 20000, 100000))
-        of_one = {"cells": first_seeds, "looks": {"spin-1": SINGLE}, "again": True}
+        of_one = {"cells": once_a_base, "looks": {"spin-1": SINGLE}, "again": True}
         settings = [(f"map-lr-{lr:g}-beta-{beta:g}", f"--lr {lr:g} --beta {beta:g}") for lr, beta in grid]
         return [job for name, flags in settings for job in of(name, f"--loss spin --iterations 1 {flags}", **of_one)]
     if part == "failure":

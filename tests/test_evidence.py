@@ -1,0 +1,133 @@
+"""The experiments behind tutorial/evidence: statistics, bookkeeping, and that what is told is what they found."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spin import run, toy
+from tutorial import experiments, findings, tables
+from tutorial.experiments import HELD_OUT, Look
+
+EVIDENCE = Path(experiments.ROOT, "tutorial/evidence")
+
+
+def test_pooled_by_hand():
+    values = np.array([[[1.0, 2.0], [3.0, 2.0]], [[5.0, 4.0], [5.0, 6.0]]])  # 2 bases, 2 seeds, 2 prompts
+    # the bases' means 2 and 5, the prompts' 3.5 and 3.5: variance 4.5 / 2 = 2.25, one degree of freedom, t = 12.706
+    found = findings.pooled(values)
+    assert found["mean"] == 3.5 and found["by_base"] == [2.0, 5.0]
+    assert found["high"] - 3.5 == pytest.approx(12.706 * 1.5, rel=1e-3)
+    assert found["high"] - 3.5 == pytest.approx(3.5 - found["low"])
+
+
+@pytest.mark.parametrize(
+    "freedom, level, t", [(1, 0.95, 12.706), (2, 0.95, 4.303), (3.7, 0.95, 2.868), (10, 0.9, 1.812), (1e6, 0.95, 1.960)]
+)
+def test_quantiles_of_students_t(freedom, level, t):
+    assert findings.student(freedom, level) == pytest.approx(t, rel=2e-3)
+
+
+def test_the_interval_covers_where_bases_seeds_and_prompts_all_vary():
+    rng, within, count = np.random.default_rng(0), 0, 1000
+    for _ in range(count):
+        base, seed, prompt = rng.normal(0, 0.05, (3, 1, 1)), rng.normal(0, 0.03, (3, 3, 1)), rng.normal(0, 0.5, 200)
+        values = 1.0 + base + seed + prompt + rng.normal(0, 0.5, (3, 3, 200))
+        found = findings.pooled(values)
+        within += found["low"] <= 1.0 <= found["high"]
+    assert 0.94 <= within / count <= 0.995  # a little wide by construction, never narrow
+
+
+def all_jobs(folder: Path):
+    return [job for part in findings.MAKERS for job in [*experiments.trials_of(part), *experiments.jobs(folder, part)]]
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """A folder of runs in which SPIN gains 0.2 and then 0.1 an iteration, at any guidance, and nothing else does."""
+    gains = {"spin-1": 0.2, "spin-2": 0.3, "spin-3": 0.4}
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("runs")
+    prompts = {split: rng.normal(6.0, 1.0, len(scenes)) for split, scenes in toy.split().items()}
+
+    def pictures(split: str, count: int, gain: float) -> dict:
+        reward = prompts[split][:, None] + gain + rng.normal(0, 0.05, (len(prompts[split]), count))
+        return {m: np.round(reward, 4).tolist() for m in ("reward", "aligned", "clean", "palette")} | {"guidance": 2.0}
+
+    def make(job) -> None:
+        models = {}
+        for model, looks in job.looks.items():
+            gain = gains.get(model, 0.0) if job.name in ("claims", "spin") else 0.0
+            looks = sorted(looks, key=lambda look: look.pictures)  # of two with one name, that of more pictures
+            models[model] = {look.name: pictures(look.split, look.pictures, gain) for look in looks}
+            models[model] |= {HELD_OUT: rng.normal(1.0, 0.01, 200).tolist()}
+        found = {"commit": "0123456789abcdef", "models": models, "seconds": 60.0, "training_seconds": 30.0}
+        found |= {"gradient": {"theta_0, shared": {"variance": 2.0, "signal": 1.0, "batches": 3}}}
+        run.write_json(folder / job.place / "scores.json", found)
+        with open(folder / job.place / "log.jsonl", "w") as log:
+            for model in ("sft", "dpo", "spin-1", "spin-2", "spin-3"):
+                for step in range(1, 101):
+                    line = {"model": model, "step": step, "loss": 0.5, "implicit_accuracy": 0.75, "seconds": 0.1}
+                    line |= {"delta_data": 0.001 if job.name == "failure" else -0.001, "delta_gen": 0.0015}
+                    log.write(json.dumps(line) + "\n")
+
+    for kind in experiments.TRIALS:
+        for job in experiments.trials(kind):
+            make(job)
+    for job in all_jobs(folder):
+        make(job)
+    for base in experiments.BASES:
+        facts = {"seconds": 60, "commit": "0123456789abcdef", "aligned": 1.0, "reward": 6.0, "ceiling": {"reward": 7.0}}
+        run.write_json(folder / f"base-{base}" / "pretrain.json", dict.fromkeys(("vae", "web", "theta_0"), facts))
+    return folder
+
+
+def test_findings_of_runs_of_which_the_answer_is_known(made_up, tmp_path):
+    out = tmp_path / "out" / "evidence"
+    found = findings.main(["--runs", str(made_up), "--out", str(out)])
+    assert found == json.loads((out / "evidence.json").read_text())
+    said = {line["claim"]: line["single"] for line in found["claims"]["claims"]}
+    assert said["SPIN-1 beats SFT"]["mean"] == pytest.approx(0.2, abs=0.01)
+    assert said["SPIN-2 beats Diffusion-DPO"]["verdict"] == said["SPIN-3 beats SPIN-2"]["verdict"] == "holds"
+    assert said["SFT plateaus: 300 steps stay within 0.05 of theta_0"]["verdict"] == "holds"
+    assert found["web"]["gains"]["SPIN-3"]["reward"]["mean"] == pytest.approx(0.4, abs=0.01)
+    assert found["claims"]["gains"]["SPIN-2"]["best_of_five"]["mean"] == pytest.approx(0.3, abs=0.01)
+    assert set(found["failure"]["failure"]["alarms"]["10"]) == {10}
+    assert set(found["failure"]["claims"]["alarms"]["10"]) == {None}
+    assert {path.name for path in (out.parent / "figures").iterdir()} == {
+        f"evidence_{part}.png" for part in ("claims", "web", "learned", "map", "failure")
+    }
+    told = (out / "tables.md").read_text()
+    assert all(f"## {title}" in told for title, _ in tables.PARTS.values())
+    assert tables.gap(said["SPIN-1 beats SFT"]) in told
+
+
+def test_seeds_that_are_not_whole_are_left_out(made_up, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(made_up, runs)
+    (runs / "theta_0-1/seed-2/continued/scores.json").unlink()
+    found = findings.collect(runs)
+    assert found["claims"]["about"]["seeds"] == found["choices"]["about"]["seeds"] == [0, 1]
+    assert found["web"]["about"]["seeds"] == [0, 1, 2]
+    assert [len(found[part]["claims"][0]["single"]["by_base"]) for part in ("claims", "web")] == [3, 3]
+
+
+def test_no_two_jobs_share_a_folder(made_up):
+    places = [job.place for job in all_jobs(made_up)]
+    assert len(places) == len(set(places)) > 200
+
+
+def test_a_job_from_end_to_end(tmp_path):
+    """Trains two steps twice, the second time with the first opponent's images of the first run."""
+    look = Look("validation", 1.0, 1, 2)
+    flags = "--loss spin --iterations 1 --steps 2 --num-prompts 8 --sampler-steps 2"
+    first = experiments.Job("claims", "claims", 0, 0, flags, {"spin-1": (look,)})
+    other = experiments.Job("choices", "hinge", 0, 0, flags + " --link hinge", {"spin-1": (look,)}, again=True)
+    for job in (first, other):
+        experiments.do(job, tmp_path)
+        (scores,) = run.read_json(tmp_path / job.place / "scores.json")["models"].values()
+        assert np.shape(scores[look.name]["reward"]) == (100, 1) and len(scores[HELD_OUT]) == 200
+        assert job.done(tmp_path)
+    assert "generating" not in (tmp_path / other.place / "output.txt").read_text()
+    assert "generating" in (tmp_path / first.place / "output.txt").read_text()

@@ -1,0 +1,91 @@
+"""What spin/viz.py does not draw: lines with intervals over an axis of numbers, and a coloured table of numbers."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from spin.viz import BOTTOM, COLOURS, INK, LEFT, PALE, PAPER, RIGHT, TOP, axes
+
+Point = tuple[float, float, float, float]  # x, mean, low, high
+GOOD, BAD = (62, 150, 81), (204, 77, 60)
+
+
+def lines(
+    title: str,
+    x_label: str,
+    lines: dict[str, Sequence[Point]],
+    width: int = 500,
+    height: int = 270,
+    even: bool = False,
+    ticks: Sequence[float] = (),
+) -> Image.Image:
+    """{line's name: points}, a bar for each interval that has a width.
+
+    even: the x that occur stand at even distances. ticks: those to label, if not all.
+    """
+    ends = [y for points in lines.values() for point in points for y in point[2:]]
+    xs = sorted({point[0] for points in lines.values() for point in points})
+    upper, _, font, level = axes(title, ends, width, height - 18)
+    panel = Image.new("RGB", (width, height), PAPER)  # with room for a label below the axes
+    panel.paste(upper)
+    draw = ImageDraw.Draw(panel)
+    place = (lambda x: float(xs.index(x))) if even else float
+    left, right, floor = LEFT + 20, width - RIGHT - 20, height - 18 - BOTTOM
+    across = lambda x: left + (place(x) - place(xs[0])) / (place(xs[-1]) - place(xs[0]) or 1) * (right - left)  # noqa: E731
+    for x in ticks or xs:
+        draw.text((across(x), floor + 6), f"{x:g}", INK, font, anchor="ma")
+    draw.text(((left + right) / 2, floor + 24), x_label, INK, font, anchor="ma")
+    if min(ends) < 0 < max(ends):
+        draw.line([(LEFT, level(0)), (width - RIGHT, level(0))], INK)
+    colours = dict(zip(lines, COLOURS, strict=False))
+    for n, (name, points) in enumerate(lines.items()):
+        shift = 3 * (n - (len(lines) - 1) / 2) if even else 0  # so that bars at one x stand side by side
+        draw.line([(across(x) + shift, level(mean)) for x, mean, _, _ in points], colours[name], 2)
+        for x, mean, low, high in points:
+            if low < high:
+                draw.line([(across(x) + shift, level(low)), (across(x) + shift, level(high))], colours[name], 2)
+                draw.circle((across(x) + shift, level(mean)), 3, colours[name])
+    return with_legend(panel, colours)
+
+
+def with_legend(panel: Image.Image, names: dict[str, tuple[int, int, int]]) -> Image.Image:
+    """The panel with a line below it that says what each colour is, broken where it is full."""
+    font, x, y, places = ImageFont.load_default(13), LEFT, 4, []
+    for name in names:
+        if x > LEFT and x + 18 + font.getlength(name) > panel.width - RIGHT:
+            x, y = LEFT, y + 18
+        places.append((x, y))
+        x += 18 + font.getlength(name) + 16
+    sheet = Image.new("RGB", (panel.width, panel.height + y + 20), PAPER)
+    sheet.paste(panel)
+    draw = ImageDraw.Draw(sheet)
+    for (x, y), (name, colour) in zip(places, names.items()):
+        draw.rectangle([x, panel.height + y + 3, x + 11, panel.height + y + 12], colour)
+        draw.text((x + 18, panel.height + y), name, INK, font)
+    return sheet
+
+
+def heat_map(
+    title: str, x_label: str, y_label: str, columns: Sequence[str], rows: Sequence[str], values: Sequence[Sequence]
+) -> Image.Image:
+    """A table of (number, whether it is resolved), green above 0, red below; those not resolved are pale."""
+    font, wide, tall = ImageFont.load_default(13), 84, 30
+    left, top = LEFT + 24, TOP + 18
+    sheet = Image.new("RGB", (left + wide * len(columns) + RIGHT, top + tall * len(rows) + 22), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((6, 6), title, INK, font)
+    draw.text((6, top - 16), y_label, INK, font)
+    for i, name in enumerate(columns):
+        draw.text((left + (i + 0.5) * wide, top - 16), name, INK, font, anchor="ma")
+    draw.text((left + len(columns) * wide / 2, top + tall * len(rows) + 4), x_label, INK, font, anchor="ma")
+    largest = max(abs(value) for row in values for value, _ in row) or 1.0
+    for j, (name, row) in enumerate(zip(rows, values, strict=True)):
+        draw.text((left - 8, top + (j + 0.5) * tall), name, INK, font, anchor="rm")
+        for i, (value, resolved) in enumerate(row):
+            share = (0.25 + 0.75 * abs(value) / largest) ** 0.5 if resolved else 0.0
+            tone = GOOD if value > 0 else BAD
+            colour = tuple(round(share * a + (1 - share) * b) for a, b in zip(tone, PALE if not resolved else PAPER))
+            box = [left + i * wide, top + j * tall, left + (i + 1) * wide - 2, top + (j + 1) * tall - 2]
+            draw.rectangle(box, colour)
+            draw.text((left + (i + 0.5) * wide, top + (j + 0.5) * tall), f"{value:+.3f}", INK, font, anchor="mm")
+    return sheet

@@ -1,0 +1,275 @@
+"""evidence.json as tables and figures.
+
+python tutorial/tables.py        tutorial/evidence/evidence.json -> its tables.md, and figures/evidence_*.png
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from spin import run, viz  # noqa: E402
+from tutorial import charts  # noqa: E402
+
+INTRODUCTION = """# The evidence, in tables
+
+What is found is told in [README.md](README.md). `python tutorial/experiments.py` makes the runs,
+`python tutorial/findings.py` evidence.json, this file and the figures.
+
+Brackets: 95 % intervals over bases, seeds and prompts (`pooled` in [findings.py](../findings.py)). Where nothing else
+is said, a model draws one picture for each of 200 test prompts at guidance 3 and 20 steps, from the same noise as the
+one that it is compared with. Reward and clean go from 0 to 10; the palette's error is an rms distance of colours, and
+less is better. Hyper-parameters are the miniature world's defaults ([tuning.md](tuning.md)) unless a line says
+otherwise."""
+
+OTHERS = {"all five right": "aligned", "clean": "clean", "palette's error": "palette"}  # than reward
+METRICS = {"reward": "reward"} | OTHERS
+HEALTHY, FAILING = "beta 10000, lr 2e-5", "beta 200, lr 1e-4"
+GUIDANCES = (1, 2, 3, 5)
+
+
+# ---- Cells and rows --------------------------------------------------------------------------------------------------
+def gap(of: dict | None, digits: int = 3) -> str:
+    return "{mean:+.{d}f} [{low:+.{d}f}, {high:+.{d}f}]".format(**of, d=digits) if of else ""
+
+
+def value(of: dict, digits: int = 3) -> str:
+    return "{mean:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**of, d=digits)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
+
+
+def gains(rows: dict[str, dict], columns: dict[str, str], digits: int = 3) -> str:
+    """columns: {title: key, or keys joined by a slash}."""
+
+    def cell(of: dict | None, path: str) -> str:
+        for key in path.split("/"):
+            of = (of or {}).get(key)
+        return gap(of, 4 if path.endswith("palette") else digits)
+
+    return table(
+        ["", *columns], [[title, *(cell(of, path) for path in columns.values())] for title, of in rows.items()]
+    )
+
+
+def differences(lines: list[dict], regimes: dict[str, str]) -> str:
+    say = lambda of: f"{gap(of)}: {of['verdict']}" if of else ""  # noqa: E731
+    rows = [[line["claim"], *(say(line.get(key)) for key in regimes.values())] for line in lines]
+    return table(["difference of reward", *regimes], rows)
+
+
+def sweep(rows: dict[str, dict]) -> str:
+    columns = ["reward on validation prompts, at guidance", *next(iter(rows.values()))]
+    return table(columns, [[title, *(f"{at['mean']:.3f}" for at in of.values())] for title, of in rows.items()])
+
+
+def theta_0(of: dict) -> str:
+    return "theta_0 itself: " + ", ".join(f"{title} {value(of[key])}" for title, key in METRICS.items()) + "."
+
+
+def trials(kinds: dict[str, dict]) -> list[str]:
+    """Of each kind the flags tried and their reward on the validation prompts of base 0; the best was taken."""
+    found = []
+    for kind, tried in kinds.items():
+        best = max(tried, key=tried.get)
+        rows = [[f"**{flags}**" if flags == best else flags, f"{reward:.3f}"] for flags, reward in tried.items()]
+        found.append(table([f"trials of {kind}, base 0", "reward on validation prompts"], rows))
+    return found
+
+
+# ---- The parts -------------------------------------------------------------------------------------------------------
+def bases(found: dict[str, dict]) -> str:
+    rows = []
+    for base, of in found.items():
+        scores = [f"{of[stage]['reward']:.3f}, {of[stage]['aligned']:.2f}" for stage in ("web", "theta_0")]
+        minutes = round(sum(stage["seconds"] for stage in of.values()) / 60)
+        commits = ", ".join(sorted({stage["commit"][:9] for stage in of.values()}))
+        rows.append([base, f"{of['vae']['ceiling']['reward']:.3f}", *scores, str(minutes), commits])
+    columns = ["base", "ideal pictures through the VAE: reward", "web: reward, all five right", "theta_0: the same"]
+    return table([*columns, "minutes of one core", "commits"], rows)
+
+
+def claims(part: dict) -> list[str]:
+    regimes = {"at guidance 3": "single", "the best of five pictures": "best_of_five"}
+    regimes |= {"each at its best guidance": "best_guidance"}
+    said = [theta_0(part["theta_0"]), "Gains over theta_0, of reward and, at guidance 3, of the others:"]
+    said += [gains(part["gains"], regimes | OTHERS), differences(part["claims"], regimes), sweep(part["sweep"])]
+    chosen = {title: of["guidance"] for title, of in ({"theta_0": part["theta_0"]} | part["gains"]).items()}
+    rows = [[title, ", ".join(f"{g:g}" for g in guidances)] for title, guidances in chosen.items()]
+    return said + [table(["", "best guidance by validation prompts, a base and seed each"], rows)]
+
+
+def web(part: dict) -> list[str]:
+    regimes = {"at guidance 3": "single", "each at its best guidance": "best_guidance"}
+    columns = {"reward": "reward", "reward, each at its best guidance": "best_guidance"} | OTHERS
+    said = [theta_0(part["theta_0"]), "Gains over theta_0:", gains(part["gains"], columns)]
+    return said + [differences(part["claims"], regimes), sweep(part["sweep"]), *trials(part["trials"])]
+
+
+def learned(part: dict) -> list[str]:
+    rows, said = (
+        part["gains"],
+        ["What SPIN-3 gains over theta_0. Lines: what its opponents drew; columns: the judging."],
+    )
+    for metric, title in (("reward", "reward"), ("clean", "clean"), ("palette", "palette's error")):
+        said.append(gains(rows, {f"{title} at guidance {g}": f"at_{g}/{metric}" for g in GUIDANCES}))
+    columns = {"all five right at 1": "at_1/aligned", "at 3": "at_3/aligned", "reward at 3, 50 steps": "at_50/reward"}
+    said.append(gains(rows, columns))
+    told = "Error of the noise predicted on curated pictures of the test scenes, which no model was shown:"
+    said += [told, gains(rows, {"change from theta_0, %": "held_out_percent"}, 2)]
+    accuracy = {f"implicit accuracy, steps 2 to 20 of iteration {k}": f"early_accuracy_{k}" for k in (1, 2, 3)}
+    told = {title: of for title, of in rows.items() if "early_accuracy_1" in of}
+    said.append(
+        table(["", *accuracy], [[t, *(value(of[key], 2) for key in accuracy.values())] for t, of in told.items()])
+    )
+    return said + trials(part["trials"])
+
+
+def choices(part: dict) -> list[str]:
+    columns = {"reward, less theta_0's": "reward", "less the first line's": "less_reference"} | OTHERS
+    seconds = [[title, f"{of['step_seconds']:.0f}", f"{of['seconds']:.0f}"] for title, of in part["rows"].items()]
+    said = [gains(part["rows"], columns), table(["", "seconds of optimiser steps", "with drawing, encoding"], seconds)]
+    rows = []
+    for at, of in part["gradient"].items():
+        ratios = [f"{v / s:.0f}" if s > 0 else "?" for v, s in zip(of["variance"], of["signal"])]
+        rows.append(
+            [at, *(", ".join(f"{x:.3g}" for x in of[key]) for key in ("variance", "signal")), ", ".join(ratios)]
+        )
+    said.append("Gradient of a batch of 16 pairs, a value for each base:")
+    return said + [table(["at, noise", "variance, all dimensions", "squared length of the mean", "ratio"], rows)]
+
+
+def beta_and_lr(part: dict) -> list[str]:
+    lrs, betas, cells = grid_of(part)
+    share = lambda of: f"{of['delta_data']:+.1e} / {of['delta_gen']:+.1e}"  # noqa: E731
+    said = []
+    for title, cell in (
+        ("SPIN-1's reward, less theta_0's", lambda of: gap(of["reward"])),
+        ("delta_data / delta_gen, steps 51 to 100", share),
+        ("loss, the last ten steps", lambda of: f"{of['loss']:.3f}"),
+    ):
+        rows = [[f"beta {beta:g}", *(cell(cells[lr, beta]) for lr in lrs)] for beta in betas]
+        said.append(table([title, *(f"lr {lr:g}" for lr in lrs)], rows))
+    return said
+
+
+def failure(part: dict) -> list[str]:
+    rows, names = [], {"failure": FAILING, "claims": HEALTHY}
+    for name, title in names.items():
+        for model in ("spin-1", "spin-2", "spin-3"):
+            of = part[name][model]
+            numbers = [f"{of[key]:.3g}" for key in ("loss", "implicit_accuracy", "delta_data", "delta_gen")]
+            rows.append([title, model, *numbers, gap(of["reward"]), gap(of["aligned"])])
+    columns = ["", "", "loss", "accuracy", "delta_data", "delta_gen", "reward, less theta_0's", "all five right"]
+    said = ["Of the log, means of the last ten steps.", table(columns, rows)]
+    said.append("The first step of SPIN-1 at which delta_data exceeds half of a positive delta_gen, a run each:")
+    first = lambda alarms: ", ".join("never" if step is None else str(step) for step in alarms)  # noqa: E731
+    rows = []
+    for window in part["failure"]["alarms"]:
+        rows.append([f"the mean of {window} steps", *(first(part[name]["alarms"][window]) for name in names)])
+    return said + [table(["by", *names.values()], rows)]
+
+
+PARTS: dict[str, tuple[str, Callable]] = {
+    "claims": ("The four claims", claims),
+    "web": ("From a base that is not at its plateau", web),
+    "learned": ("What is learned", learned),
+    "choices": ("Choices that the paper leaves open", choices),
+    "map": ("beta and learning rate", beta_and_lr),
+    "failure": ("The failure on purpose", failure),
+}
+
+
+def markdown(found: dict) -> str:
+    made = "`python tutorial/pretrain.py --seed N`, 100 validation prompts at guidance 3:"
+    said = [INTRODUCTION, "## The bases", made, bases(found["bases"])]
+    for part, (title, tables) in PARTS.items():
+        if part in found:
+            about = found[part]["about"]
+            numbers = [", ".join(map(str, about[key])) for key in ("bases", "seeds", "commits")]
+            made = "Bases {}; seeds {}; commits {}; ".format(*numbers)
+            made += f"{about['jobs']} jobs, {about['minutes']} minutes of one core in all ({about['hardware']})."
+            said += [f"## {title}", *tables(found[part]), made]
+    return "\n\n".join(said) + "\n"
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+def figures(found: dict) -> dict[str, Image.Image]:
+    drawers = {"claims": claims_figure, "web": web_figure, "learned": learned_figure}
+    drawers |= {"map": map_figure, "failure": failure_figure}
+    return {part: draw(found[part]) for part, draw in drawers.items() if part in found}
+
+
+def claims_figure(part: dict) -> Image.Image:
+    titles = {"single": "reward at 3", "best_of_five": "reward at 3, best of five"}
+    titles |= {"best_guidance": "reward, each at its best guidance", "clean": "clean (0 to 10) at 3"}
+    rows = part["gains"].values()
+    panels = []
+    for key, title in titles.items():
+        points = {of["short"]: of[key] for of in rows if key in of}
+        panels.append(viz.interval_chart(f"{title}, less theta_0's", points, 500, 240))
+    return viz.two_a_row(panels)
+
+
+def web_figure(part: dict) -> Image.Image:
+    titles = {"reward": "reward at 3, less theta_0's", "best_guidance": "reward, each at its best, less theta_0's"}
+    models = {name: {title: of[key] for key, title in titles.items()} for name, of in part["gains"].items()}
+    return viz.interval_charts(models, 500)
+
+
+def learned_figure(part: dict) -> Image.Image:
+    panels, ends = [], ("mean", "low", "high")
+    for metric, title in (("reward", "reward"), ("clean", "clean (0 to 10)")):
+        lines = {}
+        for g in GUIDANCES:
+            of = part["gains"][f"at guidance {g}"]
+            lines[f"opponents drew at {g}"] = [(x, *(of[f"at_{x}"][metric][end] for end in ends)) for x in GUIDANCES]
+        panels.append(charts.lines(f"SPIN-3's {title}, less theta_0's", "guidance of the judging", lines, even=True))
+    return viz.two_a_row(panels)
+
+
+def grid_of(part: dict) -> tuple[list, list, dict]:
+    lrs, betas = (sorted({cell[key] for cell in part["cells"]}) for key in ("lr", "beta"))
+    return lrs, betas, {(cell["lr"], cell["beta"]): cell for cell in part["cells"]}
+
+
+def map_figure(part: dict) -> Image.Image:
+    lrs, betas, cells = grid_of(part)
+    gains = [[cells[lr, beta]["reward"] for lr in lrs] for beta in betas]
+    values = [[(of["mean"], of["low"] * of["high"] > 0) for of in row] for row in gains]
+    names = [f"{lr:g}" for lr in lrs], [f"{beta:g}" for beta in betas]
+    return charts.heat_map(
+        "SPIN-1's reward, less theta_0's; grey: not resolved", "learning rate", "beta", *names, values
+    )
+
+
+def failure_figure(part: dict) -> Image.Image:
+    panels = []
+    for name, title in (("claims", HEALTHY), ("failure", FAILING)):
+        curves = part[name]["curves"]
+        for keys in (("delta_data", "delta_gen"), ("loss", "implicit_accuracy")):
+            lines = {key: [(10 * i + 5.5, y, y, y) for i, y in enumerate(curves[key])] for key in keys}
+            panels.append(charts.lines(title, "step, over three iterations", lines, ticks=(1, 100, 200, 300)))
+    return viz.two_a_row(panels)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default=str(ROOT / "tutorial/evidence"), help="default: tutorial/evidence")
+    out = Path(parser.parse_args(argv).out)
+    found = run.read_json(out / "evidence.json")
+    with run.whole(out / "tables.md") as part:
+        part.write_text(markdown(found))
+    for name, figure in figures(found).items():
+        viz.save_png(figure, out.parent / "figures" / f"evidence_{name}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(run.script("tables.py", main))
