@@ -44,7 +44,7 @@ def lines(
         for x, mean, low, high in points:
             if low < high:
                 draw.line([(across(x) + shift, level(low)), (across(x) + shift, level(high))], colours[name], 2)
-                draw.circle((across(x) + shift, level(mean)), 3, colours[name])
+                draw.circle((across(x) + shift, level(mean)), 3 if len(points) < 20 else 1, colours[name])
     return with_legend(panel, colours)
 
 

@@ -312,10 +312,12 @@ def failure(runs: Runs) -> dict:
     return found
 
 
-def curve(runs: Runs, name: str, key: str, every: int = 10) -> list[float]:
-    """Over the steps of three iterations, the mean of all runs and of `every` steps."""
-    values = np.concatenate([runs.log(name, f"spin-{k}", key).mean((0, 1)) for k in (1, 2, 3)])
-    return [round(float(value), 6) for value in values.reshape(-1, every).mean(1)]
+def curve(runs: Runs, name: str, key: str, every: int = 10) -> dict[str, list[float]]:
+    """Over the steps of three iterations, means of `every` steps: of all runs the mean, the smallest, the largest."""
+    values = np.concatenate([runs.log(name, f"spin-{k}", key) for k in (1, 2, 3)], axis=2)
+    means = values.reshape(-1, values.shape[2] // every, every).mean(2)
+    ends = {"mean": means.mean(0), "low": means.min(0), "high": means.max(0)}
+    return {end: [round(float(value), 6) for value in of] for end, of in ends.items()}
 
 
 def first_alarm(runs: Runs, name: str, base: int, seed: int, window: int) -> int | None:

@@ -31,6 +31,7 @@ OTHERS = {"all five right": "aligned", "clean": "clean", "palette's error": "pal
 METRICS = {"reward": "reward"} | OTHERS
 HEALTHY, FAILING = "beta 10000, lr 2e-5", "beta 200, lr 1e-4"
 GUIDANCES = (1, 2, 3, 5)
+ENDS = ("mean", "low", "high")
 
 
 # ---- Cells and rows --------------------------------------------------------------------------------------------------
@@ -225,12 +226,12 @@ def web_figure(part: dict) -> Image.Image:
 
 
 def learned_figure(part: dict) -> Image.Image:
-    panels, ends = [], ("mean", "low", "high")
+    panels = []
     for metric, title in (("reward", "reward"), ("clean", "clean (0 to 10)")):
         lines = {}
         for g in GUIDANCES:
             of = part["gains"][f"at guidance {g}"]
-            lines[f"opponents drew at {g}"] = [(x, *(of[f"at_{x}"][metric][end] for end in ends)) for x in GUIDANCES]
+            lines[f"opponents drew at {g}"] = [(x, *(of[f"at_{x}"][metric][end] for end in ENDS)) for x in GUIDANCES]
         panels.append(charts.lines(f"SPIN-3's {title}, less theta_0's", "guidance of the judging", lines, even=True))
     return viz.two_a_row(panels)
 
@@ -255,8 +256,13 @@ def failure_figure(part: dict) -> Image.Image:
     for name, title in (("claims", HEALTHY), ("failure", FAILING)):
         curves = part[name]["curves"]
         for keys in (("delta_data", "delta_gen"), ("loss", "implicit_accuracy")):
-            lines = {key: [(10 * i + 5.5, y, y, y) for i, y in enumerate(curves[key])] for key in keys}
-            panels.append(charts.lines(title, "step, over three iterations", lines, ticks=(1, 100, 200, 300)))
+            of = {key: zip(*(curves[key][end] for end in ENDS)) for key in keys}
+            lines = {key: [(10 * i + 5.5, *point) for i, point in enumerate(points)] for key, points in of.items()}
+            panels.append(
+                charts.lines(
+                    title, "step of three iterations; bars: the range of all runs", lines, ticks=(1, 100, 200, 300)
+                )
+            )
     return viz.two_a_row(panels)
 
 
