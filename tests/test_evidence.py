@@ -110,7 +110,7 @@ def test_seeds_that_are_not_whole_are_left_out(made_up, tmp_path):
     found = findings.collect(runs)
     assert found["claims"]["about"]["seeds"] == found["choices"]["about"]["seeds"] == [0, 1]
     assert found["web"]["about"]["seeds"] == [0, 1, 2]
-    assert [len(found[part]["claims"][0]["single"]["by_base"]) for part in ("claims", "web")] == [3, 3]
+    assert [len(found[part]["claims"][0]["single"]["by_base"]) for part in ("claims", "web")] == [5, 3]
 
 
 def test_no_two_jobs_share_a_folder(made_up):

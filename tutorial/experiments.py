@@ -1,6 +1,6 @@
-"""Do the paper's claims hold in the miniature world, and what does self-play learn? Three bases, three seeds each.
+"""Do the paper's claims hold in the miniature world, and what does self-play learn? Several bases, three seeds each.
 
-    python tutorial/experiments.py               six to seven hours of two cores; again, it goes on where it stopped
+    python tutorial/experiments.py               hours of two cores; again, it goes on where it stopped
     python tutorial/experiments.py --parts map   only this part, of bases claims web learned choices map failure
 
 A job is one run of train.py and a look at its models; each takes one core, and as many run at once as --workers says.
@@ -35,7 +35,8 @@ from spin.scheduler import add_noise  # noqa: E402
 from spin.step import spin_step  # noqa: E402
 from tutorial import drawing, pretrain  # noqa: E402
 
-BASES, SEEDS = (0, 1, 2), (0, 1, 2)  # of pretraining, of fine-tuning
+BASES, SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)  # of pretraining, of fine-tuning
+FEWER = BASES[:3]  # for all parts but the claims
 SWEEP = (1.0, 1.5, 2.0, 3.0, 5.0)  # guidance scales
 FIXED = "--score none --grid-prompts 0 --save-every 0 --device cpu"
 STEPS = sum(train.Stage.of("sft", train.parse([])).batches[-1][1] for _ in range(train.TOY["iterations"]))  # 300
@@ -84,8 +85,13 @@ class Job:
 
 
 # ---- What is asked ---------------------------------------------------------------------------------------------------
+def bases_of(part: str, bases=BASES) -> tuple[int, ...]:
+    return tuple(base for base in bases if part == "claims" or base in FEWER)
+
+
 def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
     """The jobs of a part. web and learned need their trials done, of which they take the best."""
+    bases = bases_of(part, bases)
     every = [(base, seed) for seed in seeds for base in bases]
 
     def of(name: str, flags: str, cells=every, **others) -> list[Job]:

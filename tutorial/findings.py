@@ -70,17 +70,17 @@ def verdict(gap: dict, plateau: bool = False) -> str:
 
 # ---- What the runs say -----------------------------------------------------------------------------------------------
 class Runs:
-    """The jobs of RUNS, of those seeds."""
+    """The jobs of RUNS, of those bases and seeds."""
 
-    def __init__(self, folder: Path, seeds: Sequence[int] = SEEDS):
-        self.folder, self.seeds = folder, seeds
+    def __init__(self, folder: Path, bases: Sequence[int], seeds: Sequence[int]):
+        self.folder, self.bases, self.seeds = folder, bases, seeds
         self.read = lru_cache(maxsize=None)(lambda place: run.read_json(folder / place / "scores.json"))
         self.read_log = lru_cache(maxsize=None)(lambda place: run.Run(folder / place).read_log())
 
     def places(self, name: str, start: str = "theta_0") -> list[list[str]]:
         """[bases][seeds]; theta_0 and the gradient's have one seed."""
         seeds = SEEDS[:1] if name in ("theta_0", "gradient") or name.startswith("map") else self.seeds
-        return [[f"{start}-{base}/seed-{seed}/{name}" for seed in seeds] for base in BASES]
+        return [[f"{start}-{base}/seed-{seed}/{name}" for seed in seeds] for base in self.bases]
 
     def scores(self, name: str, model: str, look: str, metric: str, start: str = "theta_0") -> np.ndarray:
         """[bases,seeds,prompts,pictures] of one model, or, of HELD_OUT, [bases,seeds,prompts,1]."""
@@ -123,12 +123,12 @@ class Runs:
 
     def about(self, part: str) -> dict:
         """Commit, hardware, seconds and seeds."""
-        jobs = [*experiments.trials_of(part), *experiments.jobs(self.folder, part, BASES, self.seeds)]
+        jobs = [*experiments.trials_of(part), *experiments.jobs(self.folder, part, self.bases, self.seeds)]
         facts = [self.read(job.place) for job in jobs]
         commits = sorted({job["commit"][:9] for job in facts})
         minutes = round(sum(job["seconds"] for job in facts) / 60)
         told = {
-            "bases": list(BASES),
+            "bases": list(self.bases),
             "seeds": sorted({job.seed for job in jobs}),
             "commits": commits,
             "jobs": len(jobs),
@@ -184,7 +184,10 @@ def bases(folder: Path) -> dict:
     found = {}
     for base in BASES:
         path = folder / f"base-{base}" / "pretrain.json"
-        stages = run.read_json(path if base or path.exists() else toy.BASE / "pretrain.json")
+        path = path if base or path.exists() else toy.BASE / "pretrain.json"
+        if not path.exists():
+            continue
+        stages = run.read_json(path)
         keys = ("seconds", "commit", "reward", "aligned", "ceiling")
         found[str(base)] = {s: {k: stages[s][k] for k in keys if k in stages[s]} for s in ("vae", "web", "theta_0")}
     return found
@@ -281,7 +284,7 @@ def choices(runs: Runs) -> dict:
 
 
 def map_of(runs: Runs) -> dict:
-    jobs = [job for job in experiments.jobs(runs.folder, "map") if job.base == BASES[0]]
+    jobs = [job for job in experiments.jobs(runs.folder, "map") if job.base == runs.bases[0]]
     found = []
     for job in jobs:
         _, lr, _, beta = job.name.removeprefix("map-").replace("e-", "e_").split("-")
@@ -307,7 +310,9 @@ def failure(runs: Runs) -> dict:
         found[name]["curves"] = {key: curve(runs, name, key) for key in keys}
         found[name]["alarms"] = {}
         for window in (5, 10, 20, 50):
-            alarms = [first_alarm(runs, name, b, s, window) for b in range(len(BASES)) for s in range(len(runs.seeds))]
+            alarms = [
+                first_alarm(runs, name, b, s, window) for b in range(len(runs.bases)) for s in range(len(runs.seeds))
+            ]
             found[name]["alarms"][str(window)] = alarms
     return found
 
@@ -339,18 +344,19 @@ def collect(folder: Path) -> dict:
     found: dict = {"bases": bases(folder)}
     for part, make in MAKERS.items():
         needs = ["claims"] if part != "web" else []
-        whole = [seed for seed in SEEDS if all(there(folder, name, seed) for name in [*needs, part])]
+        of_part = experiments.bases_of(part)
+        whole = [seed for seed in SEEDS if all(there(folder, name, of_part, seed) for name in [*needs, part])]
         if whole:
-            runs = Runs(folder, whole)
+            runs = Runs(folder, of_part, whole)
             found[part] = {"about": runs.about(part)} | make(runs)
         print(f"{part}: seeds {', '.join(map(str, whole)) or 'none: left out'}")
     return found
 
 
-def there(folder: Path, part: str, seed: int) -> bool:
+def there(folder: Path, part: str, bases: Sequence[int], seed: int) -> bool:
     jobs = experiments.trials_of(part)
     if all(job.done(folder) for job in jobs):
-        jobs = experiments.jobs(folder, part, BASES, [seed])
+        jobs = experiments.jobs(folder, part, bases, [seed])
     return all(job.done(folder) for job in jobs)
 
 
