@@ -213,6 +213,9 @@ def claims(runs: Runs) -> dict:
             if "best_of" not in how or {name for name, _ in both} <= {"claims", "theta_0"}:
                 gap = runs.difference(*both, **how)
                 line[regime] = gap | {"verdict": verdict(gap, plateau=b is None)}
+        for regime, look in (("clean", AT_3), ("clean_best_guidance", BEST)):
+            gap = runs.difference(*both, look, "clean")
+            line[regime] = gap | {"verdict": verdict(gap, plateau=b is None)}
         found.append(line)
     theta_0 = {m: pooled(runs.scores(*THETA_0, AT_3, m).mean(3)) for m in METRICS}
     chosen = [runs.read(row[0])["models"]["base"][BEST]["guidance"] for row in runs.places("theta_0")]

@@ -60,10 +60,16 @@ def gains(rows: dict[str, dict], columns: dict[str, str], digits: int = 3) -> st
     )
 
 
-def differences(lines: list[dict], regimes: dict[str, str]) -> str:
+def differences(lines: list[dict], regimes: dict[str, str], metric: str = "reward") -> str:
     say = lambda of: f"{gap(of)}: {of['verdict']}" if of else ""  # noqa: E731
     rows = [[line["claim"], *(say(line.get(key)) for key in regimes.values())] for line in lines]
-    return table(["difference of reward", *regimes], rows)
+    return table([f"difference of {metric}", *regimes], rows)
+
+
+def base_by_base(lines: list[dict]) -> str:
+    count = len(lines[0]["single"]["by_base"])
+    rows = [[line["claim"], *(f"{value:+.3f}" for value in line["single"]["by_base"])] for line in lines]
+    return table(["difference of reward at guidance 3", *(f"base {base}" for base in range(count))], rows)
 
 
 def sweep(rows: dict[str, dict]) -> str:
@@ -101,7 +107,9 @@ def claims(part: dict) -> list[str]:
     regimes = {"at guidance 3": "single", "the best of five pictures": "best_of_five"}
     regimes |= {"each at its best guidance": "best_guidance"}
     said = [theta_0(part["theta_0"]), "Gains over theta_0, of reward and, at guidance 3, of the others:"]
-    said += [gains(part["gains"], regimes | OTHERS), differences(part["claims"], regimes), sweep(part["sweep"])]
+    said += [gains(part["gains"], regimes | OTHERS), differences(part["claims"], regimes), base_by_base(part["claims"])]
+    of_clean = {"at guidance 3": "clean", "each at its best guidance of reward": "clean_best_guidance"}
+    said += [differences(part["claims"], of_clean, "clean"), sweep(part["sweep"])]
     chosen = {title: of["guidance"] for title, of in ({"theta_0": part["theta_0"]} | part["gains"]).items()}
     rows = [[title, ", ".join(f"{g:g}" for g in guidances)] for title, guidances in chosen.items()]
     return said + [table(["", "best guidance by validation prompts, a base and seed each"], rows)]
