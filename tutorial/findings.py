@@ -109,6 +109,14 @@ class Runs:
         """Over theta_0."""
         return self.difference((name, model), THETA_0, look, metric, **how)
 
+    def held_out(self, name: str, model: str, **how) -> dict:
+        """The change of the error on curated pictures of test scenes, in percent of theta_0's: of ratios, whose logarithms
+        are averaged."""
+        before, after = (self.scores(*of, HELD_OUT, "", **how)[..., 0] for of in (THETA_0, (name, model)))
+        percent = lambda logarithm: round(100 * math.expm1(logarithm), 2)  # noqa: E731
+        found = pooled(np.log(after / before))
+        return {k: [percent(x) for x in v] if k == "by_base" else percent(v) for k, v in found.items()}
+
     def log(self, name: str, model: str, key: str, steps: slice = slice(None)) -> np.ndarray:
         """[bases,seeds,steps] of the log."""
 
@@ -219,7 +227,9 @@ def claims(runs: Runs) -> dict:
         found.append(line)
     theta_0 = {m: pooled(runs.scores(*THETA_0, AT_3, m).mean(3)) for m in METRICS}
     chosen = [runs.read(row[0])["models"]["base"][BEST]["guidance"] for row in runs.places("theta_0")]
-    return {"theta_0": theta_0 | {"guidance": chosen}, "gains": gains, "claims": found, "sweep": sweep(runs, ROWS)}
+    told = {"theta_0": theta_0 | {"guidance": chosen}, "gains": gains, "claims": found}
+    held_out = {title: runs.held_out(*of) for title, of in ROWS.items()}
+    return told | {"held_out_percent": held_out, "sweep": sweep(runs, ROWS)}
 
 
 def sweep(runs: Runs, rows: dict, start: str = "theta_0") -> dict:
@@ -259,14 +269,13 @@ def trials(runs: Runs, kind: str) -> dict:
 
 def learned(runs: Runs) -> dict:
     gains = {}
-    theta_0 = runs.scores(*THETA_0, HELD_OUT, "")
     for title, name in (NEGATIVES | {"SFT, for comparison": "claims"}).items():
         model = "sft" if title.startswith("SFT") else "spin-3"
         looks = {f"at_{g:g}": Look("test", g).name for g in ((3.0,) if model == "sft" else (1.0, 2.0, 3.0, 5.0))}
         of = {at: {m: runs.gain(name, model, look, m) for m in METRICS} for at, look in looks.items()}
         if name in ("negatives-50-steps", "claims") and model == "spin-3":
             of["at_50"] = {m: runs.gain(name, model, AT_50, m) for m in METRICS}
-        of["held_out_percent"] = pooled(100 * (runs.scores(name, model, HELD_OUT, "") / theta_0 - 1)[..., 0])
+        of["held_out_percent"] = runs.held_out(name, model)
         if model == "spin-3":
             for k in (1, 2, 3):
                 of[f"early_accuracy_{k}"] = pooled(runs.log(name, f"spin-{k}", "implicit_accuracy", EARLY))

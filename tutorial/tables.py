@@ -110,6 +110,9 @@ def claims(part: dict) -> list[str]:
     said += [gains(part["gains"], regimes | OTHERS), differences(part["claims"], regimes), base_by_base(part["claims"])]
     of_clean = {"at guidance 3": "clean", "each at its best guidance of reward": "clean_best_guidance"}
     said += [differences(part["claims"], of_clean, "clean"), sweep(part["sweep"])]
+    held_out = {title: {"held_out": of} for title, of in part["held_out_percent"].items()}
+    title = "change of the noise's error on curated pictures of test scenes, %"
+    said.append(gains(held_out, {title: "held_out"}, 1))
     chosen = {title: of["guidance"] for title, of in ({"theta_0": part["theta_0"]} | part["gains"]).items()}
     rows = [[title, ", ".join(f"{g:g}" for g in guidances)] for title, guidances in chosen.items()]
     return said + [table(["", "best guidance by validation prompts, a base and seed each"], rows)]
