@@ -36,7 +36,7 @@ from spin.step import spin_step  # noqa: E402
 from tutorial import drawing, pretrain  # noqa: E402
 
 BASES, SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)  # of pretraining, of fine-tuning
-FEWER = BASES[:3]  # for all parts but the claims
+OF_PART = {"claims": BASES, "web": (1, 2, 3)}  # which bases; the others have the first three
 SWEEP = (1.0, 1.5, 2.0, 3.0, 5.0)  # guidance scales
 FIXED = "--score none --grid-prompts 0 --save-every 0 --device cpu"
 STEPS = sum(train.Stage.of("sft", train.parse([])).batches[-1][1] for _ in range(train.TOY["iterations"]))  # 300
@@ -86,7 +86,7 @@ class Job:
 
 # ---- What is asked ---------------------------------------------------------------------------------------------------
 def bases_of(part: str, bases=BASES) -> tuple[int, ...]:
-    return tuple(base for base in bases if part == "claims" or base in FEWER)
+    return tuple(base for base in bases if base in OF_PART.get(part, BASES[:3]))
 
 
 def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
@@ -149,12 +149,14 @@ TRIALS = {
 
 
 def trials(kind: str) -> list[Job]:
-    """Of base 0 and seed 0, judged on validation prompts."""
+    """Of one base and seed, judged on validation prompts."""
     start, method = ("web", kind.removeprefix("web-")) if kind.startswith("web") else ("theta_0", "spin-trajectory")
+    base = OF_PART["web"][0] if start == "web" else BASES[0]
     model = method if method in ("sft", "dpo") else "spin-3"
     names = [f"trial-{kind}{flags.replace(' --', '-').replace('--', '-').replace(' ', '-')}" for flags in TRIALS[kind]]
     given = {"looks": {model: TUNE}, "start": start}
-    return [Job("trials", n, 0, 0, f"--loss {method} {flags}", **given) for n, flags in zip(names, TRIALS[kind])]
+    named = zip(names, TRIALS[kind])
+    return [Job("trials", name, base, SEEDS[0], f"--loss {method} {flags}", **given) for name, flags in named]
 
 
 def best_trial(runs: Path, kind: str) -> str:
@@ -311,7 +313,8 @@ def main(argv: list[str] | None = None) -> None:
 
         for part in args.parts:
             if part == "bases":
-                each([f"base-{base}" for base in args.bases], make_base, list(args.bases))
+                others = [base for base in args.bases if base]  # base 0 is in spin/toy_base
+                each([f"base-{base}" for base in others], make_base, others)
                 continue
             for wanted in (partial(trials_of, part), partial(jobs, runs, part, args.bases, args.seeds)):
                 todo = [job for job in wanted() if not job.done(runs)]

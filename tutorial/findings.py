@@ -110,8 +110,8 @@ class Runs:
         return self.difference((name, model), THETA_0, look, metric, **how)
 
     def held_out(self, name: str, model: str, **how) -> dict:
-        """The change of the error on curated pictures of test scenes, in percent of theta_0's: of ratios, whose logarithms
-        are averaged."""
+        """The change of the error on curated pictures of test scenes, in percent of theta_0's: ratios, averaged as
+        logarithms."""
         before, after = (self.scores(*of, HELD_OUT, "", **how)[..., 0] for of in (THETA_0, (name, model)))
         percent = lambda logarithm: round(100 * math.expm1(logarithm), 2)  # noqa: E731
         found = pooled(np.log(after / before))
@@ -188,11 +188,10 @@ CHOICES = {
 
 
 def bases(folder: Path) -> dict:
-    """What pretrain.py says of each base; of the first one, that of spin/toy_base if it was not made anew."""
+    """What pretrain.py says of each base; the first one is spin/toy_base."""
     found = {}
     for base in BASES:
-        path = folder / f"base-{base}" / "pretrain.json"
-        path = path if base or path.exists() else toy.BASE / "pretrain.json"
+        path = (folder / f"base-{base}" if base else toy.BASE) / "pretrain.json"
         if not path.exists():
             continue
         stages = run.read_json(path)

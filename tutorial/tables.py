@@ -82,12 +82,12 @@ def theta_0(of: dict) -> str:
 
 
 def trials(kinds: dict[str, dict]) -> list[str]:
-    """Of each kind the flags tried and their reward on the validation prompts of base 0; the best was taken."""
+    """Of each kind the flags tried and their reward on the validation prompts of one base; the best was taken."""
     found = []
     for kind, tried in kinds.items():
         best = max(tried, key=tried.get)
         rows = [[f"**{flags}**" if flags == best else flags, f"{reward:.3f}"] for flags, reward in tried.items()]
-        found.append(table([f"trials of {kind}, base 0", "reward on validation prompts"], rows))
+        found.append(table([f"trials of {kind}, one base and seed", "reward on validation prompts"], rows))
     return found
 
 
