@@ -18,12 +18,13 @@ def lines(
     height: int = 270,
     even: bool = False,
     ticks: Sequence[float] = (),
+    span: Sequence[float] = (),
 ) -> Image.Image:
     """{line's name: points}, a bar for each interval that has a width.
 
-    even: the x that occur stand at even distances. ticks: those to label, if not all.
+    even: the x that occur stand at even distances. ticks: those to label, if not all. span: the heights to be shown.
     """
-    ends = [y for points in lines.values() for point in points for y in point[2:]]
+    ends = span or [y for points in lines.values() for point in points for y in point[2:]]
     xs = sorted({point[0] for points in lines.values() for point in points})
     upper, _, font, level = axes(title, ends, width, height - 18)
     panel = Image.new("RGB", (width, height), PAPER)  # with room for a label below the axes
