@@ -300,7 +300,8 @@ def map_of(runs: Runs) -> dict:
     for job in jobs:
         _, lr, _, beta = job.name.removeprefix("map-").replace("e-", "e_").split("-")
         deltas = [runs.log(job.name, "spin-1", key, slice(-50, None)).mean(2) for key in ("delta_data", "delta_gen")]
-        line = {"lr": float(lr.replace("e_", "e-")), "beta": float(beta), "reward": runs.gain(job.name, "spin-1")}
+        line: dict = {"lr": float(lr.replace("e_", "e-")), "beta": float(beta)}
+        line |= {metric: runs.gain(job.name, "spin-1", metric=metric) for metric in ("reward", "clean")}
         line["delta_data"], line["delta_gen"] = (round(float(delta.mean()), 6) for delta in deltas)
         line["loss"] = round(float(runs.log(job.name, "spin-1", "loss", slice(-10, None)).mean()), 4)
         found.append(line)

@@ -164,6 +164,7 @@ def beta_and_lr(part: dict) -> list[str]:
     said = []
     for title, cell in (
         ("SPIN-1's reward, less theta_0's", lambda of: gap(of["reward"])),
+        ("SPIN-1's clean, less theta_0's", lambda of: gap(of["clean"])),
         ("delta_data / delta_gen, steps 51 to 100", share),
         ("loss, the last ten steps", lambda of: f"{of['loss']:.3f}"),
     ):
@@ -254,12 +255,17 @@ def grid_of(part: dict) -> tuple[list, list, dict]:
 
 def map_figure(part: dict) -> Image.Image:
     lrs, betas, cells = grid_of(part)
-    gains = [[cells[lr, beta]["reward"] for lr in lrs] for beta in betas]
-    values = [[(of["mean"], of["low"] * of["high"] > 0) for of in row] for row in gains]
     names = [f"{lr:g}" for lr in lrs], [f"{beta:g}" for beta in betas]
-    return charts.heat_map(
-        "SPIN-1's reward, less theta_0's; grey: not resolved", "learning rate", "beta", *names, values
-    )
+    maps = []
+    for metric in ("reward", "clean"):
+        gains = [[cells[lr, beta][metric] for lr in lrs] for beta in betas]
+        values = [[(of["mean"], of["low"] * of["high"] > 0) for of in row] for row in gains]
+        title = f"SPIN-1's {metric}, less theta_0's; grey: not resolved"
+        maps.append(charts.heat_map(title, "learning rate", "beta", *names, values))
+    sheet = Image.new("RGB", (maps[0].width, 2 * maps[0].height), viz.PAPER)
+    for i, picture in enumerate(maps):
+        sheet.paste(picture, (0, i * maps[0].height))
+    return sheet
 
 
 def failure_figure(part: dict) -> Image.Image:
