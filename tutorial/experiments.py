@@ -5,7 +5,7 @@
 
 A job is one run of train.py and a look at its models; each takes one core, and as many run at once as --workers says.
 RUNS/<start>-<base>/seed-<seed>/<name>/scores.json keeps every picture's score; tutorial/findings.py makes of them the
-tables and figures in tutorial/evidence. Hyper-parameters are those that tuning.py found on base 0's validation prompts;
+numbers in tutorial/evidence. Hyper-parameters are those that tuning.py found on base 0's validation prompts;
 where the start or the loss is another, trials of their own are made here, as many for each method.
 """
 
@@ -39,7 +39,8 @@ BASES, SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)  # of pretraining, of fine-tuning
 OF_PART = {"claims": BASES, "web": (1, 2, 3)}  # which bases; the others have the first three
 SWEEP = (1.0, 1.5, 2.0, 3.0, 5.0)  # guidance scales
 FIXED = "--score none --grid-prompts 0 --save-every 0 --device cpu"
-STEPS = sum(train.Stage.of("sft", train.parse([])).batches[-1][1] for _ in range(train.TOY["iterations"]))  # 300
+STEPS = sum(train.parse([]).steps)  # of all iterations: 300
+MAP = list(product((2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4), (200, 1000, 5000, 20000, 100000)))  # (lr, beta)
 
 
 class Look(NamedTuple):
@@ -130,14 +131,17 @@ def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
             found += of(f"{k}-times-{steps}", flags, looks={f"spin-{k}": SINGLE}, again=True)
         return found
     if part == "map":
-        grid = product((2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4), (200, 1000, 5000, 20000, 100000))
         of_one = {"cells": once_a_base, "looks": {"spin-1": SINGLE}, "again": True}
-        settings = [(f"map-lr-{lr:g}-beta-{beta:g}", f"--lr {lr:g} --beta {beta:g}") for lr, beta in grid]
-        return [job for name, flags in settings for job in of(name, f"--loss spin --iterations 1 {flags}", **of_one)]
+        flags = "--loss spin --iterations 1 --lr {:g} --beta {:g}"
+        return [job for cell in MAP for job in of(map_name(*cell), flags.format(*cell), **of_one)]
     if part == "failure":
         looks = dict.fromkeys(("spin-1", "spin-2", "spin-3"), SINGLE)
         return of("failure", "--loss spin --beta 200 --lr 1e-4", looks=looks, again=True)
     raise ValueError(part)
+
+
+def map_name(lr: float, beta: float) -> str:
+    return f"map-lr-{lr:g}-beta-{beta:g}"
 
 
 TRIALS = {
@@ -159,14 +163,18 @@ def trials(kind: str) -> list[Job]:
     return [Job("trials", name, base, SEEDS[0], f"--loss {method} {flags}", **given) for name, flags in named]
 
 
-def best_trial(runs: Path, kind: str) -> str:
-    """The flags of the trial whose last model earns the most reward."""
-
-    def reward(job: Job) -> float:
+def rewards_of_trials(runs: Path, kind: str) -> dict[str, float]:
+    """{flags: mean reward of the last model}."""
+    found = {}
+    for job, flags in zip(trials(kind), TRIALS[kind]):
         (scores,) = run.read_json(runs / job.place / "scores.json")["models"].values()
-        return float(np.mean(scores[TUNE[0].name]["reward"]))
+        found[flags] = round(float(np.mean(scores[TUNE[0].name]["reward"])), 4)
+    return found
 
-    return max(zip(trials(kind), TRIALS[kind]), key=lambda trial: reward(trial[0]))[1]
+
+def best_trial(runs: Path, kind: str) -> str:
+    rewards = rewards_of_trials(runs, kind)
+    return max(rewards, key=rewards.get)
 
 
 def trials_of(part: str) -> list[Job]:
@@ -243,11 +251,8 @@ def held_out_error(sd) -> np.ndarray:
     scenes = toy.split()["test"]
     drawn = [drawing.curated(scene, np.random.default_rng([1, i])) for i, scene in enumerate(scenes)]
     mean, _ = pretrain.encode(sd, pretrain.to_tensor(drawn))
-    context, noise, errors = (
-        sd.encode_prompts([scene.caption for scene in scenes]),
-        torch.Generator().manual_seed(0),
-        [],
-    )
+    context = sd.encode_prompts([scene.caption for scene in scenes])
+    noise, errors = torch.Generator().manual_seed(0), []
     for t in range(50, 1000, 100):
         eps, at = torch.randn(mean.shape, generator=noise), torch.full((len(mean),), t)
         x_t = add_noise(mean * sd.vae.scaling_factor, eps, sd.scheduler.alphas_cumprod[at])

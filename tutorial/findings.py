@@ -20,13 +20,13 @@ sys.path.insert(0, str(ROOT))
 
 from spin import run, toy  # noqa: E402
 from spin.judge import PLATEAU  # noqa: E402
+from spin.toy import METRICS  # noqa: E402
 from tutorial import experiments, tables  # noqa: E402
-from tutorial.experiments import BASES, HELD_OUT, SEEDS, SWEEP, TRIALS, Look  # noqa: E402
+from tutorial.experiments import BASES, HELD_OUT, MAP, SEEDS, SWEEP, TRIALS, Look  # noqa: E402
 
 OUT = ROOT / "tutorial" / "evidence"
 AT_3, BEST, AT_50 = Look("test", 3.0).name, Look("test", None).name, Look("test", 3.0, steps=50).name
 THETA_0 = ("theta_0", "base")  # job, model
-METRICS = ("reward", "aligned", "clean", "palette")
 EARLY = slice(1, 20)  # steps 2 to 20: at the first, policy and opponent are one
 
 
@@ -253,17 +253,8 @@ def web(runs: Runs) -> dict:
             gaps[regime] = gap | {"verdict": verdict(gap)}
         found.append({"claim": f"{a} beats {b}"} | gaps)
     theta_0 = {m: pooled(runs.scores(*THETA_0, AT_3, m, "web").mean(3)) for m in METRICS}
-    tried = {kind: trials(runs, kind) for kind in TRIALS if kind.startswith("web")}
+    tried = {kind: experiments.rewards_of_trials(runs.folder, kind) for kind in TRIALS if kind.startswith("web")}
     return {"theta_0": theta_0, "gains": gains, "claims": found, "sweep": sweep(runs, WEB, "web"), "trials": tried}
-
-
-def trials(runs: Runs, kind: str) -> dict:
-    """{flags: mean reward on the validation prompts}."""
-    found = {}
-    for job, flags in zip(experiments.trials(kind), TRIALS[kind]):
-        (looks,) = runs.read(job.place)["models"].values()
-        found[flags] = round(float(np.mean(looks[Look("validation", 3.0).name]["reward"])), 4)
-    return found
 
 
 def learned(runs: Runs) -> dict:
@@ -279,7 +270,7 @@ def learned(runs: Runs) -> dict:
             for k in (1, 2, 3):
                 of[f"early_accuracy_{k}"] = pooled(runs.log(name, f"spin-{k}", "implicit_accuracy", EARLY))
         gains[title] = of
-    return {"gains": gains, "trials": {"trajectory": trials(runs, "trajectory")}}
+    return {"gains": gains, "trials": {"trajectory": experiments.rewards_of_trials(runs.folder, "trajectory")}}
 
 
 def choices(runs: Runs) -> dict:
@@ -295,21 +286,20 @@ def choices(runs: Runs) -> dict:
 
 
 def map_of(runs: Runs) -> dict:
-    jobs = [job for job in experiments.jobs(runs.folder, "map") if job.base == runs.bases[0]]
     found = []
-    for job in jobs:
-        _, lr, _, beta = job.name.removeprefix("map-").replace("e-", "e_").split("-")
-        deltas = [runs.log(job.name, "spin-1", key, slice(-50, None)).mean(2) for key in ("delta_data", "delta_gen")]
-        line: dict = {"lr": float(lr.replace("e_", "e-")), "beta": float(beta)}
-        line |= {metric: runs.gain(job.name, "spin-1", metric=metric) for metric in ("reward", "clean")}
+    for lr, beta in MAP:
+        name = experiments.map_name(lr, beta)
+        deltas = [runs.log(name, "spin-1", key, slice(-50, None)).mean(2) for key in ("delta_data", "delta_gen")]
+        line: dict = {"lr": lr, "beta": beta}
+        line |= {metric: runs.gain(name, "spin-1", metric=metric) for metric in ("reward", "clean")}
         line["delta_data"], line["delta_gen"] = (round(float(delta.mean()), 6) for delta in deltas)
-        line["loss"] = round(float(runs.log(job.name, "spin-1", "loss", slice(-10, None)).mean()), 4)
+        line["loss"] = round(float(runs.log(name, "spin-1", "loss", slice(-10, None)).mean()), 4)
         found.append(line)
     return {"cells": found}
 
 
 def failure(runs: Runs) -> dict:
-    """Of the failing run and, beside it, of the healthy one: {run: {model: ...}}, and when the log shows it."""
+    """Of the failing run and, beside it, of the tuned one: {run: {model: ...}}, and when the log shows it."""
     found: dict = {}
     for name in ("failure", "claims"):
         for k in (1, 2, 3):

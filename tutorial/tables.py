@@ -29,7 +29,7 @@ otherwise."""
 
 OTHERS = {"all five right": "aligned", "clean": "clean", "palette's error": "palette"}  # than reward
 METRICS = {"reward": "reward"} | OTHERS
-HEALTHY, FAILING = "beta 10000, lr 2e-5", "beta 200, lr 1e-4"
+TUNED, FAILING = "beta 10000, lr 2e-5", "beta 200, lr 1e-4"
 GUIDANCES = (1, 2, 3, 5)
 ENDS = ("mean", "low", "high")
 
@@ -174,7 +174,7 @@ def beta_and_lr(part: dict) -> list[str]:
 
 
 def failure(part: dict) -> list[str]:
-    rows, names = [], {"failure": FAILING, "claims": HEALTHY}
+    rows, names = [], {"failure": FAILING, "claims": TUNED}
     for name, title in names.items():
         for model in ("spin-1", "spin-2", "spin-3"):
             of = part[name][model]
@@ -270,7 +270,7 @@ def map_figure(part: dict) -> Image.Image:
 
 def failure_figure(part: dict) -> Image.Image:
     panels = []
-    for name, title in (("claims", HEALTHY), ("failure", FAILING)):
+    for name, title in (("claims", TUNED), ("failure", FAILING)):
         curves = part[name]["curves"]
         for keys in (("delta_data", "delta_gen"), ("loss", "implicit_accuracy")):
             of = {key: zip(*(curves[key][end] for end in ENDS)) for key in keys}
