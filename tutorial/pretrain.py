@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> dict:
     add("--out", "folder for the stages", default="runs/base")
     add("--pictures", "web pictures to train on", type=whole, default=40_000)
     add("--vae-steps", "optimiser steps of the autoencoder, 16 pictures each", type=whole, default=6000)
+    add("--vae", "checkpoint whose autoencoder to take, instead of training one", default=None)
     add("--web-steps", "optimiser steps on the web pictures, 64 each", type=whole, default=9000)
     add("--sft-steps", "optimiser steps on the curated set, 64 each", type=whole, default=2500)
     add("--seed", "of weights, pictures and noise", type=run.SEED, default=0)
@@ -79,7 +81,10 @@ def main(argv: list[str] | None = None) -> dict:
     scenes = [toy.SCENES[i] for i in rng.integers(len(toy.SCENES), size=args.pictures)]
     pictures = to_tensor([drawing.web(scene, rng) for scene in scenes])
     captions = [drawing.careless_caption(scene, rng) for scene in scenes]
-    sd = stage("vae", lambda: make_vae(pictures, args.vae_steps, args.seed))
+    if args.vae:
+        sd = replace(fresh(args.seed), vae=weights.load(args.vae).vae)
+    else:
+        sd = stage("vae", lambda: make_vae(pictures, args.vae_steps, args.seed))
     latents = encode(sd, pictures)
     sd = stage("web", lambda: make_unet(sd, latents, captions, args.web_steps, 1e-3, args.seed + 1))
 
@@ -89,14 +94,19 @@ def main(argv: list[str] | None = None) -> dict:
     return report
 
 
-def make_vae(pictures: Tensor, steps: int, seed: int) -> tuple[weights.StableDiffusion, dict]:
-    """All four parts with fresh weights, the VAE trained; its scaling_factor makes latents of unit variance."""
+def fresh(seed: int) -> weights.StableDiffusion:
+    """All four parts, with weights that nothing has been learned in yet."""
     with torch.random.fork_rng():  # modules draw their weights from the global generator, which is left as it was
         torch.manual_seed(seed)
         tokenizer = small_tokenizer()
         ids = {"bos_token_id": tokenizer.vocab[BOS], "eos_token_id": tokenizer.vocab[EOS]}
         text_encoder = TextEncoder(TEXT | {"vocab_size": len(tokenizer.vocab)} | ids, tokenizer)
-        sd = weights.StableDiffusion(UNet(UNET), AutoencoderKL(VAE), text_encoder, Scheduler(SD_1["scheduler"]))
+        return weights.StableDiffusion(UNet(UNET), AutoencoderKL(VAE), text_encoder, Scheduler(SD_1["scheduler"]))
+
+
+def make_vae(pictures: Tensor, steps: int, seed: int) -> tuple[weights.StableDiffusion, dict]:
+    """`fresh` with the VAE trained; its scaling_factor makes latents of unit variance."""
+    sd = fresh(seed)
 
     def losses(draw: torch.Generator) -> Iterator[Tensor]:
         while True:
