@@ -35,12 +35,12 @@ from spin.scheduler import add_noise  # noqa: E402
 from spin.step import spin_step  # noqa: E402
 from tutorial import drawing, pretrain  # noqa: E402
 
-BASES, SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)  # of pretraining, of fine-tuning
-OF_PART = {"claims": BASES, "web": (1, 2, 3)}  # which bases; the others have the first three
+BASES, SEEDS = (0, 1, 2), (0, 1, 2)  # of pretraining, of fine-tuning
 SWEEP = (1.0, 1.5, 2.0, 3.0, 5.0)  # guidance scales
-FIXED = "--score none --grid-prompts 0 --save-every 0 --device cpu"
+AT_ONCE = 32  # pictures drawn, the fastest on one core
+FIXED = f"--score none --grid-prompts 0 --save-every 0 --device cpu --generation-batch {AT_ONCE}"
 STEPS = sum(train.parse([]).steps)  # of all iterations: 300
-MAP = list(product((2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4), (200, 1000, 5000, 20000, 100000)))  # (lr, beta)
+MAP = list(product((2e-6, 5e-6, 2e-5, 5e-5, 1e-4), (200, 1000, 10000, 100000)))  # (lr, beta)
 
 
 class Look(NamedTuple):
@@ -60,8 +60,8 @@ class Look(NamedTuple):
 TUNE = (Look("validation", 3.0),)
 SINGLE = (Look("test", 3.0),)
 ACROSS = tuple(Look("test", guidance) for guidance in (1.0, 2.0, 3.0, 5.0))
-LONGER = (Look("test", 3.0, steps=50),)
-BEST = (*(Look("validation", guidance) for guidance in SWEEP), Look("test", None, 2))
+LONGER = (Look("test", 1.0), Look("test", 3.0), Look("test", 3.0, steps=50))
+BEST = (*(Look("validation", guidance) for guidance in SWEEP), Look("test", None))
 FIVE = (Look("test", 3.0, 5),)
 HELD_OUT = "held-out error"  # of the predicted noise on curated pictures of the test scenes, which nobody was shown
 
@@ -73,7 +73,7 @@ class Job:
     base: int
     seed: int
     flags: str = ""  # train.py's; none: nothing is trained
-    looks: dict[str, tuple[Look, ...]] = field(default_factory=lambda: {"spin-3": SINGLE})  # of each model to judge
+    looks: dict[str, tuple[Look, ...]] = field(default_factory=lambda: {"spin-1": SINGLE})  # of each model to judge
     start: str = "theta_0"  # or web
     again: bool = False  # whether the first opponent's images are those of the run "claims", which are not drawn anew
 
@@ -86,57 +86,49 @@ class Job:
 
 
 # ---- What is asked ---------------------------------------------------------------------------------------------------
-def bases_of(part: str, bases=BASES) -> tuple[int, ...]:
-    return tuple(base for base in bases if base in OF_PART.get(part, BASES[:3]))
-
-
 def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
     """The jobs of a part. web and learned need their trials done, of which they take the best."""
-    bases = bases_of(part, bases)
     every = [(base, seed) for seed in seeds for base in bases]
 
     def of(name: str, flags: str, cells=every, **others) -> list[Job]:
         return [Job(part, name, base, seed, flags, **others) for base, seed in cells]
 
     once_a_base = [(base, SEEDS[0]) for base in bases]
+    once = "--loss spin --iterations 1"
     if part == "claims":
         found = of("theta_0", "", once_a_base, looks={"base": (*FIVE, *BEST, *ACROSS, *LONGER)})
         looks = dict.fromkeys(("sft", "dpo", "spin-1", "spin-2", "spin-3"), (*FIVE, *BEST))
-        looks["spin-3"] += (*ACROSS, *LONGER)
+        looks["spin-1"] += (*ACROSS, *LONGER)
         found += of("claims", "--loss all", looks=looks)
-        continued = {"looks": {"spin-1": (*SINGLE, *BEST)}, "again": True}
-        found += of("continued", f"--loss spin --iterations 1 --steps {STEPS}", **continued)
+        found += of("continued", f"{once} --steps {STEPS}", looks={"spin-1": (*SINGLE, *BEST)}, again=True)
         return found + of("sft-longer", f"--loss sft --steps {STEPS}", looks={"sft": (*SINGLE, *BEST)})
     if part == "web":
         found = of("theta_0", "", once_a_base, looks={"base": (*SINGLE, *BEST)}, start="web")
-        for method, models in (("sft", ["sft"]), ("dpo", ["dpo"]), ("spin", ["spin-1", "spin-2", "spin-3"])):
+        for method, models in (("sft", ["sft"]), ("dpo", ["dpo"]), ("spin", ["spin-1", "spin-3"])):
             flags = f"--loss {method} {best_trial(runs, f'web-{method}')}"
             found += of(method, flags, looks=dict.fromkeys(models, (*SINGLE, *BEST)), start="web")
         return found
     if part == "learned":
-        across = {"looks": {"spin-3": ACROSS}}
-        found = [job for g in (1, 2, 5) for job in of(f"negatives-at-{g}", f"--loss spin --guidance {g}", **across)]
-        found += of("negatives-50-steps", "--loss spin --sampler-steps 50", looks={"spin-3": (*ACROSS, *LONGER)})
-        found += of("negatives-as-images", "--loss spin --generated images", **across)
-        return found + of("trajectory", f"--loss spin-trajectory {best_trial(runs, 'trajectory')}", **across)
+        across, ends = {"looks": {"spin-1": ACROSS}}, {"looks": {"spin-1": LONGER}}
+        found = [job for g in (1, 2, 5) for job in of(f"negatives-at-{g}", f"{once} --guidance {g}", **across)]
+        found += of("negatives-50-steps", f"{once} --sampler-steps 50", **ends)
+        found += of("negatives-as-images", f"{once} --generated images", **ends)
+        flags = f"--loss spin-trajectory --iterations 1 {best_trial(runs, 'trajectory')}"
+        return found + of("trajectory", flags, **ends)
     if part == "choices":
         found = [Job(part, "gradient", *cell, looks={}) for cell in once_a_base]
-        found += of("noise-independent", "--loss spin --noise independent", again=True)
-        found += [
-            job for link in ("hinge", "correlation") for job in of(link, f"--loss spin --link {link}", again=True)
-        ]
-        found += of("dropout", "--loss spin --prompt-dropout 0.1", again=True)
-        for k, steps in ((2, 150), (6, 50), (1, 500)):
+        found += of("noise-independent", f"{once} --noise independent", again=True)
+        found += [job for link in ("hinge", "correlation") for job in of(link, f"{once} --link {link}", again=True)]
+        found += of("dropout", f"{once} --prompt-dropout 0.1", again=True)
+        for k, steps in ((2, 150), (1, 500)):
             flags = f"--loss spin --iterations {k} --steps {steps}"
             found += of(f"{k}-times-{steps}", flags, looks={f"spin-{k}": SINGLE}, again=True)
         return found
     if part == "map":
-        of_one = {"cells": once_a_base, "looks": {"spin-1": SINGLE}, "again": True}
-        flags = "--loss spin --iterations 1 --lr {:g} --beta {:g}"
-        return [job for cell in MAP for job in of(map_name(*cell), flags.format(*cell), **of_one)]
+        flags = once + " --lr {:g} --beta {:g}"
+        return [job for cell in MAP for job in of(map_name(*cell), flags.format(*cell), once_a_base, again=True)]
     if part == "failure":
-        looks = dict.fromkeys(("spin-1", "spin-2", "spin-3"), SINGLE)
-        return of("failure", "--loss spin --beta 200 --lr 1e-4", looks=looks, again=True)
+        return of("failure", f"{once} --beta 200 --lr 1e-4", again=True)
     raise ValueError(part)
 
 
@@ -148,19 +140,19 @@ TRIALS = {
     "web-sft": [f"--sft-lr {lr:g}" for lr in (3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3)],
     "web-dpo": [f"--dpo-lr {lr:g} --dpo-beta {beta:g}" for lr, beta in product((1e-6, 1e-5, 1e-4), (2000, 20000))],
     "web-spin": [f"--lr {lr:g} --beta {beta:g}" for lr, beta in product((1e-5, 5e-5, 2e-4), (1000, 10000))],
-    "trajectory": [f"--lr {lr:g} --beta {beta:g}" for lr, beta in product((2e-6, 6e-6, 2e-5), (10000, 100000))],
+    "trajectory": [f"--lr {lr:g} --beta {beta:g}" for lr, beta in product((2e-6, 1e-5, 5e-5), (2000, 20000))],
 }
 
 
 def trials(kind: str) -> list[Job]:
     """Of one base and seed, judged on validation prompts."""
     start, method = ("web", kind.removeprefix("web-")) if kind.startswith("web") else ("theta_0", "spin-trajectory")
-    base = OF_PART["web"][0] if start == "web" else BASES[0]
-    model = method if method in ("sft", "dpo") else "spin-3"
+    model = {"spin": "spin-3", "spin-trajectory": "spin-1"}.get(method, method)
+    once = " --iterations 1" if model == "spin-1" else ""
     names = [f"trial-{kind}{flags.replace(' --', '-').replace('--', '-').replace(' ', '-')}" for flags in TRIALS[kind]]
     given = {"looks": {model: TUNE}, "start": start}
     named = zip(names, TRIALS[kind])
-    return [Job("trials", name, base, SEEDS[0], f"--loss {method} {flags}", **given) for name, flags in named]
+    return [Job("trials", name, BASES[0], SEEDS[0], f"--loss {method}{once} {flags}", **given) for name, flags in named]
 
 
 def rewards_of_trials(runs: Path, kind: str) -> dict[str, float]:
@@ -198,9 +190,13 @@ def do(job: Job, runs: Path) -> float:
         if job.name == "gradient":
             found |= {"gradient": gradient_noise(runs, job)}
         if job.flags:
+            encoded = runs / f"{job.start}-{job.base}" / "cache"  # of real images, which no job needs to encode again
             if job.again:
-                images_of_the_first_opponent(runs, job)
+                copy(runs / replace(job, name="claims").place / "iter1" / "generated", out / "iter1" / "generated")
+            copy(encoded, out / "cache")
             train.main([*job.flags.split(), *FIXED.split(), *to_start(start, job.seed), "--out", str(out)])
+            for folder in (out / "cache").iterdir():
+                copy(folder, encoded / folder.name)
         found["training_seconds"] = round(time.perf_counter() - began, 1)
         found["models"] = {}
         sd = weights.load(start)
@@ -216,13 +212,10 @@ def to_start(start: Path, seed: int) -> list[str]:
     return ["--preset", "toy", "--model", str(start), "--seed", str(seed)]
 
 
-def images_of_the_first_opponent(runs: Path, job: Job) -> None:
-    """Copies the latents of real images and of theta_0's that the run "claims" made: any other would make the same."""
-    source, out = runs / replace(job, name="claims").place, runs / job.place
-    for folder in (*source.glob("cache/*"), source / "iter1" / "generated"):
-        if not (to := out / folder.relative_to(source)).exists():
-            with run.whole(to) as part:
-                shutil.copytree(folder, part)
+def copy(source: Path, to: Path) -> None:
+    if source.exists() and not to.exists():
+        with run.whole(to) as part:
+            shutil.copytree(source, part)
 
 
 def judged(sd, looks: tuple[Look, ...]) -> dict:
@@ -233,16 +226,21 @@ def judged(sd, looks: tuple[Look, ...]) -> dict:
         if guidance is None:
             tried = {g: np.mean(found[Look("validation", g).name]["reward"]) for g in SWEEP}
             guidance = max(tried, key=tried.get)
-        if look.name in found and len(found[look.name]["reward"][0]) >= look.pictures:
-            continue
-        prompts = [scene.caption for scene in toy.split()[look.split]]
-        jobs = [(p, judge.SEED + judge.STRIDE * i + j) for i, p in enumerate(prompts) for j in range(look.pictures)]
-        settings = {"steps": look.steps, "guidance": guidance, "height": toy.SIDE, "width": toy.SIDE}
-        drawn = [np.asarray(viz.to_pil(x)) / np.float32(255) for x in sampler.pictures(sd, jobs, 64, **settings)]
-        scores = toy.score(np.stack(drawn), [prompt for prompt, _ in jobs])
-        by_prompt = {m: np.round(v, 4).reshape(len(prompts), -1).tolist() for m, v in scores.items()}
-        found[look.name] = {"guidance": guidance} | by_prompt
+        same = found.get(look._replace(guidance=guidance).name)
+        if not same or len(same["reward"][0]) < look.pictures:
+            same = {"guidance": guidance} | scores_of(sd, look.split, guidance, look.steps, look.pictures)
+        found[look.name] = same
     return found
+
+
+def scores_of(sd, split: str, guidance: float, steps: int, pictures: int) -> dict:
+    """{metric: [prompts][pictures]} of what a model draws."""
+    prompts = [scene.caption for scene in toy.split()[split]]
+    jobs = [(p, judge.SEED + judge.STRIDE * i + j) for i, p in enumerate(prompts) for j in range(pictures)]
+    settings = {"steps": steps, "guidance": guidance, "height": toy.SIDE, "width": toy.SIDE}
+    drawn = [np.asarray(viz.to_pil(x)) / np.float32(255) for x in sampler.pictures(sd, jobs, AT_ONCE, **settings)]
+    scores = toy.score(np.stack(drawn), [prompt for prompt, _ in jobs])
+    return {metric: np.round(of, 4).reshape(len(prompts), -1).tolist() for metric, of in scores.items()}
 
 
 @torch.no_grad()
@@ -289,10 +287,13 @@ def gradient_noise(runs: Path, job: Job, batches: int = 100) -> dict:
 
 # ---- All of them -----------------------------------------------------------------------------------------------------
 def make_base(base: int, runs: Path) -> float:
+    """All share the autoencoder of spin/toy_base, which is base 0's theta_0; that one's web stage is not kept there."""
     began, out = time.perf_counter(), runs / f"base-{base}"
     out.mkdir(parents=True, exist_ok=True)
+    if not base:
+        copy(toy.BASE, out / "theta_0")
     with open(out / "output.txt", "a") as said, redirect_stdout(said), redirect_stderr(said):
-        pretrain.main(["--seed", str(base), "--out", str(out)])
+        pretrain.main(["--seed", str(base), "--vae", str(toy.BASE), "--out", str(out)])
     return time.perf_counter() - began
 
 
@@ -318,8 +319,7 @@ def main(argv: list[str] | None = None) -> None:
 
         for part in args.parts:
             if part == "bases":
-                others = [base for base in args.bases if base]  # base 0 is in spin/toy_base
-                each([f"base-{base}" for base in others], make_base, others)
+                each([f"base-{base}" for base in args.bases], make_base, args.bases)
                 continue
             for wanted in (partial(trials_of, part), partial(jobs, runs, part, args.bases, args.seeds)):
                 todo = [job for job in wanted() if not job.done(runs)]
