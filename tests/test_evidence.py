@@ -21,6 +21,9 @@ def test_pooled_by_hand():
     assert found["mean"] == 3.5 and found["by_base"] == [2.0, 5.0]
     assert found["high"] - 3.5 == pytest.approx(12.706 * 1.5, rel=1e-3)
     assert found["high"] - 3.5 == pytest.approx(3.5 - found["low"])
+    # of these bases, the seeds' means 1.5, 2.5 and 4.5, 5.5: variance 0.5 within a base, 0.5 / 4 = 0.125 of the mean,
+    # two degrees of freedom, t = 4.303
+    assert found["here"][1] - 3.5 == pytest.approx(4.303 * 0.125**0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -31,13 +34,15 @@ def test_quantiles_of_students_t(freedom, level, t):
 
 
 def test_the_interval_covers_where_bases_seeds_and_prompts_all_vary():
-    rng, within, count = np.random.default_rng(0), 0, 1000
+    rng, within, here, count = np.random.default_rng(0), 0, 0, 1000
     for _ in range(count):
         base, seed, prompt = rng.normal(0, 0.05, (3, 1, 1)), rng.normal(0, 0.03, (3, 3, 1)), rng.normal(0, 0.5, 200)
         values = 1.0 + base + seed + prompt + rng.normal(0, 0.5, (3, 3, 200))
         found = findings.pooled(values)
         within += found["low"] <= 1.0 <= found["high"]
+        here += found["here"][0] <= 1.0 + base.mean() <= found["here"][1]
     assert 0.94 <= within / count <= 0.995  # a little wide by construction, never narrow
+    assert 0.94 <= here / count <= 0.995
 
 
 def all_jobs(folder: Path):
@@ -58,7 +63,7 @@ def made_up(tmp_path_factory):
     def make(job) -> None:
         models = {}
         for model, looks in job.looks.items():
-            gain = gains.get(model, 0.0) if job.name in ("claims", "spin") else 0.0
+            gain = gains.get(model, 0.0) if job.name in ("claims", "spin") else 0.0  # of self-play as it is tuned
             looks = sorted(looks, key=lambda look: look.pictures)  # of two with one name, that of more pictures
             models[model] = {look.name: pictures(look.split, look.pictures, gain) for look in looks}
             models[model] |= {HELD_OUT: rng.normal(1.0, 0.01, 200).tolist()}
@@ -78,8 +83,8 @@ def made_up(tmp_path_factory):
     for job in all_jobs(folder):
         make(job)
     for base in experiments.BASES:
-        facts = {"seconds": 60, "commit": "0123456789abcdef", "aligned": 1.0, "reward": 6.0, "ceiling": {"reward": 7.0}}
-        run.write_json(folder / f"base-{base}" / "pretrain.json", dict.fromkeys(("vae", "web", "theta_0"), facts))
+        facts = {"seconds": 60, "commit": "0123456789abcdef", "aligned": 1.0, "reward": 6.0, "clean": 5.0}
+        run.write_json(folder / f"base-{base}" / "pretrain.json", dict.fromkeys(("web", "theta_0"), facts))
     return folder
 
 
@@ -94,6 +99,7 @@ def test_findings_of_runs_of_which_the_answer_is_known(made_up, tmp_path):
     assert found["web"]["gains"]["SPIN-3"]["reward"]["mean"] == pytest.approx(0.4, abs=0.01)
     assert found["claims"]["gains"]["SPIN-2"]["best_of_five"]["mean"] == pytest.approx(0.3, abs=0.01)
     assert set(found["failure"]["failure"]["alarms"]["10"]) == {10}
+    assert found["choices"]["rows"]["3 x 100 steps"]["less_reference"]["mean"] == 0
     assert set(found["failure"]["claims"]["alarms"]["10"]) == {None}
     assert {path.name for path in (out.parent / "figures").iterdir()} == {
         f"evidence_{part}.png" for part in ("claims", "web", "learned", "map", "failure")
@@ -110,7 +116,16 @@ def test_seeds_that_are_not_whole_are_left_out(made_up, tmp_path):
     found = findings.collect(runs)
     assert found["claims"]["about"]["seeds"] == found["choices"]["about"]["seeds"] == [0, 1]
     assert found["web"]["about"]["seeds"] == [0, 1, 2]
-    assert [len(found[part]["claims"][0]["single"]["by_base"]) for part in ("claims", "web")] == [5, 3]
+
+
+def test_a_part_without_runs_stays_as_it_was(made_up, tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "out" / "evidence"
+    shutil.copytree(made_up, runs)
+    before = findings.main(["--runs", str(runs), "--out", str(out)])
+    for seed in experiments.SEEDS:
+        (runs / f"theta_0-1/seed-{seed}/hinge/scores.json").unlink()
+    assert "choices" not in findings.collect(runs)
+    assert findings.main(["--runs", str(runs), "--out", str(out)]) == before
 
 
 def test_no_two_jobs_share_a_folder(made_up):

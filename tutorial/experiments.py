@@ -120,7 +120,7 @@ def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
         found += of("noise-independent", f"{once} --noise independent", again=True)
         found += [job for link in ("hinge", "correlation") for job in of(link, f"{once} --link {link}", again=True)]
         found += of("dropout", f"{once} --prompt-dropout 0.1", again=True)
-        for k, steps in ((2, 150), (1, 500)):
+        for k, steps in ((2, 210), (1, 550)):  # drawing 600 images takes as long as some 125 steps
             flags = f"--loss spin --iterations {k} --steps {steps}"
             found += of(f"{k}-times-{steps}", flags, looks={f"spin-{k}": SINGLE}, again=True)
         return found

@@ -2,7 +2,8 @@
 
     python tutorial/findings.py        runs/evidence -> tutorial/evidence/evidence.json, and by tables.py its tables
 
-A part of which jobs are missing is told of with the seeds that are whole, or, if there are none, left out.
+A part of which jobs are missing is told of with the seeds that are whole; of one that has none, what evidence.json says
+is left as it is.
 """
 
 import argparse
@@ -25,30 +26,43 @@ from tutorial import experiments, tables  # noqa: E402
 from tutorial.experiments import BASES, HELD_OUT, MAP, SEEDS, SWEEP, TRIALS, Look  # noqa: E402
 
 OUT = ROOT / "tutorial" / "evidence"
-AT_3, BEST, AT_50 = Look("test", 3.0).name, Look("test", None).name, Look("test", 3.0, steps=50).name
+AT_3, BEST = Look("test", 3.0).name, Look("test", None).name
+AT = {f"at_{look.guidance:g}": look.name for look in experiments.ACROSS} | {"at_50": Look("test", 3.0, steps=50).name}
 THETA_0 = ("theta_0", "base")  # job, model
-EARLY = slice(1, 20)  # steps 2 to 20: at the first, policy and opponent are one
+FIRST, LAST = slice(1, 20), slice(-20, None)  # steps of a log: at the very first, policy and opponent are one
 
 
 # ---- Intervals -------------------------------------------------------------------------------------------------------
 def pooled(values: np.ndarray, level: float = 0.95) -> dict:
-    """mean, low, high of [bases,seeds,prompts]: an interval for another base, seed and prompt of the same kind.
+    """mean, low, high of [bases,seeds,prompts]: an interval for another base, seed and prompt of the same kind; and
+    here, [low, high]: one for other seeds and prompts, but these very bases.
 
     Bases and prompts are crossed samples: the variance of the mean is that of the bases' means over their number plus
     that of the prompts' over theirs (Cameron, Gelbach and Miller 2011, without the term that is subtracted there: a
-    little too wide). Student's t, its degrees of freedom by Welch and Satterthwaite. One base: over prompts only.
+    little too wide). Where the bases are given, that of the seeds' means within a base takes the place of the bases'.
+    Student's t, its degrees of freedom by Welch and Satterthwaite. What there is but one of is taken as given.
     """
-    parts = [(means.var(ddof=1) / len(means), len(means) - 1) for means in sides(values) if len(means) > 1]
+    mean, by_base, by_prompt = values.mean(), values.mean((1, 2)), values.mean((0, 1))
+    within = values.mean(2) - by_base[:, None]  # [bases,seeds]
+    of_seeds = (within**2).sum() / max(1, freedom := within.size - len(within)) / within.size, freedom
+    of = lambda means: (means.var(ddof=1) / len(means) if len(means) > 1 else 0.0, len(means) - 1)  # noqa: E731
+    of_bases, of_prompts = of(by_base), of(by_prompt)
+    low, high = interval(mean, [of_bases if len(values) > 1 else of_seeds, of_prompts], level)
+    here = interval(mean, [of_seeds, of_prompts], level)
+    return {"mean": rounded(mean), "low": low, "high": high, "here": here, "by_base": [rounded(x) for x in by_base]}
+
+
+def interval(mean: float, parts: list[tuple[float, int]], level: float) -> list[float]:
+    """parts: variances of the mean and their degrees of freedom; those without any are left out."""
+    parts = [(variance, count) for variance, count in parts if count]
     variance = sum(part for part, _ in parts)
     freedom = variance**2 / sum(part**2 / count for part, count in parts) if variance else 1.0
     half = student(freedom, level) * math.sqrt(variance)
-    mean = float(values.mean())
-    by_base = [round(float(value), 4) for value in sides(values)[0]]
-    return {"mean": round(mean, 4), "low": round(mean - half, 4), "high": round(mean + half, 4), "by_base": by_base}
+    return [rounded(mean - half), rounded(mean + half)]
 
 
-def sides(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return values.mean((1, 2)), values.mean((0, 1))
+def rounded(value: float) -> float:
+    return round(float(value), 4)
 
 
 def student(freedom: float, level: float) -> float:
@@ -113,9 +127,8 @@ class Runs:
         """The change of the error on curated pictures of test scenes, in percent of theta_0's: ratios, averaged as
         logarithms."""
         before, after = (self.scores(*of, HELD_OUT, "", **how)[..., 0] for of in (THETA_0, (name, model)))
-        percent = lambda logarithm: round(100 * math.expm1(logarithm), 2)  # noqa: E731
-        found = pooled(np.log(after / before))
-        return {k: [percent(x) for x in v] if k == "by_base" else percent(v) for k, v in found.items()}
+        percent = lambda x: [percent(of) for of in x] if isinstance(x, list) else round(100 * math.expm1(x), 2)  # noqa: E731
+        return {key: percent(value) for key, value in pooled(np.log(after / before)).items()}
 
     def log(self, name: str, model: str, key: str, steps: slice = slice(None)) -> np.ndarray:
         """[bases,seeds,steps] of the log."""
@@ -133,7 +146,7 @@ class Runs:
         """Commit, hardware, seconds and seeds."""
         jobs = [*experiments.trials_of(part), *experiments.jobs(self.folder, part, self.bases, self.seeds)]
         facts = [self.read(job.place) for job in jobs]
-        commits = sorted({job["commit"][:9] for job in facts})
+        commits = sorted({tables.commit(job["commit"]) for job in facts})
         minutes = round(sum(job["seconds"] for job in facts) / 60)
         told = {
             "bases": list(self.bases),
@@ -154,7 +167,7 @@ ROWS = {  # title: (job, model)
     "SPIN, 300 steps at theta_0": ("continued", "spin-1"),
 }
 SHORT = dict(zip(ROWS, ("SFT", "SFT 900", "DPO", "SPIN-1", "SPIN-2", "SPIN-3", "SPIN 300")))  # in figures
-WEB = {"SFT": ("sft", "sft"), "DPO": ("dpo", "dpo")} | {f"SPIN-{k}": ("spin", f"spin-{k}") for k in (1, 2, 3)}
+WEB = {"SFT": ("sft", "sft"), "DPO": ("dpo", "dpo")} | {f"SPIN-{k}": ("spin", f"spin-{k}") for k in (1, 3)}
 CLAIMS = {
     "SPIN-1 beats SFT": ("SPIN-1", "SFT, 300 steps"),
     "SPIN-2 beats Diffusion-DPO": ("SPIN-2", "DPO, 300 steps"),
@@ -166,37 +179,38 @@ CLAIMS = {
     "SPIN-3 beats SPIN-2": ("SPIN-3", "SPIN-2"),
 }
 NEGATIVES = {
-    "at guidance 1": "negatives-at-1",
-    "at guidance 2": "negatives-at-2",
-    "at guidance 3": "claims",
-    "at guidance 5": "negatives-at-5",
-    "at 3, 50 sampling steps": "negatives-50-steps",
-    "at 3, through pixels": "negatives-as-images",
-    "at 3, (C.5) on the path": "trajectory",
+    "at guidance 1": ("negatives-at-1", "spin-1"),
+    "at guidance 2": ("negatives-at-2", "spin-1"),
+    "at guidance 3": ("claims", "spin-1"),
+    "at guidance 5": ("negatives-at-5", "spin-1"),
+    "at 3, 50 sampling steps": ("negatives-50-steps", "spin-1"),
+    "at 3, through pixels": ("negatives-as-images", "spin-1"),
+    "at 3, (C.5) on the path": ("trajectory", "spin-1"),
 }
-CHOICES = {
-    "3 x 100 steps, shared noise, logistic": ("claims", "spin-3"),
-    "independent noise": ("noise-independent", "spin-3"),
-    "hinge": ("hinge", "spin-3"),
-    "correlation": ("correlation", "spin-3"),
-    "a tenth of the prompts dropped": ("dropout", "spin-3"),
-    "1 x 300 steps": ("continued", "spin-1"),
-    "2 x 150 steps": ("2-times-150", "spin-2"),
-    "6 x 50 steps": ("6-times-50", "spin-6"),
-    "1 x 500 steps": ("1-times-500", "spin-1"),
+ONCE, THRICE = ("claims", "spin-1"), ("claims", "spin-3")
+CHOICES = {  # title: job and model, and those that it is compared with
+    "shared noise, logistic": (ONCE, ONCE),
+    "independent noise": (("noise-independent", "spin-1"), ONCE),
+    "hinge": (("hinge", "spin-1"), ONCE),
+    "correlation": (("correlation", "spin-1"), ONCE),
+    "a tenth of the prompts dropped": (("dropout", "spin-1"), ONCE),
+    "3 x 100 steps": (THRICE, THRICE),
+    "1 x 300 steps": (("continued", "spin-1"), THRICE),
+    "2 x 210 steps": (("2-times-210", "spin-2"), THRICE),
+    "1 x 550 steps": (("1-times-550", "spin-1"), THRICE),
 }
 
 
 def bases(folder: Path) -> dict:
-    """What pretrain.py says of each base; the first one is spin/toy_base."""
-    found = {}
-    for base in BASES:
-        path = (folder / f"base-{base}" if base else toy.BASE) / "pretrain.json"
-        if not path.exists():
-            continue
-        stages = run.read_json(path)
-        keys = ("seconds", "commit", "reward", "aligned", "ceiling")
-        found[str(base)] = {s: {k: stages[s][k] for k in keys if k in stages[s]} for s in ("vae", "web", "theta_0")}
+    """What pretrain.py says of each base. The first one's theta_0 is spin/toy_base, with whose autoencoder all were made;
+    its web stage was made twice."""
+    found: dict = {"ceiling": run.read_json(toy.BASE / "pretrain.json")["vae"]["ceiling"]["reward"]}
+    places = {"0": toy.BASE} | {("0, again" if base == 0 else str(base)): folder / f"base-{base}" for base in BASES}
+    for name, place in places.items():
+        if (place / "pretrain.json").exists():
+            stages = run.read_json(place / "pretrain.json")
+            keys = ("seconds", "commit", "reward", "clean", "aligned")
+            found[name] = {s: {k: stages[s][k] for k in keys} for s in ("web", "theta_0") if s in stages}
     return found
 
 
@@ -246,7 +260,7 @@ def web(runs: Runs) -> dict:
     for title, of in WEB.items():
         gains[title]["best_guidance"] = runs.gain(*of, BEST, start="web")
     found = []
-    for a, b in (("SPIN-3", "SFT"), ("SPIN-1", "SFT"), ("SPIN-2", "DPO"), ("SFT", "DPO")):
+    for a, b in (("SPIN-3", "SFT"), ("SPIN-1", "SFT"), ("SPIN-3", "DPO"), ("SFT", "DPO")):
         gaps = {}
         for regime, look in (("single", AT_3), ("best_guidance", BEST)):
             gap = runs.difference(WEB[a], WEB[b], look, start="web")
@@ -258,28 +272,34 @@ def web(runs: Runs) -> dict:
 
 
 def learned(runs: Runs) -> dict:
+    """Of SPIN-1, whose opponent, theta_0, drew in different ways; of SFT, too."""
     gains = {}
-    for title, name in (NEGATIVES | {"SFT, for comparison": "claims"}).items():
-        model = "sft" if title.startswith("SFT") else "spin-3"
-        looks = {f"at_{g:g}": Look("test", g).name for g in ((3.0,) if model == "sft" else (1.0, 2.0, 3.0, 5.0))}
-        of = {at: {m: runs.gain(name, model, look, m) for m in METRICS} for at, look in looks.items()}
-        if name in ("negatives-50-steps", "claims") and model == "spin-3":
-            of["at_50"] = {m: runs.gain(name, model, AT_50, m) for m in METRICS}
+    for title, (name, model) in (NEGATIVES | {"SFT, for comparison": ("claims", "sft")}).items():
+        looks = runs.read(runs.places(name)[0][0])["models"][model]
+        of = {at: {m: runs.gain(name, model, look, m) for m in METRICS} for at, look in AT.items() if look in looks}
         of["held_out_percent"] = runs.held_out(name, model)
-        if model == "spin-3":
-            for k in (1, 2, 3):
-                of[f"early_accuracy_{k}"] = pooled(runs.log(name, f"spin-{k}", "implicit_accuracy", EARLY))
+        for metric in ("reward", "clean"):
+            of[f"{metric}_less_reference"] = runs.difference((name, model), ONCE, metric=metric)
+        if model != "sft":
+            for key in ("implicit_accuracy", "delta_data", "delta_gen"):
+                of[f"first_{key}"] = pooled(runs.log(name, model, key, FIRST))
+                of[f"last_{key}"] = pooled(runs.log(name, model, key, LAST))
         gains[title] = of
     return {"gains": gains, "trials": {"trajectory": experiments.rewards_of_trials(runs.folder, "trajectory")}}
 
 
 def choices(runs: Runs) -> dict:
+    """seconds: of the optimiser's steps, and of drawing by K opponents, as the run "claims" took for its three."""
+    steps = lambda name, model: runs.log(name, model, "seconds").sum(2).mean()  # noqa: E731
+    drawing = runs.seconds("claims") - sum(steps("claims", m) for m in ("sft", "dpo", "spin-1", "spin-2", "spin-3"))
     rows: dict = {}
-    for title, (name, model) in CHOICES.items():
-        rows[title] = {m: runs.gain(name, model, metric=m) for m in METRICS}
-        rows[title]["less_reference"] = runs.difference((name, model), ("claims", "spin-3"))
-        steps = [sum(line["seconds"] for line in runs.read_log(place)) for row in runs.places(name) for place in row]
-        rows[title] |= {"step_seconds": round(float(np.mean(steps)), 1), "seconds": runs.seconds(name)}
+    for title, (of, reference) in CHOICES.items():
+        rows[title] = {m: runs.gain(*of, metric=m) for m in METRICS}
+        rows[title]["less_reference"] = runs.difference(of, reference)
+        rows[title]["clean_less_reference"] = runs.difference(of, reference, metric="clean")
+        iterations = int(of[1].removeprefix("spin-"))
+        seconds = sum(steps(of[0], f"spin-{k}") for k in range(1, iterations + 1)) + iterations * drawing / 3
+        rows[title]["seconds"] = round(float(seconds), 1)
     gradients = [runs.read(row[0])["gradient"] for row in runs.places("gradient")]
     noise = {of: {key: [g[of][key] for g in gradients] for key in ("variance", "signal")} for of in gradients[0]}
     return {"rows": rows, "gradient": noise}
@@ -299,29 +319,20 @@ def map_of(runs: Runs) -> dict:
 
 
 def failure(runs: Runs) -> dict:
-    """Of the failing run and, beside it, of the tuned one: {run: {model: ...}}, and when the log shows it."""
+    """Of the failing run and, beside it, of the tuned one: gains, the log, and when it shows the failure."""
     found: dict = {}
     for name in ("failure", "claims"):
-        for k in (1, 2, 3):
-            model = f"spin-{k}"
-            of = {m: runs.gain(name, model, metric=m) for m in METRICS}
-            for key in ("loss", "implicit_accuracy", "delta_data", "delta_gen"):
-                of[key] = round(float(runs.log(name, model, key, slice(-10, None)).mean()), 5)
-            found.setdefault(name, {})[model] = of
-        keys = ("loss", "implicit_accuracy", "delta_data", "delta_gen")
-        found[name]["curves"] = {key: curve(runs, name, key) for key in keys}
-        found[name]["alarms"] = {}
-        for window in (5, 10, 20, 50):
-            alarms = [
-                first_alarm(runs, name, b, s, window) for b in range(len(runs.bases)) for s in range(len(runs.seeds))
-            ]
-            found[name]["alarms"][str(window)] = alarms
+        of = found[name] = {m: runs.gain(name, "spin-1", metric=m) for m in METRICS}
+        of["held_out_percent"] = runs.held_out(name, "spin-1")
+        of["curves"] = {key: curve(runs, name, key) for key in ("loss", "implicit_accuracy", "delta_data", "delta_gen")}
+        every = [(b, s) for b in range(len(runs.bases)) for s in range(len(runs.seeds))]
+        of["alarms"] = {str(n): [first_alarm(runs, name, *cell, n) for cell in every] for n in (5, 10, 20, 50)}
     return found
 
 
-def curve(runs: Runs, name: str, key: str, every: int = 10) -> dict[str, list[float]]:
-    """Over the steps of three iterations, means of `every` steps: of all runs the mean, the smallest, the largest."""
-    values = np.concatenate([runs.log(name, f"spin-{k}", key) for k in (1, 2, 3)], axis=2)
+def curve(runs: Runs, name: str, key: str, every: int = 5) -> dict[str, list[float]]:
+    """Means of `every` steps of the log: of all runs the mean, the smallest, the largest."""
+    values = runs.log(name, "spin-1", key)
     means = values.reshape(-1, values.shape[2] // every, every).mean(2)
     ends = {"mean": means.mean(0), "low": means.min(0), "high": means.max(0)}
     return {end: [round(float(value), 6) for value in of] for end, of in ends.items()}
@@ -342,23 +353,22 @@ MAKERS = {"claims": claims, "web": web, "learned": learned, "choices": choices, 
 
 # ---- All of it -------------------------------------------------------------------------------------------------------
 def collect(folder: Path) -> dict:
-    """evidence.json: of every part what its runs say, over the seeds of which all bases are there."""
+    """Of every part what its runs say, over the seeds of which all bases are there."""
     found: dict = {"bases": bases(folder)}
     for part, make in MAKERS.items():
-        needs = ["claims"] if part != "web" else []
-        of_part = experiments.bases_of(part)
-        whole = [seed for seed in SEEDS if all(there(folder, name, of_part, seed) for name in [*needs, part])]
+        needs = [part] if part == "web" else ["claims", part]
+        whole = [seed for seed in SEEDS if all(there(folder, name, seed) for name in needs)]
         if whole:
-            runs = Runs(folder, of_part, whole)
+            runs = Runs(folder, BASES, whole)
             found[part] = {"about": runs.about(part)} | make(runs)
-        print(f"{part}: seeds {', '.join(map(str, whole)) or 'none: left out'}")
+        print(f"{part}: seeds {', '.join(map(str, whole)) or 'none: as it was'}")
     return found
 
 
-def there(folder: Path, part: str, bases: Sequence[int], seed: int) -> bool:
+def there(folder: Path, part: str, seed: int) -> bool:
     jobs = experiments.trials_of(part)
     if all(job.done(folder) for job in jobs):
-        jobs = experiments.jobs(folder, part, bases, [seed])
+        jobs = experiments.jobs(folder, part, seeds=[seed])
     return all(job.done(folder) for job in jobs)
 
 
@@ -367,8 +377,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--runs", default="runs/evidence", help="where experiments.py made them (default: %(default)s)")
     parser.add_argument("--out", default=str(OUT), help="default: tutorial/evidence; figures go beside it")
     args = parser.parse_args(argv)
-    found = collect(Path(args.runs))
-    run.write_json(Path(args.out) / "evidence.json", found)
+    path = Path(args.out) / "evidence.json"
+    found = (run.read_json(path) if path.exists() else {}) | collect(Path(args.runs))
+    run.write_json(path, found)
     tables.main(["--out", args.out])
     return found
 

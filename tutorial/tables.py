@@ -21,8 +21,8 @@ INTRODUCTION = """# The evidence, in tables
 What is found is told in [README.md](README.md). `python tutorial/experiments.py` makes the runs,
 `python tutorial/findings.py` evidence.json, this file and the figures.
 
-Brackets: 95 % intervals over bases, seeds and prompts (`pooled` in [findings.py](../findings.py)). Where nothing else
-is said, a model draws one picture for each of 200 test prompts at guidance 3 and 20 steps, from the same noise as the
+Brackets: 95 % intervals over bases, seeds and prompts (`pooled` in [findings.py](../findings.py)); where it says
+"these bases", over seeds and prompts alone. Where nothing else is said, a model draws one picture for each of 200 test prompts at guidance 3 and 20 steps, from the same noise as the
 one that it is compared with. Reward and clean go from 0 to 10; the palette's error is an rms distance of colours, and
 less is better. Hyper-parameters are the miniature world's defaults ([tuning.md](tuning.md)) unless a line says
 otherwise."""
@@ -66,10 +66,11 @@ def differences(lines: list[dict], regimes: dict[str, str], metric: str = "rewar
     return table([f"difference of {metric}", *regimes], rows)
 
 
-def base_by_base(lines: list[dict]) -> str:
-    count = len(lines[0]["single"]["by_base"])
-    rows = [[line["claim"], *(f"{value:+.3f}" for value in line["single"]["by_base"])] for line in lines]
-    return table(["difference of reward at guidance 3", *(f"base {base}" for base in range(count))], rows)
+def base_by_base(lines: list[dict], regime: str, title: str) -> str:
+    count = len(lines[0][regime]["by_base"])
+    here = lambda of: "{:+.3f} [{:+.3f}, {:+.3f}]".format(of["mean"], *of["here"])  # noqa: E731
+    rows = [[line["claim"], here(line[regime]), *map("{:+.3f}".format, line[regime]["by_base"])] for line in lines]
+    return table([f"difference of {title}", "these bases", *(f"base {base}" for base in range(count))], rows)
 
 
 def sweep(rows: dict[str, dict]) -> str:
@@ -92,24 +93,31 @@ def trials(kinds: dict[str, dict]) -> list[str]:
 
 
 # ---- The parts -------------------------------------------------------------------------------------------------------
-def bases(found: dict[str, dict]) -> str:
+def bases(found: dict) -> str:
     rows = []
     for base, of in found.items():
-        scores = [f"{of[stage]['reward']:.3f}, {of[stage]['aligned']:.2f}" for stage in ("web", "theta_0")]
-        minutes = round(sum(stage["seconds"] for stage in of.values()) / 60)
-        commits = ", ".join(sorted({stage["commit"][:9] for stage in of.values()}))
-        rows.append([base, f"{of['vae']['ceiling']['reward']:.3f}", *scores, str(minutes), commits])
-    columns = ["base", "ideal pictures through the VAE: reward", "web: reward, all five right", "theta_0: the same"]
-    return table([*columns, "minutes of one core", "commits"], rows)
+        if base != "ceiling":
+            stages = [of.get(stage) for stage in ("web", "theta_0")]
+            scores = ["{reward:.3f}, {clean:.3f}, {aligned:.2f}".format(**stage) if stage else "" for stage in stages]
+            made = [stage for stage in stages if stage]
+            minutes = f"{sum(stage['seconds'] for stage in made) / 60:.0f}"
+            rows.append([base, *scores, minutes, ", ".join(dict.fromkeys(commit(stage["commit"]) for stage in made))])
+    columns = ["base", "web: reward, clean, all five right", "theta_0: the same", "minutes of one core", "commits"]
+    return table(columns, rows)
+
+
+def commit(name: str) -> str:
+    return name[:9] + "-dirty" * name.endswith("-dirty")
 
 
 def claims(part: dict) -> list[str]:
     regimes = {"at guidance 3": "single", "the best of five pictures": "best_of_five"}
     regimes |= {"each at its best guidance": "best_guidance"}
     said = [theta_0(part["theta_0"]), "Gains over theta_0, of reward and, at guidance 3, of the others:"]
-    said += [gains(part["gains"], regimes | OTHERS), differences(part["claims"], regimes), base_by_base(part["claims"])]
+    said += [gains(part["gains"], regimes | OTHERS), differences(part["claims"], regimes), base_by_base(part["claims"], "single", "reward at guidance 3")]
     of_clean = {"at guidance 3": "clean", "each at its best guidance of reward": "clean_best_guidance"}
-    said += [differences(part["claims"], of_clean, "clean"), sweep(part["sweep"])]
+    said += [differences(part["claims"], of_clean, "clean"), base_by_base(part["claims"], "clean", "clean at guidance 3")]
+    said.append(sweep(part["sweep"]))
     held_out = {title: {"held_out": of} for title, of in part["held_out_percent"].items()}
     title = "change of the noise's error on curated pictures of test scenes, %"
     said.append(gains(held_out, {title: "held_out"}, 1))
@@ -126,28 +134,38 @@ def web(part: dict) -> list[str]:
 
 
 def learned(part: dict) -> list[str]:
-    rows, said = (
-        part["gains"],
-        ["What SPIN-3 gains over theta_0. Lines: what its opponents drew; columns: the judging."],
-    )
+    rows = part["gains"]
+    said = ["What SPIN-1 gains over theta_0. Lines: how its opponent, theta_0, drew; columns: the guidance of judging."]
     for metric, title in (("reward", "reward"), ("clean", "clean"), ("palette", "palette's error")):
         said.append(gains(rows, {f"{title} at guidance {g}": f"at_{g}/{metric}" for g in GUIDANCES}))
-    columns = {"all five right at 1": "at_1/aligned", "at 3": "at_3/aligned", "reward at 3, 50 steps": "at_50/reward"}
+    columns = {"all five right at 1": "at_1/aligned", "at 3": "at_3/aligned"}
+    columns |= {"reward at 3, 50 steps": "at_50/reward", "clean at 3, 50 steps": "at_50/clean"}
+    said.append(gains(rows, columns))
+    columns = {f"{m} at 3, less that of opponents who drew at 3": f"{m}_less_reference" for m in ("reward", "clean")}
     said.append(gains(rows, columns))
     told = "Error of the noise predicted on curated pictures of the test scenes, which no model was shown:"
     said += [told, gains(rows, {"change from theta_0, %": "held_out_percent"}, 2)]
-    accuracy = {f"implicit accuracy, steps 2 to 20 of iteration {k}": f"early_accuracy_{k}" for k in (1, 2, 3)}
-    told = {title: of for title, of in rows.items() if "early_accuracy_1" in of}
-    said.append(
-        table(["", *accuracy], [[t, *(value(of[key], 2) for key in accuracy.values())] for t, of in told.items()])
-    )
+    said.append("How easily real and drawn are told apart, from the log: means of steps 2 to 20, and of 81 to 100.")
+    told = {title: of for title, of in rows.items() if "first_delta_gen" in of}
+    lines = []
+    for title, of in told.items():
+        line = [title, *(value(of[f"{when}_implicit_accuracy"], 2) for when in ("first", "last"))]
+        lines.append([*line, *(f"{of[f'last_{key}']['mean']:+.4f}" for key in ("delta_data", "delta_gen"))])
+    said.append(table(["", "accuracy, first", "accuracy, last", "delta_data, last", "delta_gen, last"], lines))
     return said + trials(part["trials"])
 
 
 def choices(part: dict) -> list[str]:
-    columns = {"reward, less theta_0's": "reward", "less the first line's": "less_reference"} | OTHERS
-    seconds = [[title, f"{of['step_seconds']:.0f}", f"{of['seconds']:.0f}"] for title, of in part["rows"].items()]
-    said = [gains(part["rows"], columns), table(["", "seconds of optimiser steps", "with drawing, encoding"], seconds)]
+    columns = {"reward, less theta_0's": "reward", "less the first line's": "less_reference"}
+    columns |= {"clean, less theta_0's": "clean", "less the first line's clean": "clean_less_reference"}
+    columns |= {"all five right": "aligned", "palette's error": "palette"}
+    once, thrice = (
+        {title: of for title, of in part["rows"].items() if ("steps" in title) == lengths} for lengths in (False, True)
+    )
+    said = ["SPIN-1:", gains(once, columns), "Iterations and their length, the last model of each:"]
+    said.append(gains(thrice, columns))
+    seconds = [[title, f"{of['seconds']:.0f}"] for title, of in thrice.items()]
+    said.append(table(["", "seconds of one core, drawing included"], seconds))
     rows = []
     for at, of in part["gradient"].items():
         ratios = [f"{v / s:.0f}" if s > 0 else "?" for v, s in zip(of["variance"], of["signal"])]
@@ -176,13 +194,18 @@ def beta_and_lr(part: dict) -> list[str]:
 def failure(part: dict) -> list[str]:
     rows, names = [], {"failure": FAILING, "claims": TUNED}
     for name, title in names.items():
-        for model in ("spin-1", "spin-2", "spin-3"):
-            of = part[name][model]
-            numbers = [f"{of[key]:.3g}" for key in ("loss", "implicit_accuracy", "delta_data", "delta_gen")]
-            rows.append([title, model, *numbers, gap(of["reward"]), gap(of["aligned"])])
-    columns = ["", "", "loss", "accuracy", "delta_data", "delta_gen", "reward, less theta_0's", "all five right"]
-    said = ["Of the log, means of the last ten steps.", table(columns, rows)]
-    said.append("The first step of SPIN-1 at which delta_data exceeds half of a positive delta_gen, a run each:")
+        of = part[name]
+        for steps, i in (("6 to 10", 1), ("16 to 20", 3), ("46 to 50", 9), ("96 to 100", 19)):
+            numbers = [f"{of['curves'][key]['mean'][i]:.3g}" for key in ("loss", "implicit_accuracy")]
+            numbers += [f"{of['curves'][key]['mean'][i]:+.2g}" for key in ("delta_data", "delta_gen")]
+            rows.append([title, steps, *numbers])
+    said = ["SPIN-1's log, means over all runs:"]
+    said.append(table(["", "steps", "loss", "accuracy", "delta_data", "delta_gen"], rows))
+    columns = {"reward, less theta_0's": "reward"} | OTHERS
+    said.append(gains({title: part[name] for name, title in names.items()}, columns))
+    held_out = {title: part[name] for name, title in names.items()}
+    said.append(gains(held_out, {"change of the noise's error on curated test pictures, %": "held_out_percent"}, 1))
+    said.append("The first step at which delta_data exceeds half of a positive delta_gen, a run each:")
     first = lambda alarms: ", ".join("never" if step is None else str(step) for step in alarms)  # noqa: E731
     rows = []
     for window in part["failure"]["alarms"]:
@@ -201,7 +224,8 @@ PARTS: dict[str, tuple[str, Callable]] = {
 
 
 def markdown(found: dict) -> str:
-    made = "`python tutorial/pretrain.py --seed N`, 100 validation prompts at guidance 3:"
+    made = "`python tutorial/pretrain.py --seed N --vae spin/toy_base`, 100 validation prompts at guidance 3. Ideal "
+    made += f"pictures that have been through that autoencoder earn a reward of {found['bases']['ceiling']:.3f}."
     said = [INTRODUCTION, "## The bases", made, bases(found["bases"])]
     for part, (title, tables) in PARTS.items():
         if part in found:
@@ -244,7 +268,7 @@ def learned_figure(part: dict) -> Image.Image:
         for g in GUIDANCES:
             of = part["gains"][f"at guidance {g}"]
             lines[f"opponents drew at {g}"] = [(x, *(of[f"at_{x}"][metric][end] for end in ENDS)) for x in GUIDANCES]
-        panels.append(charts.lines(f"SPIN-3's {title}, less theta_0's", "guidance of the judging", lines, even=True))
+        panels.append(charts.lines(f"SPIN-1's {title}, less theta_0's", "guidance of the judging", lines, even=True))
     return viz.two_a_row(panels)
 
 
@@ -274,12 +298,9 @@ def failure_figure(part: dict) -> Image.Image:
         curves = part[name]["curves"]
         for keys in (("delta_data", "delta_gen"), ("loss", "implicit_accuracy")):
             of = {key: zip(*(curves[key][end] for end in ENDS)) for key in keys}
-            lines = {key: [(10 * i + 5.5, *point) for i, point in enumerate(points)] for key, points in of.items()}
-            panels.append(
-                charts.lines(
-                    title, "step of three iterations; bars: the range of all runs", lines, ticks=(1, 100, 200, 300)
-                )
-            )
+            lines = {key: [(5 * i + 3, *point) for i, point in enumerate(points)] for key, points in of.items()}
+            label = "step of the first iteration; bars: the range of all runs"
+            panels.append(charts.lines(title, label, lines, ticks=(1, 25, 50, 75, 100)))
     return viz.two_a_row(panels)
 
 
