@@ -99,7 +99,7 @@ def test_findings_of_runs_of_which_the_answer_is_known(made_up, tmp_path):
     assert found["web"]["gains"]["SPIN-3"]["reward"]["mean"] == pytest.approx(0.4, abs=0.01)
     assert found["claims"]["gains"]["SPIN-2"]["best_of_five"]["mean"] == pytest.approx(0.3, abs=0.01)
     assert set(found["failure"]["failure"]["alarms"]["10"]) == {10}
-    assert found["choices"]["rows"]["3 x 100 steps"]["less_reference"]["mean"] == 0
+    assert found["lengths"]["rows"]["3 x 100 steps"]["reward_less_reference"]["mean"] == 0
     assert set(found["failure"]["claims"]["alarms"]["10"]) == {None}
     assert {path.name for path in (out.parent / "figures").iterdir()} == {
         f"evidence_{part}.png" for part in ("claims", "web", "learned", "map", "failure")

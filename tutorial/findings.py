@@ -27,7 +27,7 @@ from tutorial.experiments import BASES, HELD_OUT, MAP, SEEDS, SWEEP, TRIALS, Loo
 
 OUT = ROOT / "tutorial" / "evidence"
 AT_3, BEST = Look("test", 3.0).name, Look("test", None).name
-AT = {f"at_{look.guidance:g}": look.name for look in experiments.ACROSS} | {"at_50": Look("test", 3.0, steps=50).name}
+AT = {f"at_{look.guidance:g}": look.name for look in experiments.ACROSS}
 THETA_0 = ("theta_0", "base")  # job, model
 FIRST, LAST = slice(1, 20), slice(-20, None)  # steps of a log: at the very first, policy and opponent are one
 
@@ -105,19 +105,28 @@ class Runs:
 
         return np.array([[one(place) for place in row] for row in self.places(name, start)])
 
+    def pictures(self, name: str, model: str, look: str, start: str = "theta_0") -> int:
+        """How many of each prompt that look has, of the model in all runs."""
+        looks = [self.read(place)["models"][model] for row in self.places(name, start) for place in row]
+        return min(len(of[look]["reward"][0]) if look in of else 0 for of in looks)
+
     def difference(
-        self, a: tuple[str, str], b: tuple[str, str], look: str = AT_3, metric: str = "reward", **how
+        self,
+        a: tuple[str, str],
+        b: tuple[str, str],
+        look: str = AT_3,
+        metric: str = "reward",
+        best_of: int = 0,
+        start: str = "theta_0",
     ) -> dict:
         """a's less b's, jobs and models, over the pictures that both have drawn, which begin with the same noise.
 
         best_of: the one of so many that has the most reward, instead of the average. start: what they began with.
         """
-        best_of = how.pop("best_of", 0)
-        of_a, of_b = (self.scores(*of, look, metric, **how) for of in (a, b))
+        of_a, of_b = (self.scores(*of, look, metric, start) for of in (a, b))
         both = best_of or min(of_a.shape[3], of_b.shape[3])
-        if best_of:
-            return pooled(of_a[..., :both].max(3) - of_b[..., :both].max(3))  # of reward
-        return pooled(of_a[..., :both].mean(3) - of_b[..., :both].mean(3))
+        of_a, of_b = (of[..., :both].max(3) if best_of else of[..., :both].mean(3) for of in (of_a, of_b))
+        return pooled(of_a - of_b)
 
     def gain(self, name: str, model: str, look: str = AT_3, metric: str = "reward", **how) -> dict:
         """Over theta_0."""
@@ -168,6 +177,13 @@ ROWS = {  # title: (job, model)
 }
 SHORT = dict(zip(ROWS, ("SFT", "SFT 900", "DPO", "SPIN-1", "SPIN-2", "SPIN-3", "SPIN 300")))  # in figures
 WEB = {"SFT": ("sft", "sft"), "DPO": ("dpo", "dpo")} | {f"SPIN-{k}": ("spin", f"spin-{k}") for k in (1, 3)}
+REGIMES = {  # look, metric, of how many pictures the best
+    "single": (AT_3, "reward", 0),
+    "best_of_five": (AT_3, "reward", 5),
+    "best_guidance": (BEST, "reward", 0),
+    "clean": (AT_3, "clean", 0),
+    "clean_best_guidance": (BEST, "clean", 0),
+}
 CLAIMS = {
     "SPIN-1 beats SFT": ("SPIN-1", "SFT, 300 steps"),
     "SPIN-2 beats Diffusion-DPO": ("SPIN-2", "DPO, 300 steps"),
@@ -194,6 +210,8 @@ CHOICES = {  # title: job and model, and those that it is compared with
     "hinge": (("hinge", "spin-1"), ONCE),
     "correlation": (("correlation", "spin-1"), ONCE),
     "a tenth of the prompts dropped": (("dropout", "spin-1"), ONCE),
+}
+LENGTHS = {
     "3 x 100 steps": (THRICE, THRICE),
     "1 x 300 steps": (("continued", "spin-1"), THRICE),
     "2 x 210 steps": (("2-times-210", "spin-2"), THRICE),
@@ -214,58 +232,48 @@ def bases(folder: Path) -> dict:
     return found
 
 
+def regimes(runs: Runs, a: tuple[str, str], b: tuple[str, str], start: str = "theta_0", plateau: bool = False) -> dict:
+    """{regime: a's less b's, and what that says of "a beats b"}, in those of REGIMES in which both were judged."""
+    found = {}
+    for regime, (look, metric, best_of) in REGIMES.items():
+        if all(runs.pictures(*of, look, start) >= max(1, best_of) for of in (a, b)):
+            gap = runs.difference(a, b, look, metric, best_of=best_of, start=start)
+            found[regime] = gap | {"verdict": verdict(gap, plateau)}
+    return found
+
+
 def claims(runs: Runs) -> dict:
-    regimes = {"single": {"look": AT_3}, "best_of_five": {"look": AT_3, "best_of": 5}, "best_guidance": {"look": BEST}}
-    gains: dict = {}
-    for title, (name, model) in ROWS.items():
-        five = name == "claims"
-        gains[title] = {m: runs.gain(name, model, metric=m) for m in METRICS}
-        gains[title] |= {
-            regime: runs.gain(name, model, **how) for regime, how in regimes.items() if five or "best_of" not in how
-        }
-        places = [place for row in runs.places(name) for place in row]
-        gains[title]["short"] = SHORT[title]
-        gains[title]["guidance"] = [runs.read(place)["models"][model][BEST]["guidance"] for place in places]
+    gains = {}
+    for title, of in ROWS.items():
+        gains[title] = regimes(runs, of, THETA_0) | {m: runs.gain(*of, metric=m) for m in METRICS}
+        gains[title] |= {"short": SHORT[title], "held_out_percent": runs.held_out(*of)}
     found = []
     for claim, (a, b) in CLAIMS.items():
-        line: dict = {"claim": claim}
         both = ROWS[a], ROWS[b] if b else THETA_0
-        for regime, how in regimes.items():
-            if "best_of" not in how or {name for name, _ in both} <= {"claims", "theta_0"}:
-                gap = runs.difference(*both, **how)
-                line[regime] = gap | {"verdict": verdict(gap, plateau=b is None)}
-        for regime, look in (("clean", AT_3), ("clean_best_guidance", BEST)):
-            gap = runs.difference(*both, look, "clean")
-            line[regime] = gap | {"verdict": verdict(gap, plateau=b is None)}
-        found.append(line)
+        found.append({"claim": claim} | regimes(runs, *both, plateau=b is None))
     theta_0 = {m: pooled(runs.scores(*THETA_0, AT_3, m).mean(3)) for m in METRICS}
-    chosen = [runs.read(row[0])["models"]["base"][BEST]["guidance"] for row in runs.places("theta_0")]
-    told = {"theta_0": theta_0 | {"guidance": chosen}, "gains": gains, "claims": found}
-    held_out = {title: runs.held_out(*of) for title, of in ROWS.items()}
-    return told | {"held_out_percent": held_out, "sweep": sweep(runs, ROWS)}
+    return {"theta_0": theta_0, "gains": gains, "claims": found, "sweep": sweep(runs, ROWS)}
 
 
 def sweep(runs: Runs, rows: dict, start: str = "theta_0") -> dict:
-    """{model: {guidance: reward on the validation prompts}}."""
-    rows = {"theta_0": THETA_0} | rows
-    looks = {g: Look("validation", g).name for g in SWEEP}
-    return {
-        t: {f"{g:g}": pooled(runs.scores(*of, look, "reward", start)[..., 0]) for g, look in looks.items()}
-        for t, of in rows.items()
-    }
+    """{model: {guidance: reward on the validation prompts}, and under "best" the guidance chosen, a base and seed each}."""
+    found: dict = {}
+    for title, (name, model) in ({"theta_0": THETA_0} | rows).items():
+        if runs.pictures(name, model, BEST, start):
+            looks = {f"{g:g}": Look("validation", g).name for g in SWEEP}
+            scores = {g: runs.scores(name, model, look, "reward", start)[..., 0] for g, look in looks.items()}
+            found[title] = {g: pooled(of) for g, of in scores.items()}
+            places = [place for row in runs.places(name, start) for place in row]
+            found[title]["best"] = [runs.read(place)["models"][model][BEST]["guidance"] for place in places]
+    return found
 
 
 def web(runs: Runs) -> dict:
-    gains = {t: {m: runs.gain(*of, metric=m, start="web") for m in METRICS} for t, of in WEB.items()}
+    gains = {}
     for title, of in WEB.items():
-        gains[title]["best_guidance"] = runs.gain(*of, BEST, start="web")
-    found = []
-    for a, b in (("SPIN-3", "SFT"), ("SPIN-1", "SFT"), ("SPIN-3", "DPO"), ("SFT", "DPO")):
-        gaps = {}
-        for regime, look in (("single", AT_3), ("best_guidance", BEST)):
-            gap = runs.difference(WEB[a], WEB[b], look, start="web")
-            gaps[regime] = gap | {"verdict": verdict(gap)}
-        found.append({"claim": f"{a} beats {b}"} | gaps)
+        gains[title] = regimes(runs, of, THETA_0, "web") | {m: runs.gain(*of, metric=m, start="web") for m in METRICS}
+    pairs = ("SPIN-3", "SFT"), ("SPIN-1", "SFT"), ("SPIN-3", "DPO"), ("SFT", "DPO")
+    found = [{"claim": f"{a} beats {b}"} | regimes(runs, WEB[a], WEB[b], "web") for a, b in pairs]
     theta_0 = {m: pooled(runs.scores(*THETA_0, AT_3, m, "web").mean(3)) for m in METRICS}
     tried = {kind: experiments.rewards_of_trials(runs.folder, kind) for kind in TRIALS if kind.startswith("web")}
     return {"theta_0": theta_0, "gains": gains, "claims": found, "sweep": sweep(runs, WEB, "web"), "trials": tried}
@@ -275,8 +283,8 @@ def learned(runs: Runs) -> dict:
     """Of SPIN-1, whose opponent, theta_0, drew in different ways; of SFT, too."""
     gains = {}
     for title, (name, model) in (NEGATIVES | {"SFT, for comparison": ("claims", "sft")}).items():
-        looks = runs.read(runs.places(name)[0][0])["models"][model]
-        of = {at: {m: runs.gain(name, model, look, m) for m in METRICS} for at, look in AT.items() if look in looks}
+        judged = {at: look for at, look in AT.items() if runs.pictures(name, model, look)}
+        of = {at: {m: runs.gain(name, model, look, m) for m in METRICS} for at, look in judged.items()}
         of["held_out_percent"] = runs.held_out(name, model)
         for metric in ("reward", "clean"):
             of[f"{metric}_less_reference"] = runs.difference((name, model), ONCE, metric=metric)
@@ -289,20 +297,31 @@ def learned(runs: Runs) -> dict:
 
 
 def choices(runs: Runs) -> dict:
+    gradients = [runs.read(row[0])["gradient"] for row in runs.places("gradient")]
+    noise = {of: {key: [g[of][key] for g in gradients] for key in ("variance", "signal")} for of in gradients[0]}
+    return {"rows": compared(runs, CHOICES), "gradient": noise}
+
+
+def compared(runs: Runs, rows: dict) -> dict:
+    """rows: {title: (job and model, those they are compared with)}."""
+    found: dict = {}
+    for title, (of, reference) in rows.items():
+        found[title] = {m: runs.gain(*of, metric=m) for m in METRICS}
+        for metric in ("reward", "clean"):
+            found[title][f"{metric}_less_reference"] = runs.difference(of, reference, metric=metric)
+    return found
+
+
+def lengths(runs: Runs) -> dict:
     """seconds: of the optimiser's steps, and of drawing by K opponents, as the run "claims" took for its three."""
     steps = lambda name, model: runs.log(name, model, "seconds").sum(2).mean()  # noqa: E731
     drawing = runs.seconds("claims") - sum(steps("claims", m) for m in ("sft", "dpo", "spin-1", "spin-2", "spin-3"))
-    rows: dict = {}
-    for title, (of, reference) in CHOICES.items():
-        rows[title] = {m: runs.gain(*of, metric=m) for m in METRICS}
-        rows[title]["less_reference"] = runs.difference(of, reference)
-        rows[title]["clean_less_reference"] = runs.difference(of, reference, metric="clean")
+    rows = compared(runs, LENGTHS)
+    for title, (of, _) in LENGTHS.items():
         iterations = int(of[1].removeprefix("spin-"))
         seconds = sum(steps(of[0], f"spin-{k}") for k in range(1, iterations + 1)) + iterations * drawing / 3
         rows[title]["seconds"] = round(float(seconds), 1)
-    gradients = [runs.read(row[0])["gradient"] for row in runs.places("gradient")]
-    noise = {of: {key: [g[of][key] for g in gradients] for key in ("variance", "signal")} for of in gradients[0]}
-    return {"rows": rows, "gradient": noise}
+    return {"rows": rows}
 
 
 def map_of(runs: Runs) -> dict:
@@ -348,7 +367,8 @@ def first_alarm(runs: Runs, name: str, base: int, seed: int, window: int) -> int
     return None
 
 
-MAKERS = {"claims": claims, "web": web, "learned": learned, "choices": choices, "map": map_of, "failure": failure}
+MAKERS = {"claims": claims, "learned": learned, "web": web, "failure": failure, "choices": choices, "map": map_of}
+MAKERS |= {"lengths": lengths}
 
 
 # ---- All of it -------------------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ otherwise."""
 
 OTHERS = {"all five right": "aligned", "clean": "clean", "palette's error": "palette"}  # than reward
 METRICS = {"reward": "reward"} | OTHERS
+REGIMES = {"at guidance 3": "single", "the best of five pictures": "best_of_five"}
+REGIMES |= {"each at its best guidance": "best_guidance"}
 TUNED, FAILING = "beta 10000, lr 2e-5", "beta 200, lr 1e-4"
 GUIDANCES = (1, 2, 3, 5)
 ENDS = ("mean", "low", "high")
@@ -73,9 +75,12 @@ def base_by_base(lines: list[dict], regime: str, title: str) -> str:
     return table([f"difference of {title}", "these bases", *(f"base {base}" for base in range(count))], rows)
 
 
-def sweep(rows: dict[str, dict]) -> str:
-    columns = ["reward on validation prompts, at guidance", *next(iter(rows.values()))]
-    return table(columns, [[title, *(f"{at['mean']:.3f}" for at in of.values())] for title, of in rows.items()])
+def sweep(rows: dict[str, dict]) -> list[str]:
+    scales = [g for g in next(iter(rows.values())) if g != "best"]
+    means = [[title, *(f"{of[g]['mean']:.3f}" for g in scales)] for title, of in rows.items()]
+    best = [[title, ", ".join(f"{g:g}" for g in of["best"])] for title, of in rows.items()]
+    told = [table(["reward on validation prompts, at guidance", *scales], means)]
+    return told + [table(["", "best guidance by validation prompts, a base and seed each"], best)]
 
 
 def theta_0(of: dict) -> str:
@@ -111,26 +116,24 @@ def commit(name: str) -> str:
 
 
 def claims(part: dict) -> list[str]:
-    regimes = {"at guidance 3": "single", "the best of five pictures": "best_of_five"}
-    regimes |= {"each at its best guidance": "best_guidance"}
-    said = [theta_0(part["theta_0"]), "Gains over theta_0, of reward and, at guidance 3, of the others:"]
-    said += [gains(part["gains"], regimes | OTHERS), differences(part["claims"], regimes), base_by_base(part["claims"], "single", "reward at guidance 3")]
     of_clean = {"at guidance 3": "clean", "each at its best guidance of reward": "clean_best_guidance"}
+    said = [theta_0(part["theta_0"]), "Gains over theta_0, of reward and, at guidance 3, of the others:"]
+    said += [gains(part["gains"], REGIMES | OTHERS)]
+    said += [differences(part["claims"], REGIMES), base_by_base(part["claims"], "single", "reward at guidance 3")]
+    if all("best_guidance" in line for line in part["claims"][:2]):
+        judged = [line for line in part["claims"] if "best_guidance" in line]
+        said.append(base_by_base(judged, "best_guidance", "reward, each at its best guidance"))
     said += [differences(part["claims"], of_clean, "clean"), base_by_base(part["claims"], "clean", "clean at guidance 3")]
-    said.append(sweep(part["sweep"]))
-    held_out = {title: {"held_out": of} for title, of in part["held_out_percent"].items()}
-    title = "change of the noise's error on curated pictures of test scenes, %"
-    said.append(gains(held_out, {title: "held_out"}, 1))
-    chosen = {title: of["guidance"] for title, of in ({"theta_0": part["theta_0"]} | part["gains"]).items()}
-    rows = [[title, ", ".join(f"{g:g}" for g in guidances)] for title, guidances in chosen.items()]
-    return said + [table(["", "best guidance by validation prompts, a base and seed each"], rows)]
+    told = "Error of the noise predicted on curated pictures of the test scenes, which no model was shown:"
+    said += [told, gains(part["gains"], {"change from theta_0, %": "held_out_percent"}, 1)]
+    return said + sweep(part["sweep"])
 
 
 def web(part: dict) -> list[str]:
-    regimes = {"at guidance 3": "single", "each at its best guidance": "best_guidance"}
     columns = {"reward": "reward", "reward, each at its best guidance": "best_guidance"} | OTHERS
     said = [theta_0(part["theta_0"]), "Gains over theta_0:", gains(part["gains"], columns)]
-    return said + [differences(part["claims"], regimes), sweep(part["sweep"]), *trials(part["trials"])]
+    said += [differences(part["claims"], REGIMES), base_by_base(part["claims"], "single", "reward at guidance 3")]
+    return said + sweep(part["sweep"]) + trials(part["trials"])
 
 
 def learned(part: dict) -> list[str]:
@@ -138,9 +141,7 @@ def learned(part: dict) -> list[str]:
     said = ["What SPIN-1 gains over theta_0. Lines: how its opponent, theta_0, drew; columns: the guidance of judging."]
     for metric, title in (("reward", "reward"), ("clean", "clean"), ("palette", "palette's error")):
         said.append(gains(rows, {f"{title} at guidance {g}": f"at_{g}/{metric}" for g in GUIDANCES}))
-    columns = {"all five right at 1": "at_1/aligned", "at 3": "at_3/aligned"}
-    columns |= {"reward at 3, 50 steps": "at_50/reward", "clean at 3, 50 steps": "at_50/clean"}
-    said.append(gains(rows, columns))
+    said.append(gains(rows, {"all five right at 1": "at_1/aligned", "at 3": "at_3/aligned"}))
     columns = {f"{m} at 3, less that of opponents who drew at 3": f"{m}_less_reference" for m in ("reward", "clean")}
     said.append(gains(rows, columns))
     told = "Error of the noise predicted on curated pictures of the test scenes, which no model was shown:"
@@ -155,25 +156,27 @@ def learned(part: dict) -> list[str]:
     return said + trials(part["trials"])
 
 
-def choices(part: dict) -> list[str]:
-    columns = {"reward, less theta_0's": "reward", "less the first line's": "less_reference"}
+def compared(part: dict) -> str:
+    columns = {"reward, less theta_0's": "reward", "less the first line's": "reward_less_reference"}
     columns |= {"clean, less theta_0's": "clean", "less the first line's clean": "clean_less_reference"}
-    columns |= {"all five right": "aligned", "palette's error": "palette"}
-    once, thrice = (
-        {title: of for title, of in part["rows"].items() if ("steps" in title) == lengths} for lengths in (False, True)
-    )
-    said = ["SPIN-1:", gains(once, columns), "Iterations and their length, the last model of each:"]
-    said.append(gains(thrice, columns))
-    seconds = [[title, f"{of['seconds']:.0f}"] for title, of in thrice.items()]
-    said.append(table(["", "seconds of one core, drawing included"], seconds))
+    return gains(part["rows"], columns | {"all five right": "aligned", "palette's error": "palette"})
+
+
+def choices(part: dict) -> list[str]:
     rows = []
     for at, of in part["gradient"].items():
         ratios = [f"{v / s:.0f}" if s > 0 else "?" for v, s in zip(of["variance"], of["signal"])]
         rows.append(
             [at, *(", ".join(f"{x:.3g}" for x in of[key]) for key in ("variance", "signal")), ", ".join(ratios)]
         )
-    said.append("Gradient of a batch of 16 pairs, a value for each base:")
-    return said + [table(["at, noise", "variance, all dimensions", "squared length of the mean", "ratio"], rows)]
+    columns = ["at, noise", "variance, all dimensions", "squared length of the mean", "ratio"]
+    return ["SPIN-1:", compared(part), "Gradient of a batch of 16 pairs, a value for each base:", table(columns, rows)]
+
+
+def lengths(part: dict) -> list[str]:
+    seconds = [[title, f"{of['seconds']:.0f}"] for title, of in part["rows"].items()]
+    said = ["The last model of each:", compared(part)]
+    return said + [table(["", "seconds of one core, the opponents' drawing included"], seconds)]
 
 
 def beta_and_lr(part: dict) -> list[str]:
@@ -219,6 +222,7 @@ PARTS: dict[str, tuple[str, Callable]] = {
     "learned": ("What is learned", learned),
     "choices": ("Choices that the paper leaves open", choices),
     "map": ("beta and learning rate", beta_and_lr),
+    "lengths": ("Iterations and their length", lengths),
     "failure": ("The failure on purpose", failure),
 }
 
@@ -247,18 +251,20 @@ def figures(found: dict) -> dict[str, Image.Image]:
 def claims_figure(part: dict) -> Image.Image:
     titles = {"single": "reward at 3", "best_of_five": "reward at 3, best of five"}
     titles |= {"best_guidance": "reward, each at its best guidance", "clean": "clean (0 to 10) at 3"}
-    rows = part["gains"].values()
-    panels = []
-    for key, title in titles.items():
-        points = {of["short"]: of[key] for of in rows if key in of}
-        panels.append(viz.interval_chart(f"{title}, less theta_0's", points, 500, 240))
-    return viz.two_a_row(panels)
+    return gain_panels({of["short"]: of for of in part["gains"].values()}, titles)
 
 
 def web_figure(part: dict) -> Image.Image:
-    titles = {"reward": "reward at 3, less theta_0's", "best_guidance": "reward, each at its best, less theta_0's"}
-    models = {name: {title: of[key] for key, title in titles.items()} for name, of in part["gains"].items()}
-    return viz.interval_charts(models, 500)
+    return gain_panels(part["gains"], {"single": "reward at 3", "best_guidance": "reward, each at its best guidance"})
+
+
+def gain_panels(rows: dict[str, dict], titles: dict[str, str]) -> Image.Image:
+    """titles: {regime: what it is}; those who were not judged in it are left out of its panel."""
+    panels = []
+    for key, title in titles.items():
+        points = {name: of[key] for name, of in rows.items() if key in of}
+        panels.append(viz.interval_chart(f"{title}, less theta_0's", points, 500, 240))
+    return viz.two_a_row(panels)
 
 
 def learned_figure(part: dict) -> Image.Image:
