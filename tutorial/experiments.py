@@ -186,6 +186,8 @@ def start_of(runs: Path, start: str, base: int) -> Path:
 def do(job: Job, runs: Path) -> float:
     """Trains and judges what `job` says; seconds. What is there already is kept."""
     out, began = runs / job.place, time.perf_counter()
+    if job.done(runs):  # by another process in the meantime
+        return 0.0
     out.mkdir(parents=True, exist_ok=True)
     start = start_of(runs, job.start, job.base)
     with open(out / "output.txt", "a") as said, redirect_stdout(said), redirect_stderr(said):
