@@ -11,7 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from tutorial import figures
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted(ROOT.glob("tutorial/*.md"))
@@ -53,6 +57,23 @@ def test_names_and_links_exist(page):
             assert hasattr(importlib.import_module(module), attribute), f"{page.name}: there is no {name}"
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), f"{page.name}: {link} is not there"
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figures_are_those_that_the_code_draws(name, tmp_path):
+    figures.main([name, "--out", str(tmp_path)])
+    remade, committed = (np.asarray(Image.open(folder / f"{name}.png").convert("RGB"), dtype=float) for folder in
+                         (tmp_path, figures.FOLDER))  # fmt: skip
+    assert remade.shape == committed.shape
+    assert np.abs(remade - committed).mean() < 2  # of 255: another processor rounds otherwise
+
+
+def test_figures_are_small_and_used():
+    paths = list(figures.FOLDER.iterdir())
+    assert max(path.stat().st_size for path in paths) <= 100_000
+    assert sum(path.stat().st_size for path in paths) <= 1_500_000
+    pages = "".join(page.read_text() for page in [*ROOT.glob("tutorial/**/*.md"), ROOT / "README.md"])
+    assert all(path.name in pages for path in paths)
 
 
 def test_there_is_a_tutorial():

@@ -66,6 +66,21 @@ def with_legend(panel: Image.Image, names: dict[str, tuple[int, int, int]]) -> I
     return sheet
 
 
+def bars(title: str, values: dict[str, float], unit: str, width: int = 640) -> Image.Image:
+    """A horizontal bar for each name, from 0, with its number behind it."""
+    font, tall, left = ImageFont.load_default(13), 26, 250
+    sheet = Image.new("RGB", (width, TOP + tall * len(values) + 8), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((10, 8), title, INK, font)
+    scale = (width - left - 90) / max(values.values())
+    for i, (name, value) in enumerate(values.items()):
+        middle = TOP + (i + 0.5) * tall
+        draw.text((left - 8, middle), name, INK, font, anchor="rm")
+        draw.rectangle([left, middle - 8, left + max(1, value * scale), middle + 8], COLOURS[0])
+        draw.text((left + value * scale + 8, middle), f"{value:.3g} {unit}", INK, font, anchor="lm")
+    return sheet
+
+
 def heat_map(
     title: str, x_label: str, y_label: str, columns: Sequence[str], rows: Sequence[str], values: Sequence[Sequence]
 ) -> Image.Image:
