@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spin import run, toy
-from tutorial import experiments, findings, tables
+from tutorial import experiments, findings, intervals, tables
 from tutorial.experiments import HELD_OUT, Look
 
 EVIDENCE = Path(experiments.ROOT, "tutorial/evidence")
@@ -17,7 +17,7 @@ EVIDENCE = Path(experiments.ROOT, "tutorial/evidence")
 def test_pooled_by_hand():
     values = np.array([[[1.0, 2.0], [3.0, 2.0]], [[5.0, 4.0], [5.0, 6.0]]])  # 2 bases, 2 seeds, 2 prompts
     # the bases' means 2 and 5, the prompts' 3.5 and 3.5: variance 4.5 / 2 = 2.25, one degree of freedom, t = 12.706
-    found = findings.pooled(values)
+    found = intervals.pooled(values)
     assert found["mean"] == 3.5 and found["by_base"] == [2.0, 5.0]
     assert found["high"] - 3.5 == pytest.approx(12.706 * 1.5, rel=1e-3)
     assert found["high"] - 3.5 == pytest.approx(3.5 - found["low"])
@@ -30,7 +30,7 @@ def test_pooled_by_hand():
     "freedom, level, t", [(1, 0.95, 12.706), (2, 0.95, 4.303), (3.7, 0.95, 2.868), (10, 0.9, 1.812), (1e6, 0.95, 1.960)]
 )
 def test_quantiles_of_students_t(freedom, level, t):
-    assert findings.student(freedom, level) == pytest.approx(t, rel=2e-3)
+    assert intervals.student(freedom, level) == pytest.approx(t, rel=2e-3)
 
 
 def test_the_interval_covers_where_bases_seeds_and_prompts_all_vary():
@@ -38,7 +38,7 @@ def test_the_interval_covers_where_bases_seeds_and_prompts_all_vary():
     for _ in range(count):
         base, seed, prompt = rng.normal(0, 0.05, (3, 1, 1)), rng.normal(0, 0.03, (3, 3, 1)), rng.normal(0, 0.5, 200)
         values = 1.0 + base + seed + prompt + rng.normal(0, 0.5, (3, 3, 200))
-        found = findings.pooled(values)
+        found = intervals.pooled(values)
         within += found["low"] <= 1.0 <= found["high"]
         here += found["here"][0] <= 1.0 + base.mean() <= found["here"][1]
     assert 0.94 <= within / count <= 0.995  # a little wide by construction, never narrow

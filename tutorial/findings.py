@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 
@@ -24,62 +23,13 @@ from spin.judge import PLATEAU  # noqa: E402
 from spin.toy import METRICS  # noqa: E402
 from tutorial import experiments, tables  # noqa: E402
 from tutorial.experiments import BASES, HELD_OUT, MAP, SEEDS, SWEEP, TRIALS, Look  # noqa: E402
+from tutorial.intervals import pooled, verdict  # noqa: E402
 
 OUT = ROOT / "tutorial" / "evidence"
 AT_3, BEST = Look("test", 3.0).name, Look("test", None).name
 AT = {f"at_{look.guidance:g}": look.name for look in experiments.ACROSS}
 THETA_0 = ("theta_0", "base")  # job, model
 FIRST, LAST = slice(1, 20), slice(-20, None)  # steps of a log: at the very first, policy and opponent are one
-
-
-# ---- Intervals -------------------------------------------------------------------------------------------------------
-def pooled(values: np.ndarray, level: float = 0.95) -> dict:
-    """mean, low, high of [bases,seeds,prompts]: an interval for another base, seed and prompt of the same kind; and
-    here, [low, high]: one for other seeds and prompts, but these very bases.
-
-    Bases and prompts are crossed samples: the variance of the mean is that of the bases' means over their number plus
-    that of the prompts' over theirs (Cameron, Gelbach and Miller 2011, without the term that is subtracted there: a
-    little too wide). Where the bases are given, that of the seeds' means within a base takes the place of the bases'.
-    Student's t, its degrees of freedom by Welch and Satterthwaite. What there is but one of is taken as given.
-    """
-    mean, by_base, by_prompt = values.mean(), values.mean((1, 2)), values.mean((0, 1))
-    within = values.mean(2) - by_base[:, None]  # [bases,seeds]
-    of_seeds = (within**2).sum() / max(1, freedom := within.size - len(within)) / within.size, freedom
-    of = lambda means: (means.var(ddof=1) / len(means) if len(means) > 1 else 0.0, len(means) - 1)  # noqa: E731
-    of_bases, of_prompts = of(by_base), of(by_prompt)
-    low, high = interval(mean, [of_bases if len(values) > 1 else of_seeds, of_prompts], level)
-    here = interval(mean, [of_seeds, of_prompts], level)
-    return {"mean": rounded(mean), "low": low, "high": high, "here": here, "by_base": [rounded(x) for x in by_base]}
-
-
-def interval(mean: float, parts: list[tuple[float, int]], level: float) -> list[float]:
-    """parts: variances of the mean and their degrees of freedom; those without any are left out."""
-    parts = [(variance, count) for variance, count in parts if count]
-    variance = sum(part for part, _ in parts)
-    freedom = variance**2 / sum(part**2 / count for part, count in parts) if variance else 1.0
-    half = student(freedom, level) * math.sqrt(variance)
-    return [rounded(mean - half), rounded(mean + half)]
-
-
-def rounded(value: float) -> float:
-    return round(float(value), 4)
-
-
-def student(freedom: float, level: float) -> float:
-    """The quantile of Student's t between whose negative and itself the share `level` lies."""
-    angle = np.linspace(0, np.pi / 2, 20_001)  # t = sqrt(freedom) tan(angle), whose density is cos^(freedom - 1)
-    share = np.cumsum(np.cos(angle) ** (freedom - 1))
-    at = angle[np.searchsorted(share, level * share[-1])]
-    return math.sqrt(freedom) * math.tan(at) if freedom < 1e4 else NormalDist().inv_cdf((1 + level) / 2)
-
-
-def verdict(gap: dict, plateau: bool = False) -> str:
-    """Of "a beats b", or of "a plateaus": that it stays within PLATEAU of b."""
-    low, high = gap["low"], gap["high"]
-    holds, fails = low > 0, high < 0
-    if plateau:
-        holds, fails = -PLATEAU < low and high < PLATEAU, low > PLATEAU or high < -PLATEAU
-    return "holds" if holds else "fails" if fails else "is not resolved"
 
 
 # ---- What the runs say -----------------------------------------------------------------------------------------------
@@ -139,13 +89,18 @@ class Runs:
         percent = lambda x: [percent(of) for of in x] if isinstance(x, list) else round(100 * math.expm1(x), 2)  # noqa: E731
         return {key: percent(value) for key, value in pooled(np.log(after / before)).items()}
 
-    def log(self, name: str, model: str, key: str, steps: slice = slice(None)) -> np.ndarray:
+    def log(self, name: str, model: str, key: str, steps: slice = slice(None), start: str = "theta_0") -> np.ndarray:
         """[bases,seeds,steps] of the log."""
 
         def one(place: str) -> list[float]:
             return [line[key] for line in self.read_log(place) if line["model"] == model][steps]
 
-        return np.array([[one(place) for place in row] for row in self.places(name)])
+        return np.array([[one(place) for place in row] for row in self.places(name, start)])
+
+    def game(self, name: str, model: str, start: str = "theta_0") -> dict:
+        """How a game of self-play went, by its log: means of steps 2 to 20 and of the last 20."""
+        keys, whens = ("implicit_accuracy", "delta_data", "delta_gen"), {"first": FIRST, "last": LAST}
+        return {f"{w}_{k}": pooled(self.log(name, model, k, steps, start)) for w, steps in whens.items() for k in keys}
 
     def seconds(self, name: str, key: str = "training_seconds", start: str = "theta_0") -> float:
         """Of one core, the mean of the jobs."""
@@ -272,6 +227,7 @@ def web(runs: Runs) -> dict:
     gains = {}
     for title, of in WEB.items():
         gains[title] = regimes(runs, of, THETA_0, "web") | {m: runs.gain(*of, metric=m, start="web") for m in METRICS}
+        gains[title] |= runs.game(*of, "web") if of[0] == "spin" else {}
     pairs = ("SPIN-3", "SFT"), ("SPIN-1", "SFT"), ("SPIN-3", "DPO"), ("SFT", "DPO")
     found = [{"claim": f"{a} beats {b}"} | regimes(runs, WEB[a], WEB[b], "web") for a, b in pairs]
     theta_0 = {m: pooled(runs.scores(*THETA_0, AT_3, m, "web").mean(3)) for m in METRICS}
@@ -288,11 +244,7 @@ def learned(runs: Runs) -> dict:
         of["held_out_percent"] = runs.held_out(name, model)
         for metric in ("reward", "clean"):
             of[f"{metric}_less_reference"] = runs.difference((name, model), ONCE, metric=metric)
-        if model != "sft":
-            for key in ("implicit_accuracy", "delta_data", "delta_gen"):
-                of[f"first_{key}"] = pooled(runs.log(name, model, key, FIRST))
-                of[f"last_{key}"] = pooled(runs.log(name, model, key, LAST))
-        gains[title] = of
+        gains[title] = of | (runs.game(name, model) if model != "sft" else {})
     return {"gains": gains, "trials": {"trajectory": experiments.rewards_of_trials(runs.folder, "trajectory")}}
 
 

@@ -21,7 +21,7 @@ INTRODUCTION = """# The evidence, in tables
 What is found is told in [README.md](README.md). `python tutorial/experiments.py` makes the runs,
 `python tutorial/findings.py` evidence.json, this file and the figures.
 
-Brackets: 95 % intervals over bases, seeds and prompts (`pooled` in [findings.py](../findings.py)); where it says
+Brackets: 95 % intervals over bases, seeds and prompts (`pooled` in [intervals.py](../intervals.py)); where it says
 "these bases", over seeds and prompts alone. Where nothing else is said, a model draws one picture for each of 200 test prompts at guidance 3 and 20 steps, from the same noise as the
 one that it is compared with. Reward and clean go from 0 to 10; the palette's error is an rms distance of colours, and
 less is better. Hyper-parameters are the miniature world's defaults ([tuning.md](tuning.md)) unless a line says
@@ -87,6 +87,16 @@ def theta_0(of: dict) -> str:
     return "theta_0 itself: " + ", ".join(f"{title} {value(of[key])}" for title, key in METRICS.items()) + "."
 
 
+def games(rows: dict[str, dict]) -> list[str]:
+    lines = []
+    for title, of in rows.items():
+        if "first_delta_gen" in of:
+            line = [title, *(value(of[f"{when}_implicit_accuracy"], 2) for when in ("first", "last"))]
+            lines.append([*line, *(f"{of[f'last_{key}']['mean']:+.4f}" for key in ("delta_data", "delta_gen"))])
+    columns = ["", "accuracy, steps 2 to 20", "accuracy, last 20", "delta_data, last 20", "delta_gen, last 20"]
+    return ["How easily real and drawn were told apart, by the log:", table(columns, lines)]
+
+
 def trials(kinds: dict[str, dict]) -> list[str]:
     """Of each kind the flags tried and their reward on the validation prompts of one base; the best was taken."""
     found = []
@@ -133,7 +143,7 @@ def web(part: dict) -> list[str]:
     columns = {"reward": "reward", "reward, each at its best guidance": "best_guidance"} | OTHERS
     said = [theta_0(part["theta_0"]), "Gains over theta_0:", gains(part["gains"], columns)]
     said += [differences(part["claims"], REGIMES), base_by_base(part["claims"], "single", "reward at guidance 3")]
-    return said + sweep(part["sweep"]) + trials(part["trials"])
+    return said + games(part["gains"]) + sweep(part["sweep"]) + trials(part["trials"])
 
 
 def learned(part: dict) -> list[str]:
@@ -146,14 +156,7 @@ def learned(part: dict) -> list[str]:
     said.append(gains(rows, columns))
     told = "Error of the noise predicted on curated pictures of the test scenes, which no model was shown:"
     said += [told, gains(rows, {"change from theta_0, %": "held_out_percent"}, 2)]
-    said.append("How easily real and drawn are told apart, from the log: means of steps 2 to 20, and of 81 to 100.")
-    told = {title: of for title, of in rows.items() if "first_delta_gen" in of}
-    lines = []
-    for title, of in told.items():
-        line = [title, *(value(of[f"{when}_implicit_accuracy"], 2) for when in ("first", "last"))]
-        lines.append([*line, *(f"{of[f'last_{key}']['mean']:+.4f}" for key in ("delta_data", "delta_gen"))])
-    said.append(table(["", "accuracy, first", "accuracy, last", "delta_data, last", "delta_gen, last"], lines))
-    return said + trials(part["trials"])
+    return said + games(rows) + trials(part["trials"])
 
 
 def compared(part: dict) -> str:

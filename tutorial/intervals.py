@@ -1,0 +1,57 @@
+"""Intervals for means over several bases, seeds and prompts, and what they say of a claim."""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+from spin.judge import PLATEAU
+
+
+def pooled(values: np.ndarray, level: float = 0.95) -> dict:
+    """mean, low, high of [bases,seeds,prompts]: an interval for another base, seed and prompt of the same kind; and
+    here, [low, high]: one for other seeds and prompts, but these very bases.
+
+    Bases and prompts are crossed samples: the variance of the mean is that of the bases' means over their number plus
+    that of the prompts' over theirs (Cameron, Gelbach and Miller 2011, without the term that is subtracted there: a
+    little too wide). Where the bases are given, that of the seeds' means within a base takes the place of the bases'.
+    Student's t, its degrees of freedom by Welch and Satterthwaite. What there is but one of is taken as given.
+    """
+    mean, by_base, by_prompt = values.mean(), values.mean((1, 2)), values.mean((0, 1))
+    within = values.mean(2) - by_base[:, None]  # [bases,seeds]
+    of_seeds = (within**2).sum() / max(1, freedom := within.size - len(within)) / within.size, freedom
+    of = lambda means: (means.var(ddof=1) / len(means) if len(means) > 1 else 0.0, len(means) - 1)  # noqa: E731
+    of_bases, of_prompts = of(by_base), of(by_prompt)
+    low, high = interval(mean, [of_bases if len(values) > 1 else of_seeds, of_prompts], level)
+    here = interval(mean, [of_seeds, of_prompts], level)
+    return {"mean": rounded(mean), "low": low, "high": high, "here": here, "by_base": [rounded(x) for x in by_base]}
+
+
+def interval(mean: float, parts: list[tuple[float, int]], level: float) -> list[float]:
+    """parts: variances of the mean and their degrees of freedom; those without any are left out."""
+    parts = [(variance, count) for variance, count in parts if count]
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / sum(part**2 / count for part, count in parts) if variance else 1.0
+    half = student(freedom, level) * math.sqrt(variance)
+    return [rounded(mean - half), rounded(mean + half)]
+
+
+def rounded(value: float) -> float:
+    return round(float(value), 4)
+
+
+def student(freedom: float, level: float) -> float:
+    """The quantile of Student's t between whose negative and itself the share `level` lies."""
+    angle = np.linspace(0, np.pi / 2, 20_001)  # t = sqrt(freedom) tan(angle), whose density is cos^(freedom - 1)
+    share = np.cumsum(np.cos(angle) ** (freedom - 1))
+    at = angle[np.searchsorted(share, level * share[-1])]
+    return math.sqrt(freedom) * math.tan(at) if freedom < 1e4 else NormalDist().inv_cdf((1 + level) / 2)
+
+
+def verdict(gap: dict, plateau: bool = False) -> str:
+    """Of "a beats b", or of "a plateaus": that it stays within PLATEAU of b."""
+    low, high = gap["low"], gap["high"]
+    holds, fails = low > 0, high < 0
+    if plateau:
+        holds, fails = -PLATEAU < low and high < PLATEAU, low > PLATEAU or high < -PLATEAU
+    return "holds" if holds else "fails" if fails else "is not resolved"
