@@ -26,7 +26,7 @@ NAME = re.compile(r"`(spin(?:\.\w+)+)`")
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_chapter(chapter, tmp_path, monkeypatch):
     text = chapter.read_text()
-    for name in ("spin", "tests", "train.py", "sample.py", "evaluate.py"):  # so that runs/ lands in the test's folder
+    for name in ("spin", "tests", "tutorial", "train.py", "sample.py", "evaluate.py"):  # runs/ lands in tmp_path
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
