@@ -102,7 +102,7 @@ def test_findings_of_runs_of_which_the_answer_is_known(made_up, tmp_path):
     assert found["lengths"]["rows"]["3 x 100 steps"]["reward_less_reference"]["mean"] == 0
     assert set(found["failure"]["claims"]["alarms"]["10"]) == {None}
     assert {path.name for path in (out.parent / "figures").iterdir()} == {
-        f"evidence_{part}.png" for part in ("claims", "web", "learned", "map", "failure")
+        f"evidence_{part}.png" for part in ("claims", "steps", "web", "learned", "map", "failure")
     }
     told = (out / "tables.md").read_text()
     assert all(f"## {title}" in told for title, _ in tables.PARTS.values())

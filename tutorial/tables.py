@@ -246,15 +246,33 @@ def markdown(found: dict) -> str:
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 def figures(found: dict) -> dict[str, Image.Image]:
-    drawers = {"claims": claims_figure, "web": web_figure, "learned": learned_figure}
+    drawers = {"claims": claims_figure, "steps": steps_figure, "web": web_figure, "learned": learned_figure}
     drawers |= {"map": map_figure, "failure": failure_figure}
-    return {part: draw(found[part]) for part, draw in drawers.items() if part in found}
+    of_part = found | ({"steps": found["claims"]} if "claims" in found else {})
+    return {part: draw(of_part[part]) for part, draw in drawers.items() if part in of_part}
 
 
 def claims_figure(part: dict) -> Image.Image:
     titles = {"single": "reward at 3", "best_of_five": "reward at 3, best of five"}
     titles |= {"best_guidance": "reward, each at its best guidance", "clean": "clean (0 to 10) at 3"}
     return gain_panels({of["short"]: of for of in part["gains"].values()}, titles)
+
+
+def steps_figure(part: dict) -> Image.Image:
+    """Gains by the number of steps: SFT, self-play against theta_0 alone, and against renewed opponents."""
+    lines = {
+        "SFT": {300: "SFT, 300 steps", 900: "SFT, 900 steps"},
+        "self-play, theta_0 stays the opponent": {100: "SPIN-1", 300: "SPIN, 300 steps at theta_0"},
+        "self-play, a new opponent every 100 steps": {100: "SPIN-1", 200: "SPIN-2", 300: "SPIN-3"},
+    }
+    panels = []
+    for metric, title in (("reward", "reward"), ("clean", "clean (0 to 10)")):
+        points = {}
+        for name, rows in lines.items():
+            gained = {steps: part["gains"][row][metric] for steps, row in rows.items()}
+            points[name] = [(0, 0.0, 0.0, 0.0), *((n, *(of[end] for end in ENDS)) for n, of in gained.items())]
+        panels.append(charts.lines(f"{title} at guidance 3, less theta_0's", "optimiser steps", points, even=True))
+    return viz.two_a_row(panels)
 
 
 def web_figure(part: dict) -> Image.Image:
