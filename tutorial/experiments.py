@@ -40,6 +40,8 @@ SWEEP = (1.0, 1.5, 2.0, 3.0)  # guidance scales
 AT_ONCE = 32  # pictures drawn, the fastest on one core
 FIXED = f"--score none --grid-prompts 0 --save-every 0 --device cpu --generation-batch {AT_ONCE}"
 STEPS = sum(train.parse([]).steps)  # of all iterations: 300
+DRAWING = 150  # steps for which drawing 600 images takes as long
+ONCE_A_BASE = ("theta_0", "gradient", "map")  # jobs whose names begin so have one seed
 MAP = list(product((5e-6, 2e-5, 5e-5, 1e-4), (200, 1000, 10000, 100000)))  # (lr, beta)
 
 
@@ -82,7 +84,13 @@ class Job:
         return f"{self.start}-{self.base}/seed-{self.seed}/{self.name}"
 
     def done(self, runs: Path) -> bool:
-        return (runs / self.place / "scores.json").exists()
+        path = runs / self.place / "scores.json"
+        if not path.exists():
+            return False
+        known = run.read_json(path)
+        judged = known["models"]
+        asked = {(model, look.name) for model, looks in self.looks.items() for look in looks}
+        return known["flags"] == self.flags and asked <= {(model, look) for model in judged for look in judged[model]}
 
 
 # ---- What is asked ---------------------------------------------------------------------------------------------------
@@ -123,7 +131,8 @@ def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
         return found + of("dropout", f"{once} --prompt-dropout 0.1", again=True)
     if part == "lengths":
         found = []
-        for k, steps in ((2, 210), (1, 550)):  # drawing 600 images takes as long as some 125 steps
+        for k in (2, 1):  # for what 3 x 100 steps cost, drawing included
+            steps = (STEPS + 3 * DRAWING) // k - DRAWING
             flags = f"--loss spin --iterations {k} --steps {steps}"
             found += of(f"{k}-times-{steps}", flags, looks={f"spin-{k}": SINGLE}, again=True)
         return found
@@ -191,7 +200,7 @@ def do(job: Job, runs: Path) -> float:
     out.mkdir(parents=True, exist_ok=True)
     start = start_of(runs, job.start, job.base)
     with open(out / "output.txt", "a") as said, redirect_stdout(said), redirect_stderr(said):
-        found = {"commit": run.provenance()["commit"], "threads": torch.get_num_threads(), "flags": job.flags}
+        found = run.provenance() | {"threads": torch.get_num_threads(), "flags": job.flags}
         if job.name == "gradient":
             found |= {"gradient": gradient_noise(runs, job)}
         if job.flags:
@@ -263,21 +272,25 @@ def held_out_error(sd) -> np.ndarray:
     return torch.stack(errors).mean(0).numpy()
 
 
+UNSEEN = 1000
+
+
 def gradient_noise(runs: Path, job: Job, batches: int = 100) -> dict:
     """Of the gradient of (C.6) over batches of 16 pairs, at theta_0 and at SPIN-1 with theta_0 its opponent: the total
-    variance and the squared length of its mean (without bias), where a pair shares its noise and where it does not."""
+    variance and the squared length of its mean (without bias), where a pair shares its noise and where it does not.
+    Batches and noise are those of an iteration UNSEEN, which nobody was trained with."""
     claims = runs / replace(job, name="claims").place
     args = train.parse([*to_start(start_of(runs, job.start, job.base), job.seed), "--out", str(claims)])
     sd, found = weights.load(args.model), {}
     images = data.CaptionedImages(args.data, args.resolution)
-    real = data.LatentShards(next((claims / "cache").iterdir()), range(len(images)))
+    real = data.LatentShards(sorted((claims / "cache").iterdir())[0], range(len(images)))  # any has the mean and logvar
     generated = pairs.shards_of(args, run.Run(claims), train.Stage.of("spin-1", args), images)
     for at, unet in (("theta_0", sd.unet), ("spin-1", weights.load_unet(str(run.Run(claims).checkpoint("spin-1"))))):
         for args.noise in ("shared", "independent"):
             total, squared = 0.0, 0.0
             for s in range(1, batches + 1):
-                rows = data.batch_rows(job.seed, 1, s, args.batch_size, len(images))
-                batch = pairs.read(args, sd, "spin", images, real, generated, rows, (1, s, 0))
+                rows = data.batch_rows(job.seed, UNSEEN, s, args.batch_size, len(images))
+                batch = pairs.read(args, sd, "spin", images, real, generated, rows, (UNSEEN, s, 0))
                 unet.requires_grad_(True).zero_grad()
                 given = {"alphas_cumprod": sd.scheduler.alphas_cumprod, "beta": torch.tensor(args.beta[0])}
                 loss, _ = spin_step(unet, sd.unet, **batch, **given)
@@ -322,13 +335,17 @@ def main(argv: list[str] | None = None) -> None:
             for name, seconds in zip(names, began):
                 print(f"{name}: {seconds.result():.0f} s", flush=True)
 
-        for part in args.parts:
-            if part == "bases":
-                each([f"base-{base}" for base in args.bases], make_base, args.bases)
-                continue
-            for wanted in (partial(trials_of, part), partial(jobs, runs, part, args.bases, args.seeds)):
-                todo = [job for job in wanted() if not job.done(runs)]
-                each([job.place for job in todo], do, todo)
+        try:
+            for part in args.parts:
+                if part == "bases":
+                    each([f"base-{base}" for base in args.bases], make_base, args.bases)
+                    continue
+                for wanted in (partial(trials_of, part), partial(jobs, runs, part, args.bases, args.seeds)):
+                    todo = [job for job in wanted() if not job.done(runs)]
+                    each([job.place for job in todo], do, todo)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 if __name__ == "__main__":

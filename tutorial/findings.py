@@ -8,12 +8,16 @@ is left as it is.
 
 import argparse
 import math
+import os
+import platform
+import re
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -42,8 +46,8 @@ class Runs:
         self.read_log = lru_cache(maxsize=None)(lambda place: run.Run(folder / place).read_log())
 
     def places(self, name: str, start: str = "theta_0") -> list[list[str]]:
-        """[bases][seeds]; theta_0 and the gradient's have one seed."""
-        seeds = SEEDS[:1] if name in ("theta_0", "gradient") or name.startswith("map") else self.seeds
+        """[bases][seeds], or [bases][1] where there is one for all."""
+        seeds = SEEDS[:1] if name.startswith(experiments.ONCE_A_BASE) else self.seeds
         return [[f"{start}-{base}/seed-{seed}/{name}" for seed in seeds] for base in self.bases]
 
     def scores(self, name: str, model: str, look: str, metric: str, start: str = "theta_0") -> np.ndarray:
@@ -51,7 +55,9 @@ class Runs:
 
         def one(place: str) -> np.ndarray:
             of = self.read(place)["models"][model][look]
-            return np.array(of)[:, None] if look == HELD_OUT else np.array(of[metric])
+            if look == HELD_OUT:
+                return np.array(of)[:, None]
+            return np.array(of[metric])[:, : None if look == AT_3 else 1]  # of the others there may be more by chance
 
         return np.array([[one(place) for place in row] for row in self.places(name, start)])
 
@@ -66,17 +72,14 @@ class Runs:
         b: tuple[str, str],
         look: str = AT_3,
         metric: str = "reward",
-        best_of: int = 0,
+        pictures: int = 1,
+        best: bool = False,
         start: str = "theta_0",
     ) -> dict:
-        """a's less b's, jobs and models, over the pictures that both have drawn, which begin with the same noise.
-
-        best_of: the one of so many that has the most reward, instead of the average. start: what they began with.
-        """
-        of_a, of_b = (self.scores(*of, look, metric, start) for of in (a, b))
-        both = best_of or min(of_a.shape[3], of_b.shape[3])
-        of_a, of_b = (of[..., :both].max(3) if best_of else of[..., :both].mean(3) for of in (of_a, of_b))
-        return pooled(of_a - of_b)
+        """a's less b's, jobs and models, over pictures that begin with the same noise: of each prompt the first one, or
+        the mean of so many, or the best. start: what they began with."""
+        of_a, of_b = (self.scores(*of, look, metric, start)[..., :pictures] for of in (a, b))
+        return pooled(of_a.max(3) - of_b.max(3) if best else of_a.mean(3) - of_b.mean(3))
 
     def gain(self, name: str, model: str, look: str = AT_3, metric: str = "reward", **how) -> dict:
         """Over theta_0."""
@@ -100,25 +103,17 @@ class Runs:
     def game(self, name: str, model: str, start: str = "theta_0") -> dict:
         """How a game of self-play went, by its log: means of steps 2 to 20 and of the last 20."""
         keys, whens = ("implicit_accuracy", "delta_data", "delta_gen"), {"first": FIRST, "last": LAST}
-        return {f"{w}_{k}": pooled(self.log(name, model, k, steps, start)) for w, steps in whens.items() for k in keys}
-
-    def seconds(self, name: str, key: str = "training_seconds", start: str = "theta_0") -> float:
-        """Of one core, the mean of the jobs."""
-        return float(np.mean([self.read(place)[key] for row in self.places(name, start) for place in row]))
+        mean = lambda *of: pooled(self.log(name, model, *of, start).mean(2, keepdims=True))  # noqa: E731
+        return {f"{when}_{key}": mean(key, steps) for when, steps in whens.items() for key in keys}
 
     def about(self, part: str) -> dict:
         """Commit, hardware, seconds and seeds."""
         jobs = [*experiments.trials_of(part), *experiments.jobs(self.folder, part, self.bases, self.seeds)]
         facts = [self.read(job.place) for job in jobs]
         commits = sorted({tables.commit(job["commit"]) for job in facts})
-        minutes = round(sum(job["seconds"] for job in facts) / 60)
-        told = {
-            "bases": list(self.bases),
-            "seeds": sorted({job.seed for job in jobs}),
-            "commits": commits,
-            "jobs": len(jobs),
-        }
-        return told | {"minutes": minutes, "hardware": "one core of an x86-64 CPU a job, float32"}
+        seconds = round(sum(job["seconds"] for job in facts))
+        told = {"bases": list(self.bases), "seeds": sorted({job.seed for job in jobs}), "commits": commits}
+        return told | {"jobs": len(jobs), "seconds": seconds}
 
 
 ROWS = {  # title: (job, model)
@@ -132,12 +127,14 @@ ROWS = {  # title: (job, model)
 }
 SHORT = dict(zip(ROWS, ("SFT", "SFT 900", "DPO", "SPIN-1", "SPIN-2", "SPIN-3", "SPIN 300")))  # in figures
 WEB = {"SFT": ("sft", "sft"), "DPO": ("dpo", "dpo")} | {f"SPIN-{k}": ("spin", f"spin-{k}") for k in (1, 3)}
-REGIMES = {  # look, metric, of how many pictures the best
-    "single": (AT_3, "reward", 0),
-    "best_of_five": (AT_3, "reward", 5),
-    "best_guidance": (BEST, "reward", 0),
-    "clean": (AT_3, "clean", 0),
-    "clean_best_guidance": (BEST, "clean", 0),
+REGIMES = {  # how `difference` compares
+    "single": {},
+    "five": {"pictures": 5},
+    "best_of_five": {"pictures": 5, "best": True},
+    "best_guidance": {"look": BEST},
+    "clean": {"metric": "clean"},
+    "clean_five": {"metric": "clean", "pictures": 5},
+    "clean_best_guidance": {"metric": "clean", "look": BEST},
 }
 CLAIMS = {
     "SPIN-1 beats SFT": ("SPIN-1", "SFT, 300 steps"),
@@ -169,8 +166,8 @@ CHOICES = {  # title: job and model, and those that it is compared with
 LENGTHS = {
     "3 x 100 steps": (THRICE, THRICE),
     "1 x 300 steps": (("continued", "spin-1"), THRICE),
-    "2 x 210 steps": (("2-times-210", "spin-2"), THRICE),
-    "1 x 550 steps": (("1-times-550", "spin-1"), THRICE),
+    "2 x 225 steps": (("2-times-225", "spin-2"), THRICE),
+    "1 x 600 steps": (("1-times-600", "spin-1"), THRICE),
 }
 
 
@@ -188,12 +185,13 @@ def bases(folder: Path) -> dict:
 
 
 def regimes(runs: Runs, a: tuple[str, str], b: tuple[str, str], start: str = "theta_0", plateau: bool = False) -> dict:
-    """{regime: a's less b's, and what that says of "a beats b"}, in those of REGIMES in which both were judged."""
+    """{regime: a's less b's, and what that says of "a beats b", or of reward's plateau}, where both were judged so."""
     found = {}
-    for regime, (look, metric, best_of) in REGIMES.items():
-        if all(runs.pictures(*of, look, start) >= max(1, best_of) for of in (a, b)):
-            gap = runs.difference(a, b, look, metric, best_of=best_of, start=start)
-            found[regime] = gap | {"verdict": verdict(gap, plateau)}
+    for regime, how in REGIMES.items():
+        if all(runs.pictures(*of, how.get("look", AT_3), start) >= how.get("pictures", 1) for of in (a, b)):
+            gap = found[regime] = runs.difference(a, b, **how, start=start)
+            if not (plateau and how.get("metric")):
+                gap["verdict"] = verdict(gap, plateau)
     return found
 
 
@@ -206,7 +204,9 @@ def claims(runs: Runs) -> dict:
     for claim, (a, b) in CLAIMS.items():
         both = ROWS[a], ROWS[b] if b else THETA_0
         found.append({"claim": claim} | regimes(runs, *both, plateau=b is None))
-    theta_0 = {m: pooled(runs.scores(*THETA_0, AT_3, m).mean(3)) for m in METRICS}
+    across = {at: runs.scores(*THETA_0, look, "reward")[..., 0] for at, look in AT.items()}
+    theta_0 = {m: pooled(runs.scores(*THETA_0, AT_3, m)[..., 0]) for m in METRICS}
+    theta_0["guidance"] = {at: pooled(of - across["at_3"]) for at, of in across.items() if at != "at_3"}
     return {"theta_0": theta_0, "gains": gains, "claims": found, "sweep": sweep(runs, ROWS)}
 
 
@@ -230,7 +230,7 @@ def web(runs: Runs) -> dict:
         gains[title] |= runs.game(*of, "web") if of[0] == "spin" else {}
     pairs = ("SPIN-3", "SFT"), ("SPIN-1", "SFT"), ("SPIN-3", "DPO"), ("SFT", "DPO")
     found = [{"claim": f"{a} beats {b}"} | regimes(runs, WEB[a], WEB[b], "web") for a, b in pairs]
-    theta_0 = {m: pooled(runs.scores(*THETA_0, AT_3, m, "web").mean(3)) for m in METRICS}
+    theta_0 = {m: pooled(runs.scores(*THETA_0, AT_3, m, "web")[..., 0]) for m in METRICS}
     tried = {kind: experiments.rewards_of_trials(runs.folder, kind) for kind in TRIALS if kind.startswith("web")}
     return {"theta_0": theta_0, "gains": gains, "claims": found, "sweep": sweep(runs, WEB, "web"), "trials": tried}
 
@@ -244,7 +244,8 @@ def learned(runs: Runs) -> dict:
         of["held_out_percent"] = runs.held_out(name, model)
         for metric in ("reward", "clean"):
             of[f"{metric}_less_reference"] = runs.difference((name, model), ONCE, metric=metric)
-        gains[title] = of | (runs.game(name, model) if model != "sft" else {})
+        # of (C.5) the opponent's error on what it drew is 0, and delta_gen above 0, whatever it drew
+        gains[title] = of | (runs.game(name, model) if model != "sft" and name != "trajectory" else {})
     return {"gains": gains, "trials": {"trajectory": experiments.rewards_of_trials(runs.folder, "trajectory")}}
 
 
@@ -265,14 +266,11 @@ def compared(runs: Runs, rows: dict) -> dict:
 
 
 def lengths(runs: Runs) -> dict:
-    """seconds: of the optimiser's steps, and of drawing by K opponents, as the run "claims" took for its three."""
-    steps = lambda name, model: runs.log(name, model, "seconds").sum(2).mean()  # noqa: E731
-    drawing = runs.seconds("claims") - sum(steps("claims", m) for m in ("sft", "dpo", "spin-1", "spin-2", "spin-3"))
+    """steps: the optimiser's, and what the opponents' pictures cost, as many as DRAWING a time."""
     rows = compared(runs, LENGTHS)
-    for title, (of, _) in LENGTHS.items():
-        iterations = int(of[1].removeprefix("spin-"))
-        seconds = sum(steps(of[0], f"spin-{k}") for k in range(1, iterations + 1)) + iterations * drawing / 3
-        rows[title]["seconds"] = round(float(seconds), 1)
+    for title in LENGTHS:
+        iterations, each = (int(part) for part in title.removesuffix(" steps").split(" x "))
+        rows[title]["steps"] = iterations * (each + experiments.DRAWING)
     return {"rows": rows}
 
 
@@ -290,14 +288,17 @@ def map_of(runs: Runs) -> dict:
 
 
 def failure(runs: Runs) -> dict:
-    """Of the failing run and, beside it, of the tuned one: gains, the log, and when it shows the failure."""
+    """Of the failing run and, beside it, of the tuned one: gains, the log, and when it shows the failure; rule: when that
+    of train.py, 50 steps, fires in games that are none."""
     found: dict = {}
+    every = [(b, s) for b in range(len(runs.bases)) for s in range(len(runs.seeds))]
     for name in ("failure", "claims"):
         of = found[name] = {m: runs.gain(name, "spin-1", metric=m) for m in METRICS}
         of["held_out_percent"] = runs.held_out(name, "spin-1")
         of["curves"] = {key: curve(runs, name, key) for key in ("loss", "implicit_accuracy", "delta_data", "delta_gen")}
-        every = [(b, s) for b in range(len(runs.bases)) for s in range(len(runs.seeds))]
-        of["alarms"] = {str(n): [first_alarm(runs, name, *cell, n) for cell in every] for n in (5, 10, 20, 50)}
+        of["alarms"] = {str(n): [first_alarm(runs, name, "spin-1", *cell, n) for cell in every] for n in (5, 10, 20, 50)}
+    others = {"SPIN-2": ("claims", "spin-2"), "SPIN-3": ("claims", "spin-3"), "SPIN, 300 steps": ("continued", "spin-1")}
+    found["rule"] = {title: [first_alarm(runs, *of, *cell, 50) for cell in every] for title, of in others.items()}
     return found
 
 
@@ -309,9 +310,9 @@ def curve(runs: Runs, name: str, key: str, every: int = 5) -> dict[str, list[flo
     return {end: [round(float(value), 6) for value in of] for end, of in ends.items()}
 
 
-def first_alarm(runs: Runs, name: str, base: int, seed: int, window: int) -> int | None:
-    """The step of SPIN-1 at which, over so many steps, delta_data has been more than half of a positive delta_gen."""
-    data, gen = (runs.log(name, "spin-1", key)[base, seed] for key in ("delta_data", "delta_gen"))
+def first_alarm(runs: Runs, name: str, model: str, base: int, seed: int, window: int) -> int | None:
+    """The step at which, over so many steps, delta_data has been more than half of a positive delta_gen."""
+    data, gen = (runs.log(name, model, key)[base, seed] for key in ("delta_data", "delta_gen"))
     for step in range(window, len(data) + 1):
         a, b = data[step - window : step].mean(), gen[step - window : step].mean()
         if a > b / 2 > 0:
@@ -326,7 +327,7 @@ MAKERS |= {"lengths": lengths}
 # ---- All of it -------------------------------------------------------------------------------------------------------
 def collect(folder: Path) -> dict:
     """Of every part what its runs say, over the seeds of which all bases are there."""
-    found: dict = {"bases": bases(folder)}
+    found: dict = {"hardware": hardware(), "bases": bases(folder)}
     for part, make in MAKERS.items():
         needs = [part] if part == "web" else ["claims", part]
         whole = [seed for seed in SEEDS if all(there(folder, name, seed) for name in needs)]
@@ -335,6 +336,13 @@ def collect(folder: Path) -> dict:
             found[part] = {"about": runs.about(part)} | make(runs)
         print(f"{part}: seeds {', '.join(map(str, whole)) or 'none: as it was'}")
     return found
+
+
+def hardware() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return f"one core a job of {os.cpu_count()} ({cpu}, {platform.machine()}), float32, torch {torch.__version__}"
 
 
 def there(folder: Path, part: str, seed: int) -> bool:

@@ -12,24 +12,20 @@ def pooled(values: np.ndarray, level: float = 0.95) -> dict:
     """mean, low, high of [bases,seeds,prompts]: an interval for another base, seed and prompt of the same kind; and
     here, [low, high]: one for other seeds and prompts, but these very bases.
 
-    Bases and prompts are crossed samples: the variance of the mean is that of the bases' means over their number plus
-    that of the prompts' over theirs (Cameron, Gelbach and Miller 2011, without the term that is subtracted there: a
-    little too wide). Where the bases are given, that of the seeds' means within a base takes the place of the bases'.
-    Student's t, its degrees of freedom by Welch and Satterthwaite. What there is but one of is taken as given.
+    Bases, seeds and prompts are crossed samples, a seed drawing the same batches and noise for every base: the variance of
+    the mean is that of the bases' means over their number, plus the same of the seeds' and of the prompts' (Cameron,
+    Gelbach and Miller 2011, without the terms that are subtracted there: a little too wide). Student's t, its degrees of
+    freedom by Welch and Satterthwaite. What there is but one of is taken as given.
     """
-    mean, by_base, by_prompt = values.mean(), values.mean((1, 2)), values.mean((0, 1))
-    within = values.mean(2) - by_base[:, None]  # [bases,seeds]
-    of_seeds = (within**2).sum() / max(1, freedom := within.size - len(within)) / within.size, freedom
-    of = lambda means: (means.var(ddof=1) / len(means) if len(means) > 1 else 0.0, len(means) - 1)  # noqa: E731
-    of_bases, of_prompts = of(by_base), of(by_prompt)
-    low, high = interval(mean, [of_bases if len(values) > 1 else of_seeds, of_prompts], level)
-    here = interval(mean, [of_seeds, of_prompts], level)
-    return {"mean": rounded(mean), "low": low, "high": high, "here": here, "by_base": [rounded(x) for x in by_base]}
+    sides = [values.mean(others) for others in ((1, 2), (0, 2), (0, 1))]
+    parts = [(of.var(ddof=1) / len(of), len(of) - 1) for of in sides if len(of) > 1]
+    (low, high), here = (interval(values.mean(), of, level) for of in (parts, parts[len(values) > 1 :]))
+    by_base = [rounded(value) for value in sides[0]]
+    return {"mean": rounded(values.mean()), "low": low, "high": high, "here": here, "by_base": by_base}
 
 
 def interval(mean: float, parts: list[tuple[float, int]], level: float) -> list[float]:
-    """parts: variances of the mean and their degrees of freedom; those without any are left out."""
-    parts = [(variance, count) for variance, count in parts if count]
+    """parts: variances of the mean and their degrees of freedom."""
     variance = sum(part for part, _ in parts)
     freedom = variance**2 / sum(part**2 / count for part, count in parts) if variance else 1.0
     half = student(freedom, level) * math.sqrt(variance)

@@ -62,9 +62,11 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     out, here = Path(args.out), run.provenance()
     report = run.read_json(out / "pretrain.json") if (out / "pretrain.json").exists() else {}
-    if (before := report.get("flags", vars(args)) | {"out": args.out}) != vars(args):
+    vae_hash = weights.checkpoint_hash(weights.locate(args.vae)) if args.vae else None
+    flags = vars(args) | {"vae": vae_hash}  # wherever it lies
+    if (before := report.get("flags", flags) | {"out": args.out}) != flags:
         raise run.InputError(f"{out}: begun with {before}. Choose another --out")
-    report |= {"flags": vars(args), "threads": torch.get_num_threads(), "versions": here["versions"]}
+    report |= {"flags": flags, "threads": torch.get_num_threads(), "versions": here["versions"]}
 
     def stage(name: str, make: Callable[[], tuple[weights.StableDiffusion, dict]]) -> weights.StableDiffusion:
         if not (out / name).exists():

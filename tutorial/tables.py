@@ -27,10 +27,10 @@ one that it is compared with. Reward and clean go from 0 to 10; the palette's er
 less is better. Hyper-parameters are the miniature world's defaults ([tuning.md](tuning.md)) unless a line says
 otherwise."""
 
-OTHERS = {"all five right": "aligned", "clean": "clean", "palette's error": "palette"}  # than reward
+OTHERS = {"aligned": "aligned", "clean": "clean", "palette's error": "palette"}  # than reward
 METRICS = {"reward": "reward"} | OTHERS
-REGIMES = {"at guidance 3": "single", "the best of five pictures": "best_of_five"}
-REGIMES |= {"each at its best guidance": "best_guidance"}
+REGIMES = {"one picture at guidance 3": "single", "the mean of five": "five", "the best of five": "best_of_five"}
+REGIMES |= {"one, each at its best guidance": "best_guidance"}
 TUNED, FAILING = "beta 10000, lr 2e-5", "beta 200, lr 1e-4"
 GUIDANCES = (1, 2, 3, 5)
 ENDS = ("mean", "low", "high")
@@ -63,16 +63,17 @@ def gains(rows: dict[str, dict], columns: dict[str, str], digits: int = 3) -> st
 
 
 def differences(lines: list[dict], regimes: dict[str, str], metric: str = "reward") -> str:
-    say = lambda of: f"{gap(of)}: {of['verdict']}" if of else ""  # noqa: E731
+    say = lambda of: ": ".join([gap(of), *([of["verdict"]] if "verdict" in of else [])]) if of else ""  # noqa: E731
     rows = [[line["claim"], *(say(line.get(key)) for key in regimes.values())] for line in lines]
     return table([f"difference of {metric}", *regimes], rows)
 
 
 def base_by_base(lines: list[dict], regime: str, title: str) -> str:
-    count = len(lines[0][regime]["by_base"])
+    lines = [line for line in lines if regime in line]
     here = lambda of: "{:+.3f} [{:+.3f}, {:+.3f}]".format(of["mean"], *of["here"])  # noqa: E731
     rows = [[line["claim"], here(line[regime]), *map("{:+.3f}".format, line[regime]["by_base"])] for line in lines]
-    return table([f"difference of {title}", "these bases", *(f"base {base}" for base in range(count))], rows)
+    bases = (f"base {base}" for base in range(len(lines[0][regime]["by_base"])))
+    return table([f"difference of {title}", "these bases", *bases], rows)
 
 
 def sweep(rows: dict[str, dict]) -> list[str]:
@@ -117,7 +118,7 @@ def bases(found: dict) -> str:
             made = [stage for stage in stages if stage]
             minutes = f"{sum(stage['seconds'] for stage in made) / 60:.0f}"
             rows.append([base, *scores, minutes, ", ".join(dict.fromkeys(commit(stage["commit"]) for stage in made))])
-    columns = ["base", "web: reward, clean, all five right", "theta_0: the same", "minutes of one core", "commits"]
+    columns = ["base", "web: reward, clean, aligned", "theta_0: the same", "minutes of one core", "commits"]
     return table(columns, rows)
 
 
@@ -126,14 +127,17 @@ def commit(name: str) -> str:
 
 
 def claims(part: dict) -> list[str]:
-    of_clean = {"at guidance 3": "clean", "each at its best guidance of reward": "clean_best_guidance"}
-    said = [theta_0(part["theta_0"]), "Gains over theta_0, of reward and, at guidance 3, of the others:"]
-    said += [gains(part["gains"], REGIMES | OTHERS)]
-    said += [differences(part["claims"], REGIMES), base_by_base(part["claims"], "single", "reward at guidance 3")]
-    if all("best_guidance" in line for line in part["claims"][:2]):
-        judged = [line for line in part["claims"] if "best_guidance" in line]
-        said.append(base_by_base(judged, "best_guidance", "reward, each at its best guidance"))
-    said += [differences(part["claims"], of_clean, "clean"), base_by_base(part["claims"], "clean", "clean at guidance 3")]
+    of_clean = {"one picture at guidance 3": "clean", "the mean of five": "clean_five"}
+    of_clean |= {"one, each at its best guidance of reward": "clean_best_guidance"}
+    across = ", ".join(f"at {at.removeprefix('at_')} {gap(of)}" for at, of in part["theta_0"]["guidance"].items())
+    said = [theta_0(part["theta_0"]), f"What theta_0 gains by another guidance than 3, of reward: {across}."]
+    said += ["Gains over theta_0, of reward and, one picture at guidance 3, of the others:"]
+    said += [gains(part["gains"], REGIMES | OTHERS), differences(part["claims"], REGIMES)]
+    said += [base_by_base(part["claims"], "single", "reward, one picture at guidance 3")]
+    said += [base_by_base(part["claims"], "five", "reward, the mean of five")]
+    said += [base_by_base(part["claims"], "best_guidance", "reward, each at its best guidance")]
+    said += [differences(part["claims"], of_clean, "clean")]
+    said += [base_by_base(part["claims"], "clean", "clean, one picture at guidance 3")]
     told = "Error of the noise predicted on curated pictures of the test scenes, which no model was shown:"
     said += [told, gains(part["gains"], {"change from theta_0, %": "held_out_percent"}, 1)]
     return said + sweep(part["sweep"])
@@ -151,7 +155,7 @@ def learned(part: dict) -> list[str]:
     said = ["What SPIN-1 gains over theta_0. Lines: how its opponent, theta_0, drew; columns: the guidance of judging."]
     for metric, title in (("reward", "reward"), ("clean", "clean"), ("palette", "palette's error")):
         said.append(gains(rows, {f"{title} at guidance {g}": f"at_{g}/{metric}" for g in GUIDANCES}))
-    said.append(gains(rows, {"all five right at 1": "at_1/aligned", "at 3": "at_3/aligned"}))
+    said.append(gains(rows, {"aligned at 1": "at_1/aligned", "at 3": "at_3/aligned"}))
     columns = {f"{m} at 3, less that of opponents who drew at 3": f"{m}_less_reference" for m in ("reward", "clean")}
     said.append(gains(rows, columns))
     told = "Error of the noise predicted on curated pictures of the test scenes, which no model was shown:"
@@ -162,7 +166,7 @@ def learned(part: dict) -> list[str]:
 def compared(part: dict) -> str:
     columns = {"reward, less theta_0's": "reward", "less the first line's": "reward_less_reference"}
     columns |= {"clean, less theta_0's": "clean", "less the first line's clean": "clean_less_reference"}
-    return gains(part["rows"], columns | {"all five right": "aligned", "palette's error": "palette"})
+    return gains(part["rows"], columns | {"aligned": "aligned", "palette's error": "palette"})
 
 
 def choices(part: dict) -> list[str]:
@@ -177,9 +181,9 @@ def choices(part: dict) -> list[str]:
 
 
 def lengths(part: dict) -> list[str]:
-    seconds = [[title, f"{of['seconds']:.0f}"] for title, of in part["rows"].items()]
+    steps = [[title, str(of["steps"])] for title, of in part["rows"].items()]
     said = ["The last model of each:", compared(part)]
-    return said + [table(["", "seconds of one core, the opponents' drawing included"], seconds)]
+    return said + [table(["", "steps, and what the opponents' pictures cost, 150 steps a time"], steps)]
 
 
 def beta_and_lr(part: dict) -> list[str]:
@@ -216,7 +220,9 @@ def failure(part: dict) -> list[str]:
     rows = []
     for window in part["failure"]["alarms"]:
         rows.append([f"the mean of {window} steps", *(first(part[name]["alarms"][window]) for name in names)])
-    return said + [table(["by", *names.values()], rows)]
+    said.append(table(["by", *names.values()], rows))
+    said.append("The same by 50 steps, which is the rule of train.py, in games that are no failure by their scores:")
+    return said + [table(["", "step"], [[title, first(alarms)] for title, alarms in part["rule"].items()])]
 
 
 PARTS: dict[str, tuple[str, Callable]] = {
@@ -233,13 +239,17 @@ PARTS: dict[str, tuple[str, Callable]] = {
 def markdown(found: dict) -> str:
     made = "`python tutorial/pretrain.py --seed N --vae spin/toy_base`, 100 validation prompts at guidance 3. Ideal "
     made += f"pictures that have been through that autoencoder earn a reward of {found['bases']['ceiling']:.3f}."
-    said = [INTRODUCTION, "## The bases", made, bases(found["bases"])]
+    parts = sum(found[part]["about"]["seconds"] for part in PARTS if part in found)
+    stages = [stage for of in found["bases"].values() if isinstance(of, dict) for stage in of.values()]
+    hours = (parts + sum(stage["seconds"] for stage in stages)) / 3600
+    total = f"Hardware: {found['hardware']}. In all {hours:.1f} hours of one core, the bases included."
+    said = [INTRODUCTION, total, "## The bases", made, bases(found["bases"])]
     for part, (title, tables) in PARTS.items():
         if part in found:
             about = found[part]["about"]
             numbers = [", ".join(map(str, about[key])) for key in ("bases", "seeds", "commits")]
             made = "Bases {}; seeds {}; commits {}; ".format(*numbers)
-            made += f"{about['jobs']} jobs, {about['minutes']} minutes of one core in all ({about['hardware']})."
+            made += f"{about['jobs']} jobs, {about['seconds']} seconds of one core in all."
             said += [f"## {title}", *tables(found[part]), made]
     return "\n\n".join(said) + "\n"
 
@@ -253,13 +263,14 @@ def figures(found: dict) -> dict[str, Image.Image]:
 
 
 def claims_figure(part: dict) -> Image.Image:
-    titles = {"single": "reward at 3", "best_of_five": "reward at 3, best of five"}
+    titles = {"five": "reward at 3, mean of five", "best_of_five": "reward at 3, best of five"}
     titles |= {"best_guidance": "reward, each at its best guidance", "clean": "clean (0 to 10) at 3"}
     return gain_panels({of["short"]: of for of in part["gains"].values()}, titles)
 
 
 def steps_figure(part: dict) -> Image.Image:
-    """Gains by the number of steps: SFT, self-play against theta_0 alone, and against renewed opponents."""
+    """Gains by the number of steps: SFT, self-play against theta_0 alone, and against renewed opponents. Each point is a
+    run of its own, whose learning rate ends at 0 there, but for those of the last line, which are one run's."""
     lines = {
         "SFT": {300: "SFT, 300 steps", 900: "SFT, 900 steps"},
         "self-play, theta_0 stays the opponent": {100: "SPIN-1", 300: "SPIN, 300 steps at theta_0"},
