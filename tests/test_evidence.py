@@ -1,6 +1,7 @@
 """The experiments behind tutorial/evidence: statistics, bookkeeping, and that what is told is what they found."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -147,3 +148,13 @@ def test_a_job_from_end_to_end(tmp_path):
         assert job.done(tmp_path)
     assert "generating" not in (tmp_path / other.place / "output.txt").read_text()
     assert "generating" in (tmp_path / first.place / "output.txt").read_text()
+
+
+def test_tables_and_prose_say_what_the_results_file_says():
+    found = run.read_json(EVIDENCE / "evidence.json")
+    told = (EVIDENCE / "tables.md").read_text()
+    assert told == tables.markdown(found)
+    section = (experiments.ROOT / "README.md").read_text().split("\n## Evidence\n")[1].split("\n## ")[0]
+    for text in ((EVIDENCE / "README.md").read_text(), section):
+        numbers = re.findall(r"[+-]\d+\.\d+ \[[^\]]+\]", " ".join(text.split()))
+        assert len(numbers) >= 5 and [number for number in numbers if number not in told] == []

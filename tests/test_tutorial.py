@@ -59,7 +59,7 @@ def test_names_and_links_exist(page):
         assert (page.parent / link).exists(), f"{page.name}: {link} is not there"
 
 
-@pytest.mark.parametrize("name", figures.FIGURES)
+@pytest.mark.parametrize("name", [*figures.FIGURES, *figures.EVIDENCE])
 def test_figures_are_those_that_the_code_draws(name, tmp_path):
     figures.main([name, "--out", str(tmp_path)])
     remade, committed = (np.asarray(Image.open(folder / f"{name}.png").convert("RGB"), dtype=float) for folder in

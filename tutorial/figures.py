@@ -1,8 +1,9 @@
 """The tutorial's figures, from fixed seeds.
 
-    python tutorial/figures.py [NAME ...]        draws tutorial/figures/NAME.png; without a name, all of these
+    python tutorial/figures.py [NAME ...]        draws tutorial/figures/NAME.png; without a name, all
 
-story_*.png come from a run of `python train.py`, evidence_*.png from `python tutorial/tables.py`.
+Those that begin with evidence_ are drawn from tutorial/evidence/evidence.json. story_ ones are what `python train.py`
+leaves in runs/toy, minutes if it has not been run; without a name, they are left as they are.
 """
 
 import argparse
@@ -18,11 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train  # noqa: E402
 from spin import data, original, run, sampler, toy, viz, weights  # noqa: E402
 from spin.loss import LINKS, per_image_error  # noqa: E402
 from spin.scheduler import add_noise, x0_and_eps  # noqa: E402
 from spin.unet import UNet  # noqa: E402
-from tutorial import charts, drawing  # noqa: E402
+from tutorial import charts, drawing, tables  # noqa: E402
 
 FOLDER = ROOT / "tutorial" / "figures"
 
@@ -195,17 +197,29 @@ FIGURES: dict[str, Callable[[], Image.Image]] = {
     "latents": latents,
     "cost": cost,
 }
+FOUND = run.read_json(ROOT / "tutorial" / "evidence" / "evidence.json")
+EVIDENCE = [f"evidence_{name}" for name, (part, _) in tables.FIGURES.items() if part in FOUND]
+STORY = {"story_grid": "samples/grid.png", "story_curves": "curves.png", "story_results": "results.png"}
+
+
+def figure(name: str) -> Image.Image:
+    if name in STORY:
+        return Image.open(Path(train.main(["--out", str(ROOT / "runs" / "toy")])["out"], STORY[name])).convert("RGB")
+    if name in EVIDENCE:
+        return tables.figure(name.removeprefix("evidence_"), FOUND)
+    return FIGURES[name]()
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIGURES)} (default: all)")
+    every = [*FIGURES, *EVIDENCE]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*every, *STORY])}")
     parser.add_argument("--out", default=str(FOLDER), help="default: tutorial/figures")
     args = parser.parse_args(argv)
-    for name in args.names or FIGURES:
-        if name not in FIGURES:
-            raise run.InputError(f"{name}: no such figure. There are {', '.join(FIGURES)}")
-        viz.save_png(FIGURES[name]().quantize(256), Path(args.out) / f"{name}.png")
+    for name in args.names or every:
+        if name not in [*every, *STORY]:
+            raise run.InputError(f"{name}: no such figure. There are {', '.join([*every, *STORY])}")
+        viz.save_png(figure(name).quantize(256), Path(args.out) / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -255,13 +255,6 @@ def markdown(found: dict) -> str:
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
-def figures(found: dict) -> dict[str, Image.Image]:
-    drawers = {"claims": claims_figure, "steps": steps_figure, "web": web_figure, "learned": learned_figure}
-    drawers |= {"map": map_figure, "failure": failure_figure}
-    of_part = found | ({"steps": found["claims"]} if "claims" in found else {})
-    return {part: draw(of_part[part]) for part, draw in drawers.items() if part in of_part}
-
-
 def claims_figure(part: dict) -> Image.Image:
     titles = {"five": "reward at 3, mean of five", "best_of_five": "reward at 3, best of five"}
     titles |= {"best_guidance": "reward, each at its best guidance", "clean": "clean (0 to 10) at 3"}
@@ -342,15 +335,31 @@ def failure_figure(part: dict) -> Image.Image:
     return viz.two_a_row(panels)
 
 
+FIGURES: dict[str, tuple[str, Callable[[dict], Image.Image]]] = {  # name: part, and what draws it
+    "claims": ("claims", claims_figure),
+    "steps": ("claims", steps_figure),
+    "web": ("web", web_figure),
+    "learned": ("learned", learned_figure),
+    "map": ("map", map_figure),
+    "failure": ("failure", failure_figure),
+}
+
+
+def figure(name: str, found: dict) -> Image.Image:
+    part, draw = FIGURES[name]
+    return draw(found[part])
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(ROOT / "tutorial/evidence"), help="default: tutorial/evidence")
     out = Path(parser.parse_args(argv).out)
     found = run.read_json(out / "evidence.json")
-    with run.whole(out / "tables.md") as part:
-        part.write_text(markdown(found))
-    for name, figure in figures(found).items():
-        viz.save_png(figure, out.parent / "figures" / f"evidence_{name}.png")
+    with run.whole(out / "tables.md") as file:
+        file.write_text(markdown(found))
+    for name, (part, _) in FIGURES.items():
+        if part in found:
+            viz.save_png(figure(name, found).quantize(256), out.parent / "figures" / f"evidence_{name}.png")
 
 
 if __name__ == "__main__":
