@@ -155,6 +155,7 @@ def test_tables_and_prose_say_what_the_results_file_says():
     told = (EVIDENCE / "tables.md").read_text()
     assert told == tables.markdown(found)
     section = (experiments.ROOT / "README.md").read_text().split("\n## Evidence\n")[1].split("\n## ")[0]
-    for text in ((EVIDENCE / "README.md").read_text(), section):
+    chapter = (experiments.ROOT / "tutorial" / "10_judging.md").read_text()
+    for text in ((EVIDENCE / "README.md").read_text(), section, chapter):
         numbers = re.findall(r"[+-]\d+\.\d+ \[[^\]]+\]", " ".join(text.split()))
         assert len(numbers) >= 5 and [number for number in numbers if number not in told] == []

@@ -9,8 +9,8 @@ from spin.judge import PLATEAU
 
 
 def pooled(values: np.ndarray, level: float = 0.95) -> dict:
-    """mean, low, high of [bases,seeds,prompts]: an interval for another base, seed and prompt of the same kind; and
-    here, [low, high]: one for other seeds and prompts, but these very bases.
+    """mean, low, high of [bases,seeds,prompts]: an interval for the mean over all bases, seeds and prompts of this kind;
+    and here, [low, high]: one for the mean over all seeds and prompts, but these very bases.
 
     Bases, seeds and prompts are crossed samples, a seed drawing the same batches and noise for every base: the variance of
     the mean is that of the bases' means over their number, plus the same of the seeds' and of the prompts' (Cameron,
