@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from spin import run, toy
-from tutorial import experiments, findings, intervals, tables
+from spin import run, toy, weights
+from tutorial import experiments, findings, intervals, pretrain, tables
 from tutorial.experiments import HELD_OUT, Look
 
 EVIDENCE = Path(experiments.ROOT, "tutorial/evidence")
@@ -148,6 +149,20 @@ def test_a_job_from_end_to_end(tmp_path):
         assert job.done(tmp_path)
     assert "generating" not in (tmp_path / other.place / "output.txt").read_text()
     assert "generating" in (tmp_path / first.place / "output.txt").read_text()
+    assert not replace(first, flags=flags + " --beta 5").done(tmp_path)  # another run than the one that is there
+    noise = experiments.gradient_noise(tmp_path, replace(first, name="gradient", flags="--num-prompts 8"), batches=3)
+    assert set(noise) == {f"{at}, {kind}" for at in ("theta_0", "spin-1") for kind in ("shared", "independent")}
+    assert noise["theta_0, independent"]["variance"] > noise["theta_0, shared"]["variance"] > 0
+
+
+def test_a_base_has_the_common_autoencoder_and_base_0_its_committed_end(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pretrain, "main", asked.append)
+    for base in (0, 1):
+        experiments.make_base(base, tmp_path)
+    assert asked == [["--seed", str(b), "--vae", str(toy.BASE), "--out", str(tmp_path / f"base-{b}")] for b in (0, 1)]
+    assert weights.checkpoint_hash(tmp_path / "base-0/theta_0") == weights.checkpoint_hash(toy.BASE)
+    assert not (tmp_path / "base-1/theta_0").exists()
 
 
 def test_tables_and_prose_say_what_the_results_file_says():

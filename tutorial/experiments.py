@@ -280,9 +280,10 @@ def gradient_noise(runs: Path, job: Job, batches: int = 100) -> dict:
     variance and the squared length of its mean (without bias), where a pair shares its noise and where it does not.
     Batches and noise are those of an iteration UNSEEN, which nobody was trained with."""
     claims = runs / replace(job, name="claims").place
-    args = train.parse([*to_start(start_of(runs, job.start, job.base), job.seed), "--out", str(claims)])
+    start = to_start(start_of(runs, job.start, job.base), job.seed)
+    args = train.parse([*job.flags.split(), *start, "--out", str(claims)])
     sd, found = weights.load(args.model), {}
-    images = data.CaptionedImages(args.data, args.resolution)
+    images = data.CaptionedImages(args.data, args.resolution, False, args.num_prompts)
     real = data.LatentShards(sorted((claims / "cache").iterdir())[0], range(len(images)))  # any has the mean and logvar
     generated = pairs.shards_of(args, run.Run(claims), train.Stage.of("spin-1", args), images)
     for at, unet in (("theta_0", sd.unet), ("spin-1", weights.load_unet(str(run.Run(claims).checkpoint("spin-1"))))):
