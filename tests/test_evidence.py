@@ -24,7 +24,9 @@ def test_pooled_by_hand():
     freedom = 2.5**2 / (2.25**2 + 0.25**2)  # 1.2195
     assert found["high"] - 3.5 == pytest.approx(intervals.student(freedom, 0.95) * 2.5**0.5, rel=1e-3)
     assert found["high"] - 3.5 == pytest.approx(3.5 - found["low"])
-    assert found["here"][1] - 3.5 == pytest.approx(12.706 * 0.5, rel=1e-3)  # of these bases: 0.25, one degree of freedom
+    assert found["here"][1] - 3.5 == pytest.approx(
+        12.706 * 0.5, rel=1e-3
+    )  # of these bases: 0.25, one degree of freedom
     assert intervals.pooled(values[:1])["by_base"] == [2.0]
 
 

@@ -32,7 +32,8 @@ def lines(
     draw = ImageDraw.Draw(panel)
     place = (lambda x: float(xs.index(x))) if even else float
     left, right, floor = LEFT + 20, width - RIGHT - 20, height - 18 - BOTTOM
-    across = lambda x: left + (place(x) - place(xs[0])) / (place(xs[-1]) - place(xs[0]) or 1) * (right - left)  # noqa: E731
+    span_of_x = place(xs[-1]) - place(xs[0]) or 1
+    across = lambda x: left + (place(x) - place(xs[0])) / span_of_x * (right - left)  # noqa: E731
     for x in ticks or xs:
         draw.text((across(x), floor + 6), f"{x:g}", INK, font, anchor="ma")
     draw.text(((left + right) / 2, floor + 24), x_label, INK, font, anchor="ma")

@@ -113,7 +113,11 @@ def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
     if part == "web":
         found = of("theta_0", "", once_a_base, looks={"base": (*SINGLE, *BEST)}, start="web")
         both = (*SINGLE, *BEST)
-        for method, looks in (("sft", {"sft": both}), ("dpo", {"dpo": both}), ("spin", {"spin-1": SINGLE, "spin-3": both})):
+        for method, looks in (
+            ("sft", {"sft": both}),
+            ("dpo", {"dpo": both}),
+            ("spin", {"spin-1": SINGLE, "spin-3": both}),
+        ):
             flags = f"--loss {method} {best_trial(runs, f'web-{method}')}"
             found += of(method, flags, looks=looks, start="web")
         return found

@@ -65,7 +65,11 @@ def sampling_path() -> Image.Image:
 @torch.no_grad()
 def errors() -> Image.Image:
     """Chapter 3: theta_0's error by timestep, on curated pictures that it was trained with and on others."""
-    sd, images, draw = weights.load(toy.BASE), data.CaptionedImages(toy.CURATED, toy.SIDE), torch.Generator().manual_seed(0)
+    sd, images, draw = (
+        weights.load(toy.BASE),
+        data.CaptionedImages(toy.CURATED, toy.SIDE),
+        torch.Generator().manual_seed(0),
+    )
     scenes = toy.split()["test"]
     others = np.stack([drawing.curated(scene, np.random.default_rng([1, i])) for i, scene in enumerate(scenes)])
     others = torch.from_numpy(others).permute(0, 3, 1, 2).float() * 2 - 1
@@ -84,7 +88,7 @@ def errors() -> Image.Image:
 
 
 def game() -> Image.Image:
-    """Chapter 4: the ideal game of one number, lambda 2: each painter goes half of the way to the data, in logarithms."""
+    """Chapter 4: the ideal game of one number, lambda 2: each painter goes half of the way to the data, in logs."""
     x = torch.linspace(-4, 4, 81)
     bell = lambda mean, sd: torch.exp(-0.5 * ((x - mean) / sd) ** 2) / sd  # noqa: E731
     data_density, painter, curves = bell(1.0, 0.5) + 0.7 * bell(2.4, 0.3), bell(-1.5, 1.0), {}
@@ -92,8 +96,12 @@ def game() -> Image.Image:
         curves[f"theta_{k}"] = painter
         painter = (painter * data_density) ** 0.5
     curves["data"] = data_density
-    points = {name: [(a, b, b, b) for a, b in zip(x.tolist(), (y / y.sum() / 0.1).tolist())] for name, y in curves.items()}
-    return charts.lines("probability density", "the number that is drawn", points, 620, 300, ticks=(-4, -2, 0, 2, 4), span=(0, 0.6))
+    points = {
+        name: [(a, b, b, b) for a, b in zip(x.tolist(), (y / y.sum() / 0.1).tolist())] for name, y in curves.items()
+    }
+    return charts.lines(
+        "probability density", "the number that is drawn", points, 620, 300, ticks=(-4, -2, 0, 2, 4), span=(0, 0.6)
+    )
 
 
 def links() -> Image.Image:
@@ -117,7 +125,9 @@ def unet() -> Image.Image:
         inputs = torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768)
     traced = []
     for block in [*network.down_blocks, network.mid_block, *network.up_blocks]:
-        block.register_forward_hook(lambda block, _, out: traced.append((block, [out] if torch.is_tensor(out) else out)))
+        block.register_forward_hook(
+            lambda block, _, out: traced.append((block, [out] if torch.is_tensor(out) else out))
+        )
     network(*inputs)
     sheet, font = Image.new("RGB", (940, 470), viz.PAPER), ImageFont.load_default(13)
     draw, rows = ImageDraw.Draw(sheet), [70, 155, 240, 325]
@@ -135,14 +145,21 @@ def unet() -> Image.Image:
         box(left, y, 90 + channels / 14, f"{len(block.resnets)} blocks{attends}", down)
         text(15, y, f"{size} x {size}, {channels}", "lm")
         block, (output,) = traced[-1 - level]
-        width = block.resnets[0].out_channels if hasattr(block.resnets[0], "out_channels") else block.resnets[0].conv1.out_channels
+        width = (
+            block.resnets[0].out_channels
+            if hasattr(block.resnets[0], "out_channels")
+            else block.resnets[0].conv1.out_channels
+        )
         box(right, y, 90 + width / 14, f"{len(block.resnets)} blocks{attends}", up)
         for i in range(3):  # what each block of the way up reads
             line = y - 12 + 12 * i
             draw.line([(left + 50 + channels / 28, line), (right - 50 - width / 28, line)], viz.PALE, 2)
         text((left + right) / 2, y - 28, "three skips")
         if level:
-            for x, ends, said in ((left, (rows[level - 1] + 26, y - 28), "half"), (right, (y - 26, rows[level - 1] + 28), "double")):
+            for x, ends, said in (
+                (left, (rows[level - 1] + 26, y - 28), "half"),
+                (right, (y - 26, rows[level - 1] + 28), "double"),
+            ):
                 draw.line([(x, ends[0]), (x, ends[1])], viz.INK, 2)
                 tip = 5 if ends[1] > ends[0] else -5
                 draw.polygon([(x - 5, ends[1] - tip), (x + 5, ends[1] - tip), (x, ends[1] + tip / 2)], viz.INK)

@@ -89,7 +89,6 @@ class Runs:
         """The change of the error on curated pictures of test scenes, in percent of theta_0's: ratios, averaged as
         logarithms."""
         before, after = (self.scores(*of, HELD_OUT, "", **how)[..., 0] for of in (THETA_0, (name, model)))
-        percent = lambda x: [percent(of) for of in x] if isinstance(x, list) else round(100 * math.expm1(x), 2)  # noqa: E731
         return {key: percent(value) for key, value in pooled(np.log(after / before)).items()}
 
     def log(self, name: str, model: str, key: str, steps: slice = slice(None), start: str = "theta_0") -> np.ndarray:
@@ -114,6 +113,13 @@ class Runs:
         seconds = round(sum(job["seconds"] for job in facts))
         told = {"bases": list(self.bases), "seeds": sorted({job.seed for job in jobs}), "commits": commits}
         return told | {"jobs": len(jobs), "seconds": seconds}
+
+
+def percent(logarithm: float | list[float]):
+    """Of a ratio's logarithm, or of each of several, by how many percent the ratio is above 1."""
+    if isinstance(logarithm, list):
+        return [percent(each) for each in logarithm]
+    return round(100 * math.expm1(logarithm), 2)
 
 
 ROWS = {  # title: (job, model)
@@ -172,8 +178,8 @@ LENGTHS = {
 
 
 def bases(folder: Path) -> dict:
-    """What pretrain.py says of each base. The first one's theta_0 is spin/toy_base, with whose autoencoder all were made;
-    its web stage was made twice."""
+    """What pretrain.py says of each base. The first one's theta_0 is spin/toy_base, with whose autoencoder all were
+    made; its web stage was made twice."""
     found: dict = {"ceiling": run.read_json(toy.BASE / "pretrain.json")["vae"]["ceiling"]["reward"]}
     places = {"0": toy.BASE} | {("0, again" if base == 0 else str(base)): folder / f"base-{base}" for base in BASES}
     for name, place in places.items():
@@ -211,7 +217,7 @@ def claims(runs: Runs) -> dict:
 
 
 def sweep(runs: Runs, rows: dict, start: str = "theta_0") -> dict:
-    """{model: {guidance: reward on the validation prompts}, and under "best" the guidance chosen, a base and seed each}."""
+    """{model: {guidance: reward on the validation prompts}}; under "best" the guidance chosen, a base and seed each."""
     found: dict = {}
     for title, (name, model) in ({"theta_0": THETA_0} | rows).items():
         if runs.pictures(name, model, BEST, start):
@@ -288,16 +294,22 @@ def map_of(runs: Runs) -> dict:
 
 
 def failure(runs: Runs) -> dict:
-    """Of the failing run and, beside it, of the tuned one: gains, the log, and when it shows the failure; rule: when that
-    of train.py, 50 steps, fires in games that are none."""
+    """Of the failing run and, beside it, of the tuned one: gains, the log, and when it shows the failure. rule: when
+    that of train.py, 50 steps, fires in games that are none."""
     found: dict = {}
     every = [(b, s) for b in range(len(runs.bases)) for s in range(len(runs.seeds))]
     for name in ("failure", "claims"):
         of = found[name] = {m: runs.gain(name, "spin-1", metric=m) for m in METRICS}
         of["held_out_percent"] = runs.held_out(name, "spin-1")
         of["curves"] = {key: curve(runs, name, key) for key in ("loss", "implicit_accuracy", "delta_data", "delta_gen")}
-        of["alarms"] = {str(n): [first_alarm(runs, name, "spin-1", *cell, n) for cell in every] for n in (5, 10, 20, 50)}
-    others = {"SPIN-2": ("claims", "spin-2"), "SPIN-3": ("claims", "spin-3"), "SPIN, 300 steps": ("continued", "spin-1")}
+        of["alarms"] = {
+            str(n): [first_alarm(runs, name, "spin-1", *cell, n) for cell in every] for n in (5, 10, 20, 50)
+        }
+    others = {
+        "SPIN-2": ("claims", "spin-2"),
+        "SPIN-3": ("claims", "spin-3"),
+        "SPIN, 300 steps": ("continued", "spin-1"),
+    }
     found["rule"] = {title: [first_alarm(runs, *of, *cell, 50) for cell in every] for title, of in others.items()}
     return found
 

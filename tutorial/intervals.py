@@ -9,14 +9,13 @@ from spin.judge import PLATEAU
 
 
 def pooled(values: np.ndarray, level: float = 0.95) -> dict:
-    """mean, low, high of [bases,seeds,prompts]: an interval for the mean over all bases, seeds and prompts of this kind;
-    and here, [low, high]: one for the mean over all seeds and prompts, but these very bases.
+    """mean, low, high of [bases,seeds,prompts]: an interval for the mean over all bases, seeds and prompts of this
+    kind; and here, [low, high]: one for the mean over all seeds and prompts, but these very bases.
 
-    Bases, seeds and prompts are crossed samples, a seed drawing the same batches and noise for every base: the variance of
-    the mean is that of the bases' means over their number, plus the same of the seeds' and of the prompts' (Cameron,
-    Gelbach and Miller 2011, without the terms that are subtracted there: a little too wide). Student's t, its degrees of
-    freedom by Welch and Satterthwaite. What there is but one of is taken as given.
-    """
+    Bases, seeds and prompts are crossed samples, a seed drawing the same batches and noise for every base: the variance
+    of the mean is that of the bases' means over their number, plus the same of the seeds' and of the prompts' (Cameron,
+    Gelbach and Miller 2011, without the terms that are subtracted there: a little too wide). Student's t, its degrees
+    of freedom by Welch and Satterthwaite. What there is but one of is taken as given."""
     sides = [values.mean(others) for others in ((1, 2), (0, 2), (0, 1))]
     parts = [(of.var(ddof=1) / len(of), len(of) - 1) for of in sides if len(of) > 1]
     (low, high), here = (interval(values.mean(), of, level) for of in (parts, parts[len(values) > 1 :]))

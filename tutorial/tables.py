@@ -22,10 +22,11 @@ What is found is told in [README.md](README.md). `python tutorial/experiments.py
 `python tutorial/findings.py` evidence.json, this file and the figures.
 
 Brackets: 95 % intervals over bases, seeds and prompts (`pooled` in [intervals.py](../intervals.py)); where it says
-"these bases", over seeds and prompts alone. Where nothing else is said, a model draws one picture for each of 200 test prompts at guidance 3 and 20 steps, from the same noise as the
-one that it is compared with. Reward and clean go from 0 to 10; the palette's error is an rms distance of colours, and
-less is better. Hyper-parameters are the miniature world's defaults ([tuning.md](tuning.md)) unless a line says
-otherwise."""
+"these bases", over seeds and prompts alone. Where nothing else is said, a model draws one picture for each of 200 test
+prompts at guidance 3 and 20 steps, from the same noise as the one that it is compared with. Reward and clean go from 0
+to 10; aligned is the share of pictures that show all that the prompt says; the palette's error is an rms distance of
+colours, and less is better. Hyper-parameters are the miniature world's defaults ([tuning.md](tuning.md)) unless a line
+says otherwise."""
 
 OTHERS = {"aligned": "aligned", "clean": "clean", "palette's error": "palette"}  # than reward
 METRICS = {"reward": "reward"} | OTHERS
@@ -262,8 +263,8 @@ def claims_figure(part: dict) -> Image.Image:
 
 
 def steps_figure(part: dict) -> Image.Image:
-    """Gains by the number of steps: SFT, self-play against theta_0 alone, and against renewed opponents. Each point is a
-    run of its own, whose learning rate ends at 0 there, but for those of the last line, which are one run's."""
+    """Gains by the number of steps: SFT, self-play against theta_0 alone, and against renewed opponents. Each point is
+    a run of its own, whose learning rate ends at 0 there, but for those of the last line, which are one run's."""
     lines = {
         "SFT": {300: "SFT, 300 steps", 900: "SFT, 900 steps"},
         "self-play, theta_0 stays the opponent": {100: "SPIN-1", 300: "SPIN, 300 steps at theta_0"},
