@@ -215,7 +215,6 @@ def do(job: Job, runs: Path) -> float:
             train.main([*job.flags.split(), *FIXED.split(), *to_start(start, job.seed), "--out", str(out)])
             for folder in (out / "cache").iterdir():
                 copy(folder, encoded / folder.name)
-        found["training_seconds"] = round(time.perf_counter() - began, 1)
         found["models"] = {}
         sd = weights.load(start)
         for model, looks in job.looks.items():

@@ -179,7 +179,7 @@ LENGTHS = {
 
 def bases(folder: Path) -> dict:
     """What pretrain.py says of each base. The first one's theta_0 is spin/toy_base, with whose autoencoder all were
-    made; its web stage was made twice."""
+    made; its web stage, which is not kept, is made again for the part "web"."""
     found: dict = {"ceiling": run.read_json(toy.BASE / "pretrain.json")["vae"]["ceiling"]["reward"]}
     places = {"0": toy.BASE} | {("0, again" if base == 0 else str(base)): folder / f"base-{base}" for base in BASES}
     for name, place in places.items():
