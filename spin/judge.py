@@ -130,8 +130,7 @@ def write(folder: Path, found: dict) -> None:
     gains = {first: dict.fromkeys(found["models"][first], {"mean": 0.0, "low": 0.0, "high": 0.0})}
     gains |= {name: found["differences"][f"{name} - {first}"] for name in others}
     gains = {name: {f"{metric}, less {first}'s": of[metric] for metric in of} for name, of in gains.items()}
-    gains = gains if others else found["models"]
-    viz.save_png(viz.interval_charts(gains), folder / "results.png")
+    viz.save_png(viz.interval_charts(gains if others else found["models"]), folder / "results.png")
     with run.whole(folder / "results.md") as part:
         part.write_text(markdown(found))
     run.write_json(folder / "results.json", found)  # last: its presence says that the others are there

@@ -42,8 +42,7 @@ def grid(rows: Sequence[Pictures], columns: Sequence[str], captions: Sequence[st
     """A table of pictures of `cell` pixels: a title over each column, a caption (a prompt) to the left of each row."""
     font, gap, margin, line = ImageFont.load_default(15), 6, 190, 19
     title_height = line + gap if any(columns) else 0
-    size = (margin + len(columns) * (cell + gap), title_height + len(rows) * (cell + gap))
-    sheet = Image.new("RGB", size, PAPER)
+    sheet = Image.new("RGB", (margin + len(columns) * (cell + gap), title_height + len(rows) * (cell + gap)), PAPER)
     draw = ImageDraw.Draw(sheet)
     for j, title in enumerate(columns):
         draw.text((margin + j * (cell + gap) + cell / 2, 2), title, INK, font, anchor="ma")
@@ -79,14 +78,16 @@ def two_a_row(panels: Pictures) -> Image.Image:
 
 
 def axes(title: str, values: Sequence[float], width: int, height: int):
-    """A panel with three labelled heights around `values`: the panel, its draw, its font, and y -> its height."""
+    """A panel with round numbers up its side, around `values`: the panel, its draw, its font, and y -> its height."""
     panel, font = Image.new("RGB", (width, height), PAPER), ImageFont.load_default(13)
     draw = ImageDraw.Draw(panel)
     low, high = min(values, default=0.0), max(values, default=0.0)
     pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    level = lambda y: height - BOTTOM - (y - low + pad) / (high - low + 2 * pad) * (height - BOTTOM - TOP)  # noqa: E731
+    low, high = low - pad, high + pad
+    level = lambda y: height - BOTTOM - (y - low) / (high - low) * (height - BOTTOM - TOP)  # noqa: E731
     draw.text((LEFT, 6), title, INK, font)
-    for y in sorted({low, (low + high) / 2, high}):
+    apart = next(m * 10.0**e for e in range(-99, 99) for m in (1, 2, 5) if m * 10.0**e >= (high - low) / 5)
+    for y in (apart * k for k in range(math.ceil(low / apart), math.floor(high / apart) + 1)):
         draw.line([(LEFT, level(y)), (width - RIGHT, level(y))], PALE)
         draw.text((LEFT - 6, level(y)), f"{y:.4g}", INK, font, anchor="rm")
     return panel, draw, font, level
