@@ -1,5 +1,6 @@
 """What spin/viz.py does not draw: lines with intervals over an axis of numbers, and a coloured table of numbers."""
 
+import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -79,6 +80,31 @@ def bars(title: str, values: dict[str, float], unit: str, width: int = 640) -> I
         draw.text((left - 8, middle), name, INK, font, anchor="rm")
         draw.rectangle([left, middle - 8, left + max(1, value * scale), middle + 8], COLOURS[0])
         draw.text((left + value * scale + 8, middle), f"{value:.3g} {unit}", INK, font, anchor="lm")
+    return sheet
+
+
+def arrows(title: str, named: dict[str, tuple[float, float]], notes: Sequence[str], side: int = 620) -> Image.Image:
+    """An arrow from the origin to each point (x, y) of a plane, with its name at the tip, all to one scale, and notes
+    in lines below."""
+    font, (wide, tall) = ImageFont.load_default(13), (side, side // 2)
+    sheet = Image.new("RGB", (wide, TOP + tall + 20 * len(notes) + 10), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((10, 8), title, INK, font)
+    xs, ys = zip((0.0, 0.0), *named.values())
+    scale = min((wide - 280) / (max(xs) - min(xs)), (tall - 60) / (max(ys) - min(ys)))
+    left = 140 + (wide - 280 - scale * (max(xs) - min(xs))) / 2
+    place = lambda x, y: (left + scale * (x - min(xs)), TOP + tall - 30 - scale * (y - min(ys)))  # noqa: E731
+    start = place(0.0, 0.0)
+    for (name, point), colour in zip(named.items(), COLOURS):
+        tip, length = place(*point), math.hypot(*point)
+        along = point[0] / length, -point[1] / length
+        draw.line([start, (tip[0] - 6 * along[0], tip[1] - 6 * along[1])], colour, 3)
+        wings = [(tip[0] - 13 * along[0] + s * along[1], tip[1] - 13 * along[1] - s * along[0]) for s in (-6, 6)]
+        draw.polygon([tip, *wings], colour)
+        draw.text((tip[0] + 12 * along[0], tip[1] + 12 * along[1]), name, colour, font, "lm" if point[0] >= 0 else "rm")
+    draw.circle(start, 4, INK)
+    for i, note in enumerate(notes):
+        draw.text((10, TOP + tall + 20 * i), note, INK, font)
     return sheet
 
 

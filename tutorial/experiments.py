@@ -1,7 +1,8 @@
 """Do the paper's claims hold in the miniature world, and what does self-play learn? Several bases, three seeds each.
 
     python tutorial/experiments.py               hours of two cores; again, it goes on where it stopped
-    python tutorial/experiments.py --parts map   only this part, of bases claims learned web failure choices map lengths
+    python tutorial/experiments.py --parts map   only this part, of bases claims learned ending web failure choices map
+                                                 lengths
 
 A job is one run of train.py and a look at its models; each takes one core, and as many run at once as --workers says.
 RUNS/<start>-<base>/seed-<seed>/<name>/scores.json keeps every picture's score; tutorial/findings.py makes of them the
@@ -76,8 +77,9 @@ class Job:
     seed: int
     flags: str = ""  # train.py's; none: nothing is trained
     looks: dict[str, tuple[Look, ...]] = field(default_factory=lambda: {"spin-1": SINGLE})  # of each model to judge
-    start: str = "theta_0"  # or web
+    start: str = "theta_0"  # or web, or to_1: theta_0, but that its sampler's last step goes to alpha_bar = 1
     again: bool = False  # whether the first opponent's images are those of the run "claims", which are not drawn anew
+    models: str = ""  # the start under which the models lie that are judged, if nothing is trained here
 
     @property
     def place(self) -> str:
@@ -128,6 +130,12 @@ def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
         found += of("negatives-as-images", f"{once} --generated images", **ends)
         flags = f"--loss spin-trajectory --iterations 1 {best_trial(runs, 'trajectory')}"
         return found + of("trajectory", flags, **ends)
+    if part == "ending":
+        looks = {"sft": SINGLE, "spin-1": ACROSS, "spin-2": SINGLE, "spin-3": SINGLE}
+        found = of("theta_0", "", once_a_base, looks={"base": ACROSS}, start="to_1")
+        found += of("claims", "", looks=looks, start="to_1", models="theta_0")
+        found += of("spin", once, looks={"spin-1": ACROSS}, start="to_1")
+        return found + of("spin", "", looks={"spin-1": ACROSS}, models="to_1")
     if part == "choices":
         found = [Job(part, "gradient", *cell, looks={}) for cell in once_a_base]
         found += of("noise-independent", f"{once} --noise independent", again=True)
@@ -193,12 +201,21 @@ def trials_of(part: str) -> list[Job]:
 # ---- A job -----------------------------------------------------------------------------------------------------------
 def start_of(runs: Path, start: str, base: int) -> Path:
     """The checkpoint that a job begins with. theta_0 of base 0 is the one in spin/toy_base."""
-    return toy.BASE if (start, base) == ("theta_0", 0) else runs / f"base-{base}" / start
+    if (start, base) == ("theta_0", 0):
+        return toy.BASE
+    place = runs / f"base-{base}" / start
+    if start == "to_1" and not place.exists():
+        with run.whole(place) as part:
+            shutil.copytree(start_of(runs, "theta_0", base), part)
+            path = part / "scheduler" / "scheduler_config.json"
+            run.write_json(path, run.read_json(path) | {"set_alpha_to_one": True})
+    return place
 
 
 def do(job: Job, runs: Path) -> float:
     """Trains and judges what `job` says; seconds. What is there already is kept."""
     out, began = runs / job.place, time.perf_counter()
+    trained = runs / replace(job, start=job.models or job.start).place
     if job.done(runs):  # by another process in the meantime
         return 0.0
     out.mkdir(parents=True, exist_ok=True)
@@ -218,7 +235,7 @@ def do(job: Job, runs: Path) -> float:
         found["models"] = {}
         sd = weights.load(start)
         for model, looks in job.looks.items():
-            unet = sd.unet if model == "base" else weights.load_unet(str(run.Run(out).checkpoint(model)))
+            unet = sd.unet if model == "base" else weights.load_unet(str(run.Run(trained).checkpoint(model)))
             found["models"][model] = judged(replace(sd, unet=unet), looks)
         found["seconds"] = round(time.perf_counter() - began, 1)
         run.write_json(out / "scores.json", found)
@@ -319,7 +336,7 @@ def make_base(base: int, runs: Path) -> float:
     return time.perf_counter() - began
 
 
-PARTS = ("bases", "claims", "learned", "web", "failure", "choices", "map", "lengths")
+PARTS = ("bases", "claims", "learned", "ending", "web", "failure", "choices", "map", "lengths")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -344,6 +361,9 @@ def main(argv: list[str] | None = None) -> None:
                 if part == "bases":
                     each([f"base-{base}" for base in args.bases], make_base, args.bases)
                     continue
+                if part == "ending":
+                    for base in args.bases:
+                        start_of(runs, "to_1", base)  # not by two processes at once
                 for wanted in (partial(trials_of, part), partial(jobs, runs, part, args.bases, args.seeds)):
                     todo = [job for job in wanted() if not job.done(runs)]
                     each([job.place for job in todo], do, todo)

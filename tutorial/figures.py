@@ -7,6 +7,7 @@ leaves in runs/toy, minutes if it has not been run; without a name, they are lef
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,33 @@ def links() -> Image.Image:
     return viz.two_a_row(panels)
 
 
+def gradient() -> Image.Image:
+    """Chapter 5: for its pair, the plane in which the matching and the pushing term lie, and where a step leads."""
+    sd, images = weights.load(toy.BASE), data.CaptionedImages(toy.CURATED, toy.SIDE)
+    caption, t = images.caption(5), torch.tensor([400])
+    with torch.no_grad():
+        real = sd.vae.encode(images.image(5)[None])[0] * sd.vae.scaling_factor
+        context = sd.encode_prompts([caption])
+    eps = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for x0 in (real, sampler.sample(sd, [caption], steps=20, guidance=3.0)):
+        sd.unet.requires_grad_(True).zero_grad()
+        per_image_error(sd.unet(add_noise(x0, eps, sd.scheduler.alphas_cumprod[t]), t, context), eps).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in sd.unet.parameters()]))
+    matching, pushing = found
+    unit = matching.norm()
+    along = (matching @ pushing / unit**2).item()
+    across = ((pushing - along * matching).norm() / unit).item()
+    names = {
+        "against matching: SFT's step": (0.0, 1.0),
+        "along pushing": (across, -along),
+        "their sum: self-play's step": (across, 1 - along),
+    }
+    angle = math.degrees(math.atan2(across, along))
+    notes = [f"Between the two gradients {angle:.0f} degrees; pushing is {math.hypot(along, across):.2f} times as long."]
+    return charts.arrows("Where a step leads, in the plane of the two gradients", names, notes)
+
+
 def unet() -> Image.Image:
     """Chapter 7: the UNet of SD-1.5, traced on the meta device: a box for each level, as wide as it has channels."""
     with torch.device("meta"):
@@ -210,6 +238,7 @@ FIGURES: dict[str, Callable[[], Image.Image]] = {
     "errors": errors,
     "game": game,
     "links": links,
+    "gradient": gradient,
     "unet": unet,
     "latents": latents,
     "cost": cost,
