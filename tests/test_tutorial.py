@@ -20,7 +20,7 @@ from tutorial import figures
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted(ROOT.glob("tutorial/*.md"))
 FENCE = re.compile(r"^( *)```(\w+)(?: file=(\S+))?\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-NAME = re.compile(r"`(spin(?:\.\w+)+)`")
+NAME = re.compile(r"`((?:spin|train)(?:\.(?!py`)\w+)+)`")
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)

@@ -33,7 +33,7 @@ FOLDER = ROOT / "tutorial" / "figures"
 def noise_levels() -> Image.Image:
     """Chapter 1: two pictures of the curated set at seven levels of noise."""
     images, alphas = data.CaptionedImages(toy.CURATED, toy.SIDE), weights.load(toy.BASE).scheduler.alphas_cumprod
-    levels, rows = (0, 100, 250, 500, 700, 900, 999), (5, 11)
+    levels, rows = (0, 100, 250, 350, 500, 700, 999), (5, 11)
     draw = torch.Generator().manual_seed(0)
     drowned = []
     for row in rows:
@@ -60,7 +60,7 @@ def sampling_path() -> Image.Image:
     at = [0, 2, 4, 7, 10, 13, 16, 19]
     rows = [[viz.to_pil(sampler.decode(sd, x)[0]) for x in (*(of[i] for i in at), x0)] for of in (shown, beliefs)]
     titles = [f"t = {sd.scheduler.timesteps(steps)[i]}" for i in at]
-    return viz.grid(rows, [*titles, "x0"], [f"x_t: {prompt}", "the network's belief in x0"], 96)
+    return viz.grid(rows, [*titles, "x0"], [f"x_t: {prompt}", "the network's guess of x0"], 96)
 
 
 @torch.no_grad()
@@ -80,12 +80,13 @@ def errors() -> Image.Image:
     lines = {}
     for name, (pictures, captions) in sets.items():
         x0, context, points = sd.vae.encode(pictures)[0] * sd.vae.scaling_factor, sd.encode_prompts(captions), []
-        for level in range(25, 1000, 75):
+        for level in range(50, 1000, 50):
             t, eps = torch.full((len(x0),), level), torch.randn(x0.shape, generator=draw)
             error = per_image_error(sd.unet(add_noise(x0, eps, sd.scheduler.alphas_cumprod[t]), t, context), eps).mean()
             points.append((level, *[error.item()] * 3))
         lines[name] = points
-    return charts.lines("error of the predicted noise", "timestep", lines, 620, 280, ticks=(25, 250, 475, 700, 925))
+    title = "mean squared error of the predicted noise (answering 0 would cost 1)"
+    return charts.lines(title, "timestep", lines, 620, 280, ticks=(50, 200, 400, 600, 800, 950))
 
 
 def game() -> Image.Image:
@@ -101,13 +102,13 @@ def game() -> Image.Image:
         name: [(a, b, b, b) for a, b in zip(x.tolist(), (y / y.sum() / 0.1).tolist())] for name, y in curves.items()
     }
     return charts.lines(
-        "probability density", "the number that is drawn", points, 620, 300, ticks=(-4, -2, 0, 2, 4), span=(0, 0.6)
+        "probability density; lambda = 2", "the number that is drawn", points, 620, 300, ticks=(-4, -2, 0, 2, 4), span=(0, 0.6)
     )
 
 
 def links() -> Image.Image:
     """Chapter 5: l of a pair's logit, and -l', by which it is pushed."""
-    t = torch.linspace(-3, 3, 61, requires_grad=True)
+    t = torch.cat([torch.linspace(-3, 3, 61), torch.tensor([0.999])]).sort().values.requires_grad_()  # hinge bends at 1
     values, slopes = {}, {}
     for name, link in LINKS.items():
         y = link(t)
@@ -157,7 +158,7 @@ def unet() -> Image.Image:
             lambda block, _, out: traced.append((block, [out] if torch.is_tensor(out) else out))
         )
     network(*inputs)
-    sheet, font = Image.new("RGB", (940, 470), viz.PAPER), ImageFont.load_default(13)
+    sheet, font = Image.new("RGB", (960, 480), viz.PAPER), ImageFont.load_default(13)
     draw, rows = ImageDraw.Draw(sheet), [70, 155, 240, 325]
     text = lambda x, y, said, anchor="mm": draw.text((x, y), said, viz.INK, font, anchor)  # noqa: E731
 
@@ -165,12 +166,12 @@ def unet() -> Image.Image:
         draw.rectangle([x - width / 2, y - 24, x + width / 2, y + 24], colour, viz.INK)
         text(x, y, title)
 
-    left, right, down, up = 235, 705, (214, 228, 244), (250, 226, 206)
+    left, right, down, up = 265, 735, (214, 228, 244), (250, 226, 206)
     for level, y in enumerate(rows):
         block, outputs = traced[level]
         size, channels = outputs[0].shape[-1], outputs[0].shape[1]
-        attends = " + text" * hasattr(block, "attentions")
-        box(left, y, 90 + channels / 14, f"{len(block.resnets)} blocks{attends}", down)
+        attends = ", transformers" * hasattr(block, "attentions")
+        box(left, y, 150 + channels / 14, f"{len(block.resnets)} blocks{attends}", down)
         text(15, y, f"{size} x {size}, {channels}", "lm")
         block, (output,) = traced[-1 - level]
         width = (
@@ -178,10 +179,12 @@ def unet() -> Image.Image:
             if hasattr(block.resnets[0], "out_channels")
             else block.resnets[0].conv1.out_channels
         )
-        box(right, y, 90 + width / 14, f"{len(block.resnets)} blocks{attends}", up)
+        box(right, y, 150 + width / 14, f"{len(block.resnets)} blocks{attends}", up)
         for i in range(3):  # what each block of the way up reads
             line = y - 12 + 12 * i
-            draw.line([(left + 50 + channels / 28, line), (right - 50 - width / 28, line)], viz.PALE, 2)
+            tip = right - 80 - width / 28
+            draw.line([(left + 80 + channels / 28, line), (tip, line)], viz.PALE, 2)
+            draw.polygon([(tip - 6, line - 4), (tip - 6, line + 4), (tip, line)], viz.INK)
         text((left + right) / 2, y - 28, "three skips")
         if level:
             for x, ends, said in (
@@ -193,15 +196,16 @@ def unet() -> Image.Image:
                 draw.polygon([(x - 5, ends[1] - tip), (x + 5, ends[1] - tip), (x, ends[1] + tip / 2)], viz.INK)
                 text(x + 10, sum(ends) / 2, said, "lm")
     y = 420
-    box((left + right) // 2, y, 90 + 1280 / 14, "2 blocks + text", (232, 232, 236))
+    box((left + right) // 2, y, 150 + 1280 / 14, "2 blocks, a transformer", (232, 232, 236))
     text(15, y, "the middle: 8 x 8, 1280", "lm")
-    draw.line([(left, rows[-1] + 26), (left, y), (372, y)], viz.INK, 2)
-    draw.line([(568, y), (right, y), (right, rows[-1] + 26)], viz.INK, 2)
+    draw.line([(left, rows[-1] + 26), (left, y), (378, y)], viz.INK, 2)
+    draw.line([(622, y), (right, y), (right, rows[-1] + 26)], viz.INK, 2)
     text(left, 18, "latent, 4 channels, and conv_in")
     text(right, 18, "conv_out: the noise, 4 channels")
     for x in (left, right):
         draw.line([(x, 28), (x, rows[0] - 25)], viz.INK, 2)
-    text(15, 452, "left: height x width, channels. The wider a box, the more channels; time enters every block.", "lm")
+    text(15, 462, "Left: height x width, channels inside. The wider a box, the more channels. Time enters every block, text every "
+         "transformer.", "lm")
     return sheet
 
 
@@ -227,7 +231,7 @@ def cost() -> Image.Image:
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768))
     once = counter.get_total_flops() / 1e12
-    values = {"opponent draws, 50 guided steps": 100 * once, "opponent draws, 20 guided steps": 40 * once}
+    values = {"opponent draws, 50 guided steps": 100 * once, "or, with --sampler dpm++, 20 steps": 40 * once}
     values |= {"policy, forward and backward": 6 * once, "opponent, forward": 2 * once}
     return charts.bars("One pair of SD-1.5 at 512 px", values, "TFLOP")
 
