@@ -42,7 +42,8 @@ def lines(
         draw.line([(LEFT, level(0)), (width - RIGHT, level(0))], INK)
     colours = dict(zip(lines, COLOURS, strict=False))
     for n, (name, points) in enumerate(lines.items()):
-        shift = 3 * (n - (len(lines) - 1) / 2) if even else 0  # so that bars at one x stand side by side
+        bars = any(low < high for _, _, low, high in points)
+        shift = (6 if even else 3) * (n - (len(lines) - 1) / 2) if bars else 0  # so that they stand side by side
         draw.line([(across(x) + shift, level(mean)) for x, mean, _, _ in points], colours[name], 2)
         for x, mean, low, high in points:
             if low < high:

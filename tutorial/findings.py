@@ -33,6 +33,7 @@ OUT = ROOT / "tutorial" / "evidence"
 AT_3, BEST = Look("test", 3.0).name, Look("test", None).name
 AT = {f"at_{look.guidance:g}": look.name for look in experiments.ACROSS}
 THETA_0 = ("theta_0", "base")  # job, model
+CHIEF = ("reward", "clean")
 FIRST, LAST = slice(1, 20), slice(-20, None)  # steps of a log: at the very first, policy and opponent are one
 
 
@@ -169,6 +170,14 @@ CHOICES = {  # title: job and model, and those that it is compared with
     "correlation": (("correlation", "spin-1"), ONCE),
     "a tenth of the prompts dropped": (("dropout", "spin-1"), ONCE),
 }
+ENDING = {  # title: job and model, and the start under which they were judged
+    "SFT": (("claims", "sft"), "to_1"),
+    "SPIN-1": (ONCE, "to_1"),
+    "SPIN-2": (("claims", "spin-2"), "to_1"),
+    "SPIN-3": (THRICE, "to_1"),
+    "SPIN-1 whose opponents drew so": (("spin", "spin-1"), "to_1"),
+    "the same, both judged as usual": (("spin", "spin-1"), "theta_0"),
+}
 LENGTHS = {
     "3 x 100 steps": (THRICE, THRICE),
     "1 x 300 steps": (("continued", "spin-1"), THRICE),
@@ -248,11 +257,31 @@ def learned(runs: Runs) -> dict:
         judged = {at: look for at, look in AT.items() if runs.pictures(name, model, look)}
         of = {at: {m: runs.gain(name, model, look, m) for m in METRICS} for at, look in judged.items()}
         of["held_out_percent"] = runs.held_out(name, model)
-        for metric in ("reward", "clean"):
+        for metric in CHIEF:
             of[f"{metric}_less_reference"] = runs.difference((name, model), ONCE, metric=metric)
         # of (C.5) the opponent's error on what it drew is 0, and delta_gen above 0, whatever it drew
         gains[title] = of | (runs.game(name, model) if model != "sft" and name != "trajectory" else {})
     return {"gains": gains, "trials": {"trajectory": experiments.rewards_of_trials(runs.folder, "trajectory")}}
+
+
+def ending(runs: Runs) -> dict:
+    """Where the sampler's last step goes to alpha_bar = 1, not to the schedule's least noisy level. alone: what theta_0
+    gains by that. gains over theta_0 of the models of "claims", both judged so, and of SPIN-1 whose opponent drew so,
+    both judged so or as usual. change: of SPIN-1's gain, by judging so."""
+
+    def gained(look: str, metric: str, start: str) -> np.ndarray:
+        of_spin_1, of_theta_0 = (runs.scores(*of, look, metric, start)[..., 0] for of in (ONCE, THETA_0))
+        return of_spin_1 - of_theta_0
+
+    alone, change, gains = {}, {}, {}
+    for at, look in AT.items():
+        both = {m: [runs.scores(*THETA_0, look, m, start)[..., 0] for start in ("to_1", "theta_0")] for m in CHIEF}
+        alone[at] = {m: pooled(to_1 - usual) for m, (to_1, usual) in both.items()}
+        change[at] = {m: pooled(gained(look, m, "to_1") - gained(look, m, "theta_0")) for m in CHIEF}
+    for title, (of, start) in ENDING.items():
+        judged = {at: look for at, look in AT.items() if runs.pictures(*of, look, start)}
+        gains[title] = {at: {m: runs.gain(*of, look, m, start=start) for m in CHIEF} for at, look in judged.items()}
+    return {"alone": alone, "gains": gains, "change": change}
 
 
 def choices(runs: Runs) -> dict:
@@ -266,7 +295,7 @@ def compared(runs: Runs, rows: dict) -> dict:
     found: dict = {}
     for title, (of, reference) in rows.items():
         found[title] = {m: runs.gain(*of, metric=m) for m in METRICS}
-        for metric in ("reward", "clean"):
+        for metric in CHIEF:
             found[title][f"{metric}_less_reference"] = runs.difference(of, reference, metric=metric)
     return found
 
@@ -286,7 +315,7 @@ def map_of(runs: Runs) -> dict:
         name = experiments.map_name(lr, beta)
         deltas = [runs.log(name, "spin-1", key, slice(-50, None)).mean(2) for key in ("delta_data", "delta_gen")]
         line: dict = {"lr": lr, "beta": beta}
-        line |= {metric: runs.gain(name, "spin-1", metric=metric) for metric in ("reward", "clean")}
+        line |= {metric: runs.gain(name, "spin-1", metric=metric) for metric in CHIEF}
         line["delta_data"], line["delta_gen"] = (round(float(delta.mean()), 6) for delta in deltas)
         line["loss"] = round(float(runs.log(name, "spin-1", "loss", slice(-10, None)).mean()), 4)
         found.append(line)
@@ -333,7 +362,7 @@ def first_alarm(runs: Runs, name: str, model: str, base: int, seed: int, window:
 
 
 MAKERS = {"claims": claims, "learned": learned, "web": web, "failure": failure, "choices": choices, "map": map_of}
-MAKERS |= {"lengths": lengths}
+MAKERS |= {"lengths": lengths, "ending": ending}
 
 
 # ---- All of it -------------------------------------------------------------------------------------------------------

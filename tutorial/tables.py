@@ -164,6 +164,15 @@ def learned(part: dict) -> list[str]:
     return said + games(rows) + trials(part["trials"])
 
 
+def ending(part: dict) -> list[str]:
+    said = ["The last step of sampling goes to alpha_bar = 1 instead of that of timestep 0. What theta_0 gains by that,"]
+    said[0] += " and by how much it changes what SPIN-1 gains over theta_0, both judged so:"
+    rows = {"theta_0, judged so, less itself": part["alone"], "SPIN-1's gain, by judging so": part["change"]}
+    columns = [{f"{title} at guidance {g}": f"at_{g}/{title}" for g in GUIDANCES} for title in ("reward", "clean")]
+    said += [gains(rows, each) for each in columns]
+    return [*said, "Gains over theta_0, both judged so:", *(gains(part["gains"], each) for each in columns)]
+
+
 def compared(part: dict) -> str:
     columns = {"reward, less theta_0's": "reward", "less the first line's": "reward_less_reference"}
     columns |= {"clean, less theta_0's": "clean", "less the first line's clean": "clean_less_reference"}
@@ -230,6 +239,7 @@ PARTS: dict[str, tuple[str, Callable]] = {
     "claims": ("The four claims", claims),
     "web": ("From a base that is not at its plateau", web),
     "learned": ("What is learned", learned),
+    "ending": ("What is the sampler's last trace of noise", ending),
     "choices": ("Choices that the paper leaves open", choices),
     "map": ("beta and learning rate", beta_and_lr),
     "lengths": ("Iterations and their length", lengths),
@@ -271,12 +281,13 @@ def steps_figure(part: dict) -> Image.Image:
         "self-play, a new opponent every 100 steps": {100: "SPIN-1", 200: "SPIN-2", 300: "SPIN-3"},
     }
     panels = []
-    for metric, title in (("reward", "reward"), ("clean", "clean (0 to 10)")):
+    for metric in ("reward", "clean"):
         points = {}
         for name, rows in lines.items():
             gained = {steps: part["gains"][row][metric] for steps, row in rows.items()}
             points[name] = [(0, 0.0, 0.0, 0.0), *((n, *(of[end] for end in ENDS)) for n, of in gained.items())]
-        panels.append(charts.lines(f"{title} at guidance 3, less theta_0's", "optimiser steps", points, even=True))
+        title = f"{metric} (0 to 10) at guidance 3, one picture, less theta_0's"
+        panels.append(charts.lines(title, "optimiser steps (not to scale)", points, even=True))
     return viz.two_a_row(panels)
 
 
@@ -295,12 +306,13 @@ def gain_panels(rows: dict[str, dict], titles: dict[str, str]) -> Image.Image:
 
 def learned_figure(part: dict) -> Image.Image:
     panels = []
-    for metric, title in (("reward", "reward"), ("clean", "clean (0 to 10)")):
+    for metric in ("reward", "clean"):
         lines = {}
         for g in GUIDANCES:
             of = part["gains"][f"at guidance {g}"]
             lines[f"opponents drew at {g}"] = [(x, *(of[f"at_{x}"][metric][end] for end in ENDS)) for x in GUIDANCES]
-        panels.append(charts.lines(f"SPIN-1's {title}, less theta_0's", "guidance of the judging", lines, even=True))
+        title = f"SPIN-1's {metric} (0 to 10), less theta_0's, and 95 % intervals"
+        panels.append(charts.lines(title, "guidance of the judging", lines, even=True))
     return viz.two_a_row(panels)
 
 
@@ -311,7 +323,7 @@ def grid_of(part: dict) -> tuple[list, list, dict]:
 
 def map_figure(part: dict) -> Image.Image:
     lrs, betas, cells = grid_of(part)
-    names = [f"{lr:g}" for lr in lrs], [f"{beta:g}" for beta in betas]
+    names = [f"{lr:.0e}" for lr in lrs], [f"{beta:g}" for beta in betas]
     maps = []
     for metric in ("reward", "clean"):
         gains = [[cells[lr, beta][metric] for lr in lrs] for beta in betas]
@@ -328,11 +340,14 @@ def failure_figure(part: dict) -> Image.Image:
     panels = []
     for name, title in (("claims", TUNED), ("failure", FAILING)):
         curves = part[name]["curves"]
-        for keys in (("delta_data", "delta_gen"), ("loss", "implicit_accuracy")):
+        for keys, said in (
+            (("delta_data", "delta_gen"), "policy's error less opponent's"),
+            (("loss", "implicit_accuracy"), "loss, and share of pairs won"),
+        ):
             of = {key: zip(*(curves[key][end] for end in ENDS)) for key in keys}
             lines = {key: [(5 * i + 3, *point) for i, point in enumerate(points)] for key, points in of.items()}
-            label = "step of the first iteration; bars: the range of all runs"
-            panels.append(charts.lines(title, label, lines, ticks=(1, 25, 50, 75, 100)))
+            label = "step, five averaged; bars: the range of nine runs"
+            panels.append(charts.lines(f"{title}: {said}", label, lines, ticks=(1, 25, 50, 75, 100)))
     return viz.two_a_row(panels)
 
 
