@@ -38,6 +38,7 @@ from tutorial import drawing, pretrain  # noqa: E402
 
 BASES, SEEDS = (0, 1, 2), (0, 1, 2)  # of pretraining, of fine-tuning
 SWEEP = (1.0, 1.5, 2.0, 3.0)  # guidance scales
+WIDER = (*SWEEP, 4.0, 5.0)  # where the start is web
 AT_ONCE = 32  # pictures drawn, the fastest on one core
 FIXED = f"--score none --grid-prompts 0 --save-every 0 --device cpu --generation-batch {AT_ONCE}"
 STEPS = sum(train.parse([]).steps)  # of all iterations: 300
@@ -47,7 +48,8 @@ MAP = list(product((5e-6, 2e-5, 5e-5, 1e-4), (200, 1000, 10000, 100000)))  # (lr
 
 
 class Look(NamedTuple):
-    """At what a model is judged by. guidance None: the best of SWEEP for that model, on one picture a prompt."""
+    """At what a model is judged by. guidance None: the best for that model of those tried on validation
+    prompts, by one picture each."""
 
     split: str
     guidance: float | None
@@ -113,8 +115,8 @@ def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
         found += of("continued", f"{once} --steps {STEPS}", looks={"spin-1": (*SINGLE, *BEST)}, again=True)
         return found + of("sft-longer", f"--loss sft --steps {STEPS}", looks={"sft": SINGLE})
     if part == "web":
-        found = of("theta_0", "", once_a_base, looks={"base": (*SINGLE, *BEST)}, start="web")
-        both = (*SINGLE, *BEST)
+        both = (*SINGLE, *(Look("validation", guidance) for guidance in WIDER), Look("test", None))
+        found = of("theta_0", "", once_a_base, looks={"base": both}, start="web")
         for method, looks in (
             ("sft", {"sft": both}),
             ("dpo", {"dpo": both}),
@@ -237,7 +239,8 @@ def do(job: Job, runs: Path) -> float:
         for model, looks in job.looks.items():
             unet = sd.unet if model == "base" else weights.load_unet(str(run.Run(trained).checkpoint(model)))
             found["models"][model] = judged(replace(sd, unet=unet), looks)
-        found["seconds"] = round(time.perf_counter() - began, 1)
+        before = run.read_json(out / "scores.json")["seconds"] if (out / "scores.json").exists() else 0.0
+        found["seconds"] = round(time.perf_counter() - began + before, 1)
         run.write_json(out / "scores.json", found)
     return found["seconds"]
 
@@ -258,7 +261,8 @@ def judged(sd, looks: tuple[Look, ...]) -> dict:
     for look in looks:
         guidance = look.guidance
         if guidance is None:
-            tried = {g: np.mean(found[Look("validation", g).name]["reward"]) for g in SWEEP}
+            of_validation = [of for name, of in found.items() if name.startswith("validation")]
+            tried = {of["guidance"]: np.mean(of["reward"]) for of in of_validation}
             guidance = max(tried, key=tried.get)
         same = found.get(look._replace(guidance=guidance).name)
         if not same or len(same["reward"][0]) < look.pictures:

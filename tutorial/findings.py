@@ -230,7 +230,8 @@ def sweep(runs: Runs, rows: dict, start: str = "theta_0") -> dict:
     found: dict = {}
     for title, (name, model) in ({"theta_0": THETA_0} | rows).items():
         if runs.pictures(name, model, BEST, start):
-            looks = {f"{g:g}": Look("validation", g).name for g in SWEEP}
+            tried = SWEEP if start == "theta_0" else experiments.WIDER
+            looks = {f"{g:g}": Look("validation", g).name for g in tried}
             scores = {g: runs.scores(name, model, look, "reward", start)[..., 0] for g, look in looks.items()}
             found[title] = {g: pooled(of) for g, of in scores.items()}
             places = [place for row in runs.places(name, start) for place in row]

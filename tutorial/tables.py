@@ -148,6 +148,8 @@ def web(part: dict) -> list[str]:
     columns = {"reward": "reward", "reward, each at its best guidance": "best_guidance"} | OTHERS
     said = [theta_0(part["theta_0"]), "Gains over theta_0:", gains(part["gains"], columns)]
     said += [differences(part["claims"], REGIMES), base_by_base(part["claims"], "single", "reward at guidance 3")]
+    of_clean = {"one picture at guidance 3": "clean", "one, each at its best guidance of reward": "clean_best_guidance"}
+    said += [differences(part["claims"], of_clean, "clean")]
     return said + games(part["gains"]) + sweep(part["sweep"]) + trials(part["trials"])
 
 
