@@ -270,7 +270,7 @@ def markdown(found: dict) -> str:
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 def claims_figure(part: dict) -> Image.Image:
     titles = {"five": "reward at 3, mean of five", "best_of_five": "reward at 3, best of five"}
-    titles |= {"best_guidance": "reward, each at its best guidance", "clean": "clean (0 to 10) at 3"}
+    titles |= {"best_guidance": "reward, each at its best", "clean": "clean (0 to 10) at 3"}
     return gain_panels({of["short"]: of for of in part["gains"].values()}, titles)
 
 
@@ -294,7 +294,7 @@ def steps_figure(part: dict) -> Image.Image:
 
 
 def web_figure(part: dict) -> Image.Image:
-    return gain_panels(part["gains"], {"single": "reward at 3", "best_guidance": "reward, each at its best guidance"})
+    return gain_panels(part["gains"], {"single": "reward at 3", "best_guidance": "reward, each at its best"})
 
 
 def gain_panels(rows: dict[str, dict], titles: dict[str, str]) -> Image.Image:
