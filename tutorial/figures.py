@@ -101,9 +101,9 @@ def game() -> Image.Image:
     points = {
         name: [(a, b, b, b) for a, b in zip(x.tolist(), (y / y.sum() / 0.1).tolist())] for name, y in curves.items()
     }
-    return charts.lines(
-        "probability density; lambda = 2", "the number that is drawn", points, 620, 300, ticks=(-4, -2, 0, 2, 4), span=(0, 0.6)
-    )
+    ticks, span = (-4, -2, 0, 2, 4), (0, 0.6)
+    title = "probability density; lambda = 2"
+    return charts.lines(title, "the number that is drawn", points, 620, 300, ticks=ticks, span=span)
 
 
 def links() -> Image.Image:
@@ -143,8 +143,8 @@ def gradient() -> Image.Image:
         "their sum: self-play's step": (across, 1 - along),
     }
     angle = math.degrees(math.atan2(across, along))
-    notes = [f"Between the two gradients {angle:.0f} degrees; pushing is {math.hypot(along, across):.2f} times as long."]
-    return charts.arrows("Where a step leads, in the plane of the two gradients", names, notes)
+    note = f"Between the two gradients {angle:.0f} degrees; pushing is {math.hypot(along, across):.2f} times as long."
+    return charts.arrows("Where a step leads, in the plane of the two gradients", names, [note])
 
 
 def unet() -> Image.Image:
@@ -204,8 +204,8 @@ def unet() -> Image.Image:
     text(right, 18, "conv_out: the noise, 4 channels")
     for x in (left, right):
         draw.line([(x, 28), (x, rows[0] - 25)], viz.INK, 2)
-    text(15, 462, "Left: height x width, channels inside. The wider a box, the more channels. Time enters every block, text every "
-         "transformer.", "lm")
+    said = "Left: height x width, channels inside. The wider a box, the more channels."
+    text(15, 462, f"{said} Time enters every block, text every transformer.", "lm")
     return sheet
 
 

@@ -167,8 +167,8 @@ def learned(part: dict) -> list[str]:
 
 
 def ending(part: dict) -> list[str]:
-    said = ["The last step of sampling goes to alpha_bar = 1 instead of that of timestep 0. What theta_0 gains by that,"]
-    said[0] += " and by how much it changes what SPIN-1 gains over theta_0, both judged so:"
+    told = "The last step of sampling goes to alpha_bar = 1 instead of that of timestep 0. What theta_0 gains by that, and "
+    said = [told + "by how much it changes what SPIN-1 gains over theta_0, both judged so:"]
     rows = {"theta_0, judged so, less itself": part["alone"], "SPIN-1's gain, by judging so": part["change"]}
     columns = [{f"{title} at guidance {g}": f"at_{g}/{title}" for g in GUIDANCES} for title in ("reward", "clean")]
     said += [gains(rows, each) for each in columns]
