@@ -173,10 +173,11 @@ CHOICES = {  # title: job and model, and those that it is compared with
 ENDING = {  # title: job and model, and the start under which they were judged
     "SFT": (("claims", "sft"), "to_1"),
     "SPIN-1": (ONCE, "to_1"),
+    "SPIN-1, both judged as usual": (ONCE, "theta_0"),
     "SPIN-2": (("claims", "spin-2"), "to_1"),
     "SPIN-3": (THRICE, "to_1"),
     "SPIN-1 whose opponents drew so": (("spin", "spin-1"), "to_1"),
-    "the same, both judged as usual": (("spin", "spin-1"), "theta_0"),
+    "that one, both judged as usual": (("spin", "spin-1"), "theta_0"),
 }
 LENGTHS = {
     "3 x 100 steps": (THRICE, THRICE),

@@ -318,6 +318,13 @@ def learned_figure(part: dict) -> Image.Image:
     return viz.two_a_row(panels)
 
 
+def ending_figure(part: dict) -> Image.Image:
+    rows = {"theta_0, to 1": part["alone"], "SPIN-1": part["gains"]["SPIN-1, both judged as usual"]}
+    rows |= {"both to 1": part["gains"]["SPIN-1"]}
+    titles = {metric: f"{metric} (0 to 10) at 3" for metric in ("reward", "clean")}
+    return gain_panels({name: of["at_3"] for name, of in rows.items()}, titles)
+
+
 def grid_of(part: dict) -> tuple[list, list, dict]:
     lrs, betas = (sorted({cell[key] for cell in part["cells"]}) for key in ("lr", "beta"))
     return lrs, betas, {(cell["lr"], cell["beta"]): cell for cell in part["cells"]}
@@ -358,6 +365,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict], Image.Image]]] = {  # name: part,
     "steps": ("claims", steps_figure),
     "web": ("web", web_figure),
     "learned": ("learned", learned_figure),
+    "ending": ("ending", ending_figure),
     "map": ("map", map_figure),
     "failure": ("failure", failure_figure),
 }
