@@ -163,9 +163,18 @@ def map_name(lr: float, beta: float) -> str:
 
 
 TRIALS = {
-    "web-sft": [f"--sft-lr {lr:g}" for lr in (1e-4, 3e-4, 1e-3, 3e-3)],
-    "web-dpo": [f"--dpo-lr {lr:g} --dpo-beta {beta:g}" for lr, beta in product((1e-5, 1e-4), (2000, 20000))],
-    "web-spin": [f"--lr {lr:g} --beta {beta:g}" for lr, beta in product((2e-5, 1e-4), (1000, 10000))],
+    "web-sft": [f"--sft-lr {lr:g}" for lr in (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3)],
+    "web-dpo": [
+        *(f"--dpo-lr {lr:g} --dpo-beta {beta:g}" for lr, beta in product((1e-5, 1e-4), (2000, 20000))),
+        *(
+            f"--dpo-lr {lr:g} --dpo-beta {beta:g}"
+            for lr, beta in ((3e-5, 2000), (1e-5, 500), (3e-6, 2000), (3e-6, 500))
+        ),
+    ],
+    "web-spin": [
+        *(f"--lr {lr:g} --beta {beta:g}" for lr, beta in product((2e-5, 1e-4), (1000, 10000))),
+        *(f"--lr {lr:g} --beta {beta:g}" for lr, beta in product((5e-6, 1e-5), (10000, 100000))),
+    ],
     "trajectory": [f"--lr {lr:g} --beta {beta:g}" for lr, beta in product((1e-5, 5e-5), (2000, 20000))],
 }
 
