@@ -170,14 +170,15 @@ CHOICES = {  # title: job and model, and those that it is compared with
     "correlation": (("correlation", "spin-1"), ONCE),
     "a tenth of the prompts dropped": (("dropout", "spin-1"), ONCE),
 }
+TRACELESS = ("spin", "spin-1")
 ENDING = {  # title: job and model, and the start under which they were judged
     "SFT": (("claims", "sft"), "to_1"),
     "SPIN-1": (ONCE, "to_1"),
     "SPIN-1, both judged as usual": (ONCE, "theta_0"),
     "SPIN-2": (("claims", "spin-2"), "to_1"),
     "SPIN-3": (THRICE, "to_1"),
-    "SPIN-1 whose opponents drew so": (("spin", "spin-1"), "to_1"),
-    "that one, both judged as usual": (("spin", "spin-1"), "theta_0"),
+    "SPIN-1 whose opponents drew so": (TRACELESS, "to_1"),
+    "that one, both judged as usual": (TRACELESS, "theta_0"),
 }
 LENGTHS = {
     "3 x 100 steps": (THRICE, THRICE),
@@ -244,9 +245,12 @@ def web(runs: Runs) -> dict:
     gains = {}
     for title, of in WEB.items():
         gains[title] = regimes(runs, of, THETA_0, "web") | {m: runs.gain(*of, metric=m, start="web") for m in METRICS}
+        gains[title] |= {"held_out_percent": runs.held_out(*of, start="web")}
         gains[title] |= runs.game(*of, "web") if of[0] == "spin" else {}
     pairs = ("SPIN-3", "SFT"), ("SPIN-1", "SFT"), ("SPIN-3", "DPO"), ("SFT", "DPO")
     found = [{"claim": f"{a} beats {b}"} | regimes(runs, WEB[a], WEB[b], "web") for a, b in pairs]
+    for line, (a, b) in zip(found, pairs):
+        line["aligned"] = runs.difference(WEB[a], WEB[b], metric="aligned", start="web")
     theta_0 = {m: pooled(runs.scores(*THETA_0, AT_3, m, "web")[..., 0]) for m in METRICS}
     tried = {kind: experiments.rewards_of_trials(runs.folder, kind) for kind in TRIALS if kind.startswith("web")}
     return {"theta_0": theta_0, "gains": gains, "claims": found, "sweep": sweep(runs, WEB, "web"), "trials": tried}
@@ -267,23 +271,36 @@ def learned(runs: Runs) -> dict:
 
 
 def ending(runs: Runs) -> dict:
-    """Where the sampler's last step goes to alpha_bar = 1, not to the schedule's least noisy level. alone: what theta_0
-    gains by that. gains over theta_0 of the models of "claims", both judged so, and of SPIN-1 whose opponent drew so,
-    both judged so or as usual. change: of SPIN-1's gain, by judging so."""
+    """Where the sampler's last step goes to alpha_bar = 1, not to the schedule's least noisy level, which leaves a trace
+    of noise. alone: what theta_0 gains by that. gains over theta_0, both judged so, or as usual. changes, by judging so,
+    of the gain of SPIN-1 and of the SPIN-1 whose opponents left no trace, which cannot have learned to make up for it;
+    made_up: the difference of the two. less_usual: that SPIN-1 less the other, judged as usual and so."""
 
-    def gained(look: str, metric: str, start: str) -> np.ndarray:
-        of_spin_1, of_theta_0 = (runs.scores(*of, look, metric, start)[..., 0] for of in (ONCE, THETA_0))
-        return of_spin_1 - of_theta_0
+    def scores(of: tuple[str, str], look: str, metric: str, start: str) -> np.ndarray:
+        return runs.scores(*of, look, metric, start)[..., 0]
 
-    alone, change, gains = {}, {}, {}
-    for at, look in AT.items():
-        both = {m: [runs.scores(*THETA_0, look, m, start)[..., 0] for start in ("to_1", "theta_0")] for m in CHIEF}
-        alone[at] = {m: pooled(to_1 - usual) for m, (to_1, usual) in both.items()}
-        change[at] = {m: pooled(gained(look, m, "to_1") - gained(look, m, "theta_0")) for m in CHIEF}
+    def change(of: tuple[str, str], *how: str) -> np.ndarray:
+        to_1, usual = (scores(of, *how, start) - scores(THETA_0, *how, start) for start in ("to_1", "theta_0"))
+        return to_1 - usual
+
+    each = {
+        "alone": lambda *how: scores(THETA_0, *how, "to_1") - scores(THETA_0, *how, "theta_0"),
+        "change": lambda *how: change(ONCE, *how),
+        "change_traceless": lambda *how: change(TRACELESS, *how),
+        "made_up": lambda *how: change(ONCE, *how) - change(TRACELESS, *how),
+        "less_usual": lambda *how: scores(TRACELESS, *how, "theta_0") - scores(ONCE, *how, "theta_0"),
+        "less_usual_to_1": lambda *how: scores(TRACELESS, *how, "to_1") - scores(ONCE, *how, "to_1"),
+    }
+    found: dict = {
+        name: {at: {m: pooled(of(look, m)) for m in CHIEF} for at, look in AT.items()} for name, of in each.items()
+    }
+    found["gains"] = {}
     for title, (of, start) in ENDING.items():
         judged = {at: look for at, look in AT.items() if runs.pictures(*of, look, start)}
-        gains[title] = {at: {m: runs.gain(*of, look, m, start=start) for m in CHIEF} for at, look in judged.items()}
-    return {"alone": alone, "gains": gains, "change": change}
+        found["gains"][title] = {
+            at: {m: runs.gain(*of, look, m, start=start) for m in CHIEF} for at, look in judged.items()
+        }
+    return found
 
 
 def choices(runs: Runs) -> dict:
@@ -370,7 +387,7 @@ MAKERS |= {"lengths": lengths, "ending": ending}
 # ---- All of it -------------------------------------------------------------------------------------------------------
 def collect(folder: Path) -> dict:
     """Of every part what its runs say, over the seeds of which all bases are there."""
-    found: dict = {"hardware": hardware(), "bases": bases(folder)}
+    found: dict = {}
     for part, make in MAKERS.items():
         needs = [part] if part == "web" else ["claims", part]
         whole = [seed for seed in SEEDS if all(there(folder, name, seed) for name in needs)]
@@ -378,7 +395,7 @@ def collect(folder: Path) -> dict:
             runs = Runs(folder, BASES, whole)
             found[part] = {"about": runs.about(part)} | make(runs)
         print(f"{part}: seeds {', '.join(map(str, whole)) or 'none: as it was'}")
-    return found
+    return found and {"hardware": hardware(), **found}
 
 
 def hardware() -> str:
@@ -401,7 +418,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--out", default=str(OUT), help="default: tutorial/evidence; figures go beside it")
     args = parser.parse_args(argv)
     path = Path(args.out) / "evidence.json"
-    found = (run.read_json(path) if path.exists() else {}) | collect(Path(args.runs))
+    known = run.read_json(path) if path.exists() else {}
+    found = known | collect(Path(args.runs))
+    found["bases"] = known.get("bases", {}) | bases(Path(args.runs))
     run.write_json(path, found)
     tables.main(["--out", args.out])
     return found

@@ -147,9 +147,12 @@ def claims(part: dict) -> list[str]:
 def web(part: dict) -> list[str]:
     columns = {"reward": "reward", "reward, each at its best guidance": "best_guidance"} | OTHERS
     said = [theta_0(part["theta_0"]), "Gains over theta_0:", gains(part["gains"], columns)]
+    told = "Error of the noise predicted on curated pictures of the test scenes, which no model was shown:"
+    said += [told, gains(part["gains"], {"change from theta_0, %": "held_out_percent"}, 1)]
     said += [differences(part["claims"], REGIMES), base_by_base(part["claims"], "single", "reward at guidance 3")]
     of_clean = {"one picture at guidance 3": "clean", "one, each at its best guidance of reward": "clean_best_guidance"}
     said += [differences(part["claims"], of_clean, "clean")]
+    said += [differences(part["claims"], {"at guidance 3": "aligned"}, "aligned")]
     return said + games(part["gains"]) + sweep(part["sweep"]) + trials(part["trials"])
 
 
@@ -170,6 +173,10 @@ def ending(part: dict) -> list[str]:
     told = "The last step of sampling goes to alpha_bar = 1 instead of that of timestep 0. What theta_0 gains by that, and "
     said = [told + "by how much it changes what SPIN-1 gains over theta_0, both judged so:"]
     rows = {"theta_0, judged so, less itself": part["alone"], "SPIN-1's gain, by judging so": part["change"]}
+    rows["that of a SPIN-1 whose opponents drew so, too"] = part["change_traceless"]
+    rows["the former less the latter"] = part["made_up"]
+    rows["the latter SPIN-1 less the former, both judged as usual"] = part["less_usual"]
+    rows["the same, both judged so"] = part["less_usual_to_1"]
     columns = [{f"{title} at guidance {g}": f"at_{g}/{title}" for g in GUIDANCES} for title in ("reward", "clean")]
     said += [gains(rows, each) for each in columns]
     return [*said, "Gains over theta_0, both judged so:", *(gains(part["gains"], each) for each in columns)]
