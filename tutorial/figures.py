@@ -143,7 +143,7 @@ def gradient() -> Image.Image:
         "their sum: self-play's step": (across, 1 - along),
     }
     angle = math.degrees(math.atan2(across, along))
-    note = f"Between the two gradients {angle:.0f} degrees; pushing is {math.hypot(along, across):.2f} times as long."
+    note = f"Between the two gradients {angle:.0f} degrees; pushing is {math.hypot(along, across):.2f} times as long as matching."
     return charts.arrows("Where a step leads, in the plane of the two gradients", names, [note])
 
 

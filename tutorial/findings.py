@@ -353,6 +353,8 @@ def failure(runs: Runs) -> dict:
         of["alarms"] = {
             str(n): [first_alarm(runs, name, "spin-1", *cell, n) for cell in every] for n in (5, 10, 20, 50)
         }
+    deltas = ("delta_data", "delta_gen")
+    found["continued"] = {key: curve(runs, "continued", key, 50) for key in deltas}  # the opponent is never renewed
     others = {
         "SPIN-2": ("claims", "spin-2"),
         "SPIN-3": ("claims", "spin-3"),
