@@ -7,7 +7,8 @@
 A job is one run of train.py and a look at its models; each takes one core, and as many run at once as --workers says.
 RUNS/<start>-<base>/seed-<seed>/<name>/scores.json keeps every picture's score; tutorial/findings.py makes of them the
 numbers in tutorial/evidence. Hyper-parameters are those that tuning.py found on base 0's validation prompts;
-where the start or the loss is another, trials of their own are made here, as many for each method.
+where the start or the loss is another, trials of their own are made here, on base 0, as many for each method. Bases come
+first; "ending" and "choices" look at what "claims" made.
 """
 
 import argparse
