@@ -230,6 +230,12 @@ def do(job: Job, runs: Path) -> float:
     trained = runs / replace(job, start=job.models or job.start).place
     if job.done(runs):  # by another process in the meantime
         return 0.0
+    known = (
+        run.read_json(out / "scores.json") if (out / "scores.json").exists() else {"flags": job.flags, "seconds": 0.0}
+    )
+    if known["flags"] != job.flags:  # the best of the trials is another than it was
+        run.remove(out)
+        known["seconds"] = 0.0
     out.mkdir(parents=True, exist_ok=True)
     start = start_of(runs, job.start, job.base)
     with open(out / "output.txt", "a") as said, redirect_stdout(said), redirect_stderr(said):
@@ -249,8 +255,7 @@ def do(job: Job, runs: Path) -> float:
         for model, looks in job.looks.items():
             unet = sd.unet if model == "base" else weights.load_unet(str(run.Run(trained).checkpoint(model)))
             found["models"][model] = judged(replace(sd, unet=unet), looks)
-        before = run.read_json(out / "scores.json")["seconds"] if (out / "scores.json").exists() else 0.0
-        found["seconds"] = round(time.perf_counter() - began + before, 1)
+        found["seconds"] = round(time.perf_counter() - began + known["seconds"], 1)
         run.write_json(out / "scores.json", found)
     return found["seconds"]
 
