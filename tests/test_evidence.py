@@ -68,6 +68,8 @@ def made_up(tmp_path_factory):
         models = {}
         for model, looks in job.looks.items():
             gain = gains.get(model, 0.0) if job.name in ("claims", "spin") else 0.0  # of self-play as it is tuned
+            if job.start == "to_1":  # a better last step, of which less is left to gain for who was trained without it
+                gain += 0.06 if job.name == "claims" else 0.1
             looks = sorted(looks, key=lambda look: look.pictures)  # of two with one name, that of more pictures
             models[model] = {look.name: pictures(look.split, look.pictures, gain) for look in looks}
             models[model] |= {HELD_OUT: rng.normal(1.0, 0.01, 200).tolist()}
@@ -106,8 +108,11 @@ def test_findings_of_runs_of_which_the_answer_is_known(made_up, tmp_path):
     assert set(found["failure"]["failure"]["alarms"]["10"]) == {10}
     assert found["lengths"]["rows"]["3 x 100 steps"]["reward_less_reference"]["mean"] == 0
     assert set(found["failure"]["claims"]["alarms"]["10"]) == {None}
+    ending = {name: of["at_3"]["reward"]["mean"] for name, of in found["ending"].items() if "at_3" in of}
+    expected = {"alone": 0.1, "change": -0.04, "change_traceless": 0.0, "made_up": -0.04, "less_usual": 0.0}
+    assert ending == pytest.approx(expected | {"less_usual_to_1": 0.04}, abs=0.01)
     assert {path.name for path in (out.parent / "figures").iterdir()} == {
-        f"evidence_{part}.png" for part in ("claims", "steps", "web", "learned", "map", "failure")
+        f"evidence_{part}.png" for part in ("claims", "steps", "web", "learned", "ending", "map", "failure")
     }
     told = (out / "tables.md").read_text()
     assert all(f"## {title}" in told for title, _ in tables.PARTS.values())
@@ -155,6 +160,18 @@ def test_a_job_from_end_to_end(tmp_path):
     noise = experiments.gradient_noise(tmp_path, replace(first, name="gradient", flags="--num-prompts 8"), batches=3)
     assert set(noise) == {f"{at}, {kind}" for at in ("theta_0", "spin-1") for kind in ("shared", "independent")}
     assert noise["theta_0, independent"]["variance"] > noise["theta_0, shared"]["variance"] > 0
+    ending = replace(
+        first, part="ending", flags="", start="to_1", models="theta_0"
+    )  # the same model, another last step
+    changed = replace(first, flags=flags + " --beta 5")  # begun anew in the same folder
+    found = []
+    for job in (first, ending, changed):
+        experiments.do(job, tmp_path)
+        assert job.done(tmp_path)
+        found.append(run.read_json(tmp_path / job.place / "scores.json")["models"]["spin-1"][look.name]["reward"])
+    assert found[0] != found[1] and found[0] != found[2]
+    config = run.read_json(tmp_path / "base-0" / "to_1" / "scheduler" / "scheduler_config.json")
+    assert config["set_alpha_to_one"] and not weights.load(toy.BASE).scheduler.config["set_alpha_to_one"]
 
 
 def test_a_base_has_the_common_autoencoder_and_base_0_its_committed_end(tmp_path, monkeypatch):
