@@ -69,6 +69,7 @@ ACROSS = tuple(Look("test", guidance) for guidance in (1.0, 2.0, 3.0, 5.0))
 ENDS = (Look("test", 1.0), Look("test", 3.0))
 BEST = (*(Look("validation", guidance) for guidance in SWEEP), Look("test", None))
 FIVE = (Look("test", 3.0, 5),)
+FINER = (Look("test", 3.0, steps=50),)
 HELD_OUT = "held-out error"  # of the predicted noise on curated pictures of the test scenes, which nobody was shown
 
 
@@ -82,7 +83,7 @@ class Job:
     looks: dict[str, tuple[Look, ...]] = field(default_factory=lambda: {"spin-1": SINGLE})  # of each model to judge
     start: str = "theta_0"  # or web, or to_1: theta_0, but that its sampler's last step goes to alpha_bar = 1
     again: bool = False  # whether the first opponent's images are those of the run "claims", which are not drawn anew
-    models: str = ""  # the start under which the models lie that are judged, if nothing is trained here
+    models: str = ""  # start and name, joined by a slash, of the job whose models are judged, if none are trained here
 
     @property
     def place(self) -> str:
@@ -131,14 +132,17 @@ def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
         found = [job for g in (1, 2, 5) for job in of(f"negatives-at-{g}", f"{once} --guidance {g}", **across)]
         found += of("negatives-50-steps", f"{once} --sampler-steps 50", **ends)
         found += of("negatives-as-images", f"{once} --generated images", **ends)
+        found += of("theta_0-at-50", "", once_a_base, looks={"base": FINER})
+        for name in ("claims", "negatives-50-steps"):  # those whose opponents drew in 20 steps and in 50, judged at 50
+            found += of(f"{name}-at-50", "", looks={"spin-1": FINER}, models=f"theta_0/{name}")
         flags = f"--loss spin-trajectory --iterations 1 {best_trial(runs, 'trajectory')}"
         return found + of("trajectory", flags, **ends)
     if part == "ending":
         looks = {"sft": SINGLE, "spin-1": ACROSS, "spin-2": SINGLE, "spin-3": SINGLE}
         found = of("theta_0", "", once_a_base, looks={"base": ACROSS}, start="to_1")
-        found += of("claims", "", looks=looks, start="to_1", models="theta_0")
+        found += of("claims", "", looks=looks, start="to_1", models="theta_0/claims")
         found += of("spin", once, looks={"spin-1": ACROSS}, start="to_1")
-        return found + of("spin", "", looks={"spin-1": ACROSS}, models="to_1")
+        return found + of("spin", "", looks={"spin-1": ACROSS}, models="to_1/spin")
     if part == "choices":
         found = [Job(part, "gradient", *cell, looks={}) for cell in once_a_base]
         found += of("noise-independent", f"{once} --noise independent", again=True)
@@ -227,7 +231,8 @@ def start_of(runs: Path, start: str, base: int) -> Path:
 def do(job: Job, runs: Path) -> float:
     """Trains and judges what `job` says; seconds. What is there already is kept."""
     out, began = runs / job.place, time.perf_counter()
-    trained = runs / replace(job, start=job.models or job.start).place
+    start, name = (job.models or f"{job.start}/{job.name}").split("/")
+    trained = runs / replace(job, start=start, name=name).place
     if job.done(runs):  # by another process in the meantime
         return 0.0
     known = (
