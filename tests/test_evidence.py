@@ -161,7 +161,7 @@ def test_a_job_from_end_to_end(tmp_path):
     assert set(noise) == {f"{at}, {kind}" for at in ("theta_0", "spin-1") for kind in ("shared", "independent")}
     assert noise["theta_0, independent"]["variance"] > noise["theta_0, shared"]["variance"] > 0
     ending = replace(
-        first, part="ending", flags="", start="to_1", models="theta_0"
+        first, part="ending", flags="", start="to_1", models="theta_0/claims"
     )  # the same model, another last step
     changed = replace(first, flags=flags + " --beta 5")  # begun anew in the same folder
     found = []

@@ -267,7 +267,14 @@ def learned(runs: Runs) -> dict:
             of[f"{metric}_less_reference"] = runs.difference((name, model), ONCE, metric=metric)
         # of (C.5) the opponent's error on what it drew is 0, and delta_gen above 0, whatever it drew
         gains[title] = of | (runs.game(name, model) if model != "sft" and name != "trajectory" else {})
-    return {"gains": gains, "trials": {"trajectory": experiments.rewards_of_trials(runs.folder, "trajectory")}}
+    (finer,) = (look.name for look in experiments.FINER)
+    jobs = {"20": "claims-at-50", "50": "negatives-50-steps-at-50"}  # by the steps in which the opponents drew
+    base = "theta_0-at-50", "base"
+    at_50 = {n: {m: runs.difference((name, "spin-1"), base, finer, m) for m in CHIEF} for n, name in jobs.items()}
+    both = [(name, "spin-1") for name in (jobs["50"], jobs["20"])]
+    at_50["difference"] = {m: runs.difference(*both, finer, m) for m in CHIEF}
+    tried = {"trajectory": experiments.rewards_of_trials(runs.folder, "trajectory")}
+    return {"gains": gains, "judged_at_50": at_50, "trials": tried}
 
 
 def ending(runs: Runs) -> dict:

@@ -164,6 +164,9 @@ def learned(part: dict) -> list[str]:
     said.append(gains(rows, {"aligned at 1": "at_1/aligned", "at 3": "at_3/aligned"}))
     columns = {f"{m} at 3, less that of opponents who drew at 3": f"{m}_less_reference" for m in ("reward", "clean")}
     said.append(gains(rows, columns))
+    at_50 = part["judged_at_50"]
+    steps = {f"opponents drew in {n} steps": at_50[n] for n in ("20", "50")} | {"difference": at_50["difference"]}
+    said += ["Both models judged in 50 sampling steps:", gains(steps, {"reward": "reward", "clean": "clean"})]
     told = "Error of the noise predicted on curated pictures of the test scenes, which no model was shown:"
     said += [told, gains(rows, {"change from theta_0, %": "held_out_percent"}, 2)]
     return said + games(rows) + trials(part["trials"])
