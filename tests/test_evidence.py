@@ -24,9 +24,8 @@ def test_pooled_by_hand():
     freedom = 2.5**2 / (2.25**2 + 0.25**2)  # 1.2195
     assert found["high"] - 3.5 == pytest.approx(intervals.student(freedom, 0.95) * 2.5**0.5, rel=1e-3)
     assert found["high"] - 3.5 == pytest.approx(3.5 - found["low"])
-    assert found["here"][1] - 3.5 == pytest.approx(
-        12.706 * 0.5, rel=1e-3
-    )  # of these bases: 0.25, one degree of freedom
+    # of these bases: 0.25, one degree of freedom
+    assert found["here"][1] - 3.5 == pytest.approx(12.706 * 0.5, rel=1e-3)
     assert intervals.pooled(values[:1])["by_base"] == [2.0]
 
 
@@ -160,9 +159,7 @@ def test_a_job_from_end_to_end(tmp_path):
     noise = experiments.gradient_noise(tmp_path, replace(first, name="gradient", flags="--num-prompts 8"), batches=3)
     assert set(noise) == {f"{at}, {kind}" for at in ("theta_0", "spin-1") for kind in ("shared", "independent")}
     assert noise["theta_0, independent"]["variance"] > noise["theta_0, shared"]["variance"] > 0
-    ending = replace(
-        first, part="ending", flags="", start="to_1", models="theta_0/claims"
-    )  # the same model, another last step
+    ending = replace(first, flags="", start="to_1", models="theta_0/claims")  # the same model, another last step
     changed = replace(first, flags=flags + " --beta 5")  # begun anew in the same folder
     found = []
     for job in (first, ending, changed):

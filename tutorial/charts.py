@@ -1,4 +1,4 @@
-"""What spin/viz.py does not draw: lines with intervals over an axis of numbers, and a coloured table of numbers."""
+"""What spin/viz.py does not draw: lines with intervals over an axis of numbers, bars, arrows, a coloured table."""
 
 import math
 from collections.abc import Sequence

@@ -7,8 +7,8 @@
 A job is one run of train.py and a look at its models; each takes one core, and as many run at once as --workers says.
 RUNS/<start>-<base>/seed-<seed>/<name>/scores.json keeps every picture's score; tutorial/findings.py makes of them the
 numbers in tutorial/evidence. Hyper-parameters are those that tuning.py found on base 0's validation prompts;
-where the start or the loss is another, trials of their own are made here, on base 0, as many for each method. Bases come
-first; "ending" and "choices" look at what "claims" made.
+where the start or the loss is another, trials of their own are made here, on base 0, as many for each method.
+Bases come first; "learned", "ending" and "choices" look at what "claims" made.
 """
 
 import argparse
@@ -69,7 +69,7 @@ ACROSS = tuple(Look("test", guidance) for guidance in (1.0, 2.0, 3.0, 5.0))
 ENDS = (Look("test", 1.0), Look("test", 3.0))
 BEST = (*(Look("validation", guidance) for guidance in SWEEP), Look("test", None))
 FIVE = (Look("test", 3.0, 5),)
-FINER = (Look("test", 3.0, steps=50),)
+FINER = Look("test", 3.0, steps=50)
 HELD_OUT = "held-out error"  # of the predicted noise on curated pictures of the test scenes, which nobody was shown
 
 
@@ -132,9 +132,9 @@ def jobs(runs: Path, part: str, bases=BASES, seeds=SEEDS) -> list[Job]:
         found = [job for g in (1, 2, 5) for job in of(f"negatives-at-{g}", f"{once} --guidance {g}", **across)]
         found += of("negatives-50-steps", f"{once} --sampler-steps 50", **ends)
         found += of("negatives-as-images", f"{once} --generated images", **ends)
-        found += of("theta_0-at-50", "", once_a_base, looks={"base": FINER})
+        found += of("theta_0-at-50", "", once_a_base, looks={"base": (FINER,)})
         for name in ("claims", "negatives-50-steps"):  # those whose opponents drew in 20 steps and in 50, judged at 50
-            found += of(f"{name}-at-50", "", looks={"spin-1": FINER}, models=f"theta_0/{name}")
+            found += of(f"{name}-at-50", "", looks={"spin-1": (FINER,)}, models=f"theta_0/{name}")
         flags = f"--loss spin-trajectory --iterations 1 {best_trial(runs, 'trajectory')}"
         return found + of("trajectory", flags, **ends)
     if part == "ending":
@@ -170,15 +170,15 @@ def map_name(lr: float, beta: float) -> str:
 TRIALS = {
     "web-sft": [f"--sft-lr {lr:g}" for lr in (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3)],
     "web-dpo": [
-        *(f"--dpo-lr {lr:g} --dpo-beta {beta:g}" for lr, beta in product((1e-5, 1e-4), (2000, 20000))),
-        *(
-            f"--dpo-lr {lr:g} --dpo-beta {beta:g}"
-            for lr, beta in ((3e-5, 2000), (1e-5, 500), (3e-6, 2000), (3e-6, 500))
-        ),
+        f"--dpo-lr {lr:g} --dpo-beta {beta:g}"
+        for lr, beta in (
+            *product((1e-5, 1e-4), (2000, 20000)),
+            *((3e-5, 2000), (1e-5, 500), (3e-6, 2000), (3e-6, 500)),
+        )
     ],
     "web-spin": [
-        *(f"--lr {lr:g} --beta {beta:g}" for lr, beta in product((2e-5, 1e-4), (1000, 10000))),
-        *(f"--lr {lr:g} --beta {beta:g}" for lr, beta in product((5e-6, 1e-5), (10000, 100000))),
+        f"--lr {lr:g} --beta {beta:g}"
+        for lr, beta in (*product((2e-5, 1e-4), (1000, 10000)), *product((5e-6, 1e-5), (10000, 100000)))
     ],
     "trajectory": [f"--lr {lr:g} --beta {beta:g}" for lr, beta in product((1e-5, 5e-5), (2000, 20000))],
 }
@@ -230,17 +230,15 @@ def start_of(runs: Path, start: str, base: int) -> Path:
 
 def do(job: Job, runs: Path) -> float:
     """Trains and judges what `job` says; seconds. What is there already is kept."""
-    out, began = runs / job.place, time.perf_counter()
-    start, name = (job.models or f"{job.start}/{job.name}").split("/")
-    trained = runs / replace(job, start=start, name=name).place
+    out, began, before = runs / job.place, time.perf_counter(), 0.0
     if job.done(runs):  # by another process in the meantime
         return 0.0
-    known = (
-        run.read_json(out / "scores.json") if (out / "scores.json").exists() else {"flags": job.flags, "seconds": 0.0}
-    )
-    if known["flags"] != job.flags:  # the best of the trials is another than it was
-        run.remove(out)
-        known["seconds"] = 0.0
+    if (out / "scores.json").exists():
+        known = run.read_json(out / "scores.json")
+        if known["flags"] == job.flags:
+            before = known["seconds"]  # only looks are missing
+        else:
+            run.remove(out)  # the best of the trials is another than it was
     out.mkdir(parents=True, exist_ok=True)
     start = start_of(runs, job.start, job.base)
     with open(out / "output.txt", "a") as said, redirect_stdout(said), redirect_stderr(said):
@@ -256,11 +254,12 @@ def do(job: Job, runs: Path) -> float:
             for folder in (out / "cache").iterdir():
                 copy(folder, encoded / folder.name)
         found["models"] = {}
-        sd = weights.load(start)
+        sd, (of_start, name) = weights.load(start), (job.models or f"{job.start}/{job.name}").split("/")
+        trained = run.Run(runs / replace(job, start=of_start, name=name).place)
         for model, looks in job.looks.items():
-            unet = sd.unet if model == "base" else weights.load_unet(str(run.Run(trained).checkpoint(model)))
+            unet = sd.unet if model == "base" else weights.load_unet(str(trained.checkpoint(model)))
             found["models"][model] = judged(replace(sd, unet=unet), looks)
-        found["seconds"] = round(time.perf_counter() - began + known["seconds"], 1)
+        found["seconds"] = round(time.perf_counter() - began + before, 1)
         run.write_json(out / "scores.json", found)
     return found["seconds"]
 

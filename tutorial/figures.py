@@ -66,11 +66,8 @@ def sampling_path() -> Image.Image:
 @torch.no_grad()
 def errors() -> Image.Image:
     """Chapter 3: theta_0's error by timestep, on curated pictures that it was trained with and on others."""
-    sd, images, draw = (
-        weights.load(toy.BASE),
-        data.CaptionedImages(toy.CURATED, toy.SIDE),
-        torch.Generator().manual_seed(0),
-    )
+    sd, images = weights.load(toy.BASE), data.CaptionedImages(toy.CURATED, toy.SIDE)
+    draw = torch.Generator().manual_seed(0)
     scenes = toy.split()["test"]
     others = np.stack([drawing.curated(scene, np.random.default_rng([1, i])) for i, scene in enumerate(scenes)])
     others = torch.from_numpy(others).permute(0, 3, 1, 2).float() * 2 - 1
@@ -143,7 +140,8 @@ def gradient() -> Image.Image:
         "their sum: self-play's step": (across, 1 - along),
     }
     angle = math.degrees(math.atan2(across, along))
-    note = f"Between the two gradients {angle:.0f} degrees; pushing is {math.hypot(along, across):.2f} times as long as matching."
+    note = f"Between the two gradients {angle:.0f} degrees; pushing is {math.hypot(along, across):.2f} times as long"
+    note += " as matching."
     return charts.arrows("Where a step leads, in the plane of the two gradients", names, [note])
 
 
@@ -174,11 +172,7 @@ def unet() -> Image.Image:
         box(left, y, 150 + channels / 14, f"{len(block.resnets)} blocks{attends}", down)
         text(15, y, f"{size} x {size}, {channels}", "lm")
         block, (output,) = traced[-1 - level]
-        width = (
-            block.resnets[0].out_channels
-            if hasattr(block.resnets[0], "out_channels")
-            else block.resnets[0].conv1.out_channels
-        )
+        width = output.shape[1]
         box(right, y, 150 + width / 14, f"{len(block.resnets)} blocks{attends}", up)
         for i in range(3):  # what each block of the way up reads
             line = y - 12 + 12 * i

@@ -248,9 +248,10 @@ def web(runs: Runs) -> dict:
         gains[title] |= {"held_out_percent": runs.held_out(*of, start="web")}
         gains[title] |= runs.game(*of, "web") if of[0] == "spin" else {}
     pairs = ("SPIN-3", "SFT"), ("SPIN-1", "SFT"), ("SPIN-3", "DPO"), ("SFT", "DPO")
-    found = [{"claim": f"{a} beats {b}"} | regimes(runs, WEB[a], WEB[b], "web") for a, b in pairs]
-    for line, (a, b) in zip(found, pairs):
-        line["aligned"] = runs.difference(WEB[a], WEB[b], metric="aligned", start="web")
+    found = []
+    for a, b in pairs:
+        line = {"claim": f"{a} beats {b}"} | regimes(runs, WEB[a], WEB[b], "web")
+        found.append(line | {"aligned": runs.difference(WEB[a], WEB[b], metric="aligned", start="web")})
     theta_0 = {m: pooled(runs.scores(*THETA_0, AT_3, m, "web")[..., 0]) for m in METRICS}
     tried = {kind: experiments.rewards_of_trials(runs.folder, kind) for kind in TRIALS if kind.startswith("web")}
     return {"theta_0": theta_0, "gains": gains, "claims": found, "sweep": sweep(runs, WEB, "web"), "trials": tried}
@@ -267,7 +268,7 @@ def learned(runs: Runs) -> dict:
             of[f"{metric}_less_reference"] = runs.difference((name, model), ONCE, metric=metric)
         # of (C.5) the opponent's error on what it drew is 0, and delta_gen above 0, whatever it drew
         gains[title] = of | (runs.game(name, model) if model != "sft" and name != "trajectory" else {})
-    (finer,) = (look.name for look in experiments.FINER)
+    finer = experiments.FINER.name
     jobs = {"20": "claims-at-50", "50": "negatives-50-steps-at-50"}  # by the steps in which the opponents drew
     base = "theta_0-at-50", "base"
     at_50 = {n: {m: runs.difference((name, "spin-1"), base, finer, m) for m in CHIEF} for n, name in jobs.items()}
@@ -278,10 +279,11 @@ def learned(runs: Runs) -> dict:
 
 
 def ending(runs: Runs) -> dict:
-    """Where the sampler's last step goes to alpha_bar = 1, not to the schedule's least noisy level, which leaves a trace
-    of noise. alone: what theta_0 gains by that. gains over theta_0, both judged so, or as usual. changes, by judging so,
-    of the gain of SPIN-1 and of the SPIN-1 whose opponents left no trace, which cannot have learned to make up for it;
-    made_up: the difference of the two. less_usual: that SPIN-1 less the other, judged as usual and so."""
+    """Where the sampler's last step goes to alpha_bar = 1, not to the schedule's least noisy level, which leaves a
+    trace of noise. alone: what theta_0 gains by that. gains: over theta_0, both judged so, or as usual. change: by
+    judging so, of SPIN-1's gain; change_traceless: of the gain of a SPIN-1 whose opponents left no trace, which cannot
+    have learned to make up for it; made_up: the former less the latter. less_usual: the traceless SPIN-1 less SPIN-1,
+    judged as usual; less_usual_to_1: judged so."""
 
     def scores(of: tuple[str, str], look: str, metric: str, start: str) -> np.ndarray:
         return runs.scores(*of, look, metric, start)[..., 0]

@@ -173,16 +173,25 @@ def learned(part: dict) -> list[str]:
 
 
 def ending(part: dict) -> list[str]:
-    told = "The last step of sampling goes to alpha_bar = 1 instead of that of timestep 0. What theta_0 gains by that, and "
-    said = [told + "by how much it changes what SPIN-1 gains over theta_0, both judged so:"]
-    rows = {"theta_0, judged so, less itself": part["alone"], "SPIN-1's gain, by judging so": part["change"]}
-    rows["that of a SPIN-1 whose opponents drew so, too"] = part["change_traceless"]
-    rows["the former less the latter"] = part["made_up"]
-    rows["the latter SPIN-1 less the former, both judged as usual"] = part["less_usual"]
-    rows["the same, both judged so"] = part["less_usual_to_1"]
+    told = (
+        "*So*: the last step of sampling goes to alpha_bar = 1, and leaves no trace of noise. *Traceless*: the SPIN-1 "
+    )
+    told += "whose opponents drew so. Differences, and changes of the gain over theta_0 by judging both models so:"
+    rows = {
+        "theta_0 judged so, less itself as usual": part["alone"],
+        "change of SPIN-1's gain": part["change"],
+        "change of the traceless one's gain": part["change_traceless"],
+        "the first change less the second": part["made_up"],
+        "traceless less usual SPIN-1, judged as usual": part["less_usual"],
+        "traceless less usual SPIN-1, judged so": part["less_usual_to_1"],
+    }
     columns = [{f"{title} at guidance {g}": f"at_{g}/{title}" for g in GUIDANCES} for title in ("reward", "clean")]
-    said += [gains(rows, each) for each in columns]
-    return [*said, "Gains over theta_0, both judged so:", *(gains(part["gains"], each) for each in columns)]
+    said = [told, *(gains(rows, each) for each in columns)]
+    return [
+        *said,
+        "Gains over theta_0, both judged so where nothing else is said:",
+        *(gains(part["gains"], each) for each in columns),
+    ]
 
 
 def compared(part: dict) -> str:
@@ -282,9 +291,12 @@ def markdown(found: dict) -> str:
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
+EACH = "(0 to 10), each at its best guidance"
+
+
 def claims_figure(part: dict) -> Image.Image:
-    titles = {"five": "reward at 3, mean of five", "best_of_five": "reward at 3, best of five"}
-    titles |= {"best_guidance": "reward, each at its best guidance", "clean": "clean at 3, one picture"}
+    titles = {"five": "reward (0 to 10) at 3, mean of five", "best_of_five": "reward (0 to 10) at 3, best of five"}
+    titles |= {"best_guidance": f"reward {EACH}", "clean": "clean (0 to 10) at 3, one picture"}
     return gain_panels({of["short"]: of for of in part["gains"].values()}, titles)
 
 
@@ -308,14 +320,9 @@ def steps_figure(part: dict) -> Image.Image:
 
 
 def web_figure(part: dict) -> Image.Image:
+    titles = {"single": "reward (0 to 10) at 3", "best_guidance": f"reward {EACH}"}
     return gain_panels(
-        part["gains"],
-        {
-            "single": "reward at 3",
-            "best_guidance": "reward, each at its best guidance",
-            "clean": "clean at 3",
-            "clean_best_guidance": "clean, each at its best guidance",
-        },
+        part["gains"], titles | {"clean": "clean (0 to 10) at 3", "clean_best_guidance": f"clean {EACH}"}
     )
 
 
@@ -324,7 +331,7 @@ def gain_panels(rows: dict[str, dict], titles: dict[str, str]) -> Image.Image:
     panels = []
     for key, title in titles.items():
         points = {name: of[key] for name, of in rows.items() if key in of}
-        panels.append(viz.interval_chart(f"{title} (0 to 10), less theta_0's", points, 560, 240))
+        panels.append(viz.interval_chart(f"{title}, less theta_0's", points, 560, 240))
     return viz.two_a_row(panels)
 
 
@@ -343,7 +350,7 @@ def learned_figure(part: dict) -> Image.Image:
 def ending_figure(part: dict) -> Image.Image:
     rows = {"theta_0, to 1": part["alone"], "SPIN-1": part["gains"]["SPIN-1, both judged as usual"]}
     rows |= {"both to 1": part["gains"]["SPIN-1"]}
-    titles = {metric: f"{metric} at 3" for metric in ("reward", "clean")}
+    titles = {metric: f"{metric} (0 to 10) at 3" for metric in ("reward", "clean")}
     return gain_panels({name: of["at_3"] for name, of in rows.items()}, titles)
 
 
