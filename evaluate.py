@@ -15,8 +15,16 @@ from pathlib import Path
 
 import torch
 
-from spin import data, judge, report, rewards, run, stats, toy, viz, weights
-from spin.run import InputError
+from spin import data
+from spin.eval import comparison as judge
+from spin.eval import report
+from spin.eval import scorers as rewards
+from spin.infra import run
+from spin.eval import stats
+from spin.toy import world as toy
+from spin.eval import plots as viz
+from spin.checkpoint import pipeline as weights
+from spin.infra.run import InputError
 from spin.sampler import SAMPLERS
 
 PAPERS = ("pickscore", "hps", "aesthetic", "imagereward")

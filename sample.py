@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from spin import data, run, sampler, viz, weights
+from spin import data, sampler
+from spin.infra import run
+from spin.eval import plots as viz
+from spin.checkpoint import pipeline as weights
 from spin.sampler import SAMPLERS
 
 GRID_ROWS = 20  # prompts that grid.png shows at most

@@ -27,16 +27,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spin import cost, data, judge, pairs, ranks, report, run, toy, weights
+from spin import data, pairs
+from spin.eval import estimate as cost
+from spin.eval import comparison as judge
+from spin.infra import distributed as ranks
+from spin.eval import report
+from spin.infra import run
+from spin.toy import world as toy
+from spin.checkpoint import pipeline as weights
 from spin.loss import LINKS
-from spin.run import InputError
+from spin.infra.run import InputError
 from spin.sampler import SAMPLERS, timesteps
 from spin.step import PolicyStep, as_autocast_would, compiled, sft_step, spin_step, spin_trajectory_step
 
 # The miniature world's captions say left and right, so nothing is mirrored. The paper's settings are taken literally:
 # iteration 1's 50 steps end inside the 200 of warm-up. Assumed is what it does not say: clipping and mirroring as in
 # Diffusion-DPO's public code, which also drops a fifth of the prompts, and 50 sampling steps as in the authors' demo.
-TOY, PAPER, ASSUMED, TUNED = run.read_json(Path(run.__file__).with_name("presets.json")).values()
+TOY, PAPER, ASSUMED, TUNED = run.read_json(Path(data.__file__).with_name("presets.json")).values()
 PRESETS = {"toy": TOY, "paper": PAPER}
 TUNED |= {"all": sum(TUNED.values(), []), "spin-trajectory": TUNED["spin"]}
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from spin.run import InputError, hash_files, read_text, whole
+from spin.infra.run import InputError, hash_files, read_text, whole
 
 SHARD = 256  # rows a file of latents holds
 ORDER, DRAW, GENERATE = range(3)  # streams of random numbers that never meet

@@ -5,8 +5,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spin import data, ranks, sampler
-from spin.run import Run
+from spin import data, sampler
+from spin.infra import distributed as ranks
+from spin.infra.run import Run
 from spin.step import mixed_precision
 
 ENCODE_BATCH = 4  # images a forward pass of the VAE's encoder

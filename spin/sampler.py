@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from spin.run import InputError
+from spin.infra.run import InputError
 from spin.scheduler import ddim_step, ddpm_step, dpmpp_step, x0_and_eps
 
 SAMPLERS = ("ddim", "ddpm", "dpm++")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Published names of tensors -> those in a network of ours, of CLIP's text tower (without "text_model."), of the rest of
 # CLIP, and of BLIP. {p}: weight and bias; {i}, {t}, {v}: a layer; {qkv}, {query}: three that are the rows of one.
-TABLES = json.loads(Path(__file__).with_name("names.json").read_text())
+TABLES = json.loads((Path(__file__).parent / "checkpoint" / "names.json").read_text())
 STACKED = {"qkv": "qkv", "query": ("query", "key", "value")}
 Names = list[tuple[list[str], str]]  # (published names, the one of ours that has them as its rows)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spin.blocks import Attention, Downsample2D, Level, MidLevel, Upsample2D
+from spin.layers import Attention, Downsample2D, Level, MidLevel, Upsample2D
 
 #: level types of config.json -> does the level attend to the text?
 DOWN_TYPES = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}

@@ -6,7 +6,7 @@ Latents here are unscaled: the UNet works on them times `scaling_factor`."""
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spin.blocks import Attention, Downsample2D, Level, MidLevel, Upsample2D
+from spin.layers import Attention, Downsample2D, Level, MidLevel, Upsample2D
 
 EPS = 1e-6  # of every GroupNorm in the VAE; the UNet's residual blocks have 1e-5
 

@@ -16,14 +16,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import tiny
+import helpers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from spin import run, toy, weights  # noqa: E402
+from spin.infra import run  # noqa: E402
+from spin.toy import world as toy  # noqa: E402
+from spin.checkpoint import pipeline as weights  # noqa: E402
 from spin.loss import per_image_error, spin_loss  # noqa: E402
 from spin.sampler import decode, sample  # noqa: E402
 from spin.scheduler import Scheduler, add_noise  # noqa: E402
@@ -82,11 +84,11 @@ def model(args) -> weights.StableDiffusion:
     if args.size == "toy":
         sd = weights.load(toy.BASE, device=args.device)
     else:
-        config = tiny.MANIFEST["sd15.config"]
+        config = helpers.MANIFEST["sd15.config"]
         with torch.device(args.device):
             text_encoder = TextEncoder(config["text_encoder"], Tokenizer())
             networks = UNet(config["unet"]), AutoencoderKL(config["vae"]), text_encoder
-        sd = weights.StableDiffusion(*networks, Scheduler(tiny.SCHEDULER))
+        sd = weights.StableDiffusion(*networks, Scheduler(helpers.SCHEDULER))
     for network in (sd.unet, sd.vae, sd.text_encoder):
         network.eval().requires_grad_(False)
     return sd

@@ -4,11 +4,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait busily are very slow on a loaded machine
 
 import pytest
-import tiny
+import helpers
 import torch
 from hypothesis import settings
 
-from spin import rewards, weights
+from spin.eval import scorers as rewards
+from spin.checkpoint import pipeline as weights
 
 settings.register_profile("spin", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("spin")
@@ -17,18 +18,18 @@ settings.load_profile("spin")
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """SD-1.x in miniature. Shared by all tests: copy it before you change it."""
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+    return helpers.write_checkpoint(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")
 def tiny2_folder(tmp_path_factory) -> Path:
     """SD-2.x in miniature: v-prediction, linear projections, padding id 0."""
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny2") / "model", "tiny2")
+    return helpers.write_checkpoint(tmp_path_factory.mktemp("tiny2") / "model", "tiny2")
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    return tiny.write_pictures(tmp_path_factory.mktemp("data") / "pictures")
+    return helpers.write_pictures(tmp_path_factory.mktemp("data") / "pictures")
 
 
 @pytest.fixture(scope="session")
@@ -43,15 +44,15 @@ def sd(tiny_folder) -> weights.StableDiffusion:
 @pytest.fixture(scope="session")
 def scorers(tmp_path_factory) -> Path:
     """A folder for --scorers, every network in miniature; `small_scorers` makes the code expect their sizes."""
-    return tiny.write_scorers(tmp_path_factory.mktemp("scorers"))
+    return helpers.write_scorers(tmp_path_factory.mktemp("scorers"))
 
 
 @pytest.fixture
 def small_scorers(monkeypatch) -> None:
     import open_clip
 
-    vision, text = (tiny.REWARDS["imagereward.tiny.config"][part] for part in ("vision", "text"))
-    config = tiny.clip_config(tiny.REWARDS["pickscore.tiny.config"])
+    vision, text = (helpers.REWARDS["imagereward.tiny.config"][part] for part in ("vision", "text"))
+    config = helpers.clip_config(helpers.REWARDS["pickscore.tiny.config"])
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
     monkeypatch.setattr(rewards, "SIDE", 56)
     monkeypatch.setattr(rewards, "VISION", vision | {"image_size": 56, "patch_size": 14})

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from spin.viz import BOTTOM, COLOURS, INK, LEFT, PALE, PAPER, RIGHT, TOP, axes
+from spin.eval.plots import BOTTOM, COLOURS, INK, LEFT, PALE, PAPER, RIGHT, TOP, axes
 
 Point = tuple[float, float, float, float]  # x, mean, low, high
 GOOD, BAD = (62, 150, 81), (204, 77, 60)

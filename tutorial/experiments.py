@@ -31,11 +31,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from spin import data, judge, pairs, run, sampler, toy, viz, weights  # noqa: E402
+from spin import data, pairs, sampler  # noqa: E402
+from spin.eval import comparison as judge  # noqa: E402
+from spin.infra import run  # noqa: E402
+from spin.toy import world as toy  # noqa: E402
+from spin.eval import plots as viz  # noqa: E402
+from spin.checkpoint import pipeline as weights  # noqa: E402
 from spin.loss import per_image_error  # noqa: E402
 from spin.scheduler import add_noise  # noqa: E402
 from spin.step import spin_step  # noqa: E402
-from tutorial import drawing, pretrain  # noqa: E402
+from spin.toy import pictures as drawing  # noqa: E402
+from tutorial import pretrain_toy as pretrain  # noqa: E402
 
 BASES, SEEDS = (0, 1, 2), (0, 1, 2)  # of pretraining, of fine-tuning
 SWEEP = (1.0, 1.5, 2.0, 3.0)  # guidance scales
@@ -216,7 +222,7 @@ def trials_of(part: str) -> list[Job]:
 
 # ---- A job -----------------------------------------------------------------------------------------------------------
 def start_of(runs: Path, start: str, base: int) -> Path:
-    """The checkpoint that a job begins with. theta_0 of base 0 is the one in spin/toy_base."""
+    """The checkpoint that a job begins with. theta_0 of base 0 is the one in spin/toy/base."""
     if (start, base) == ("theta_0", 0):
         return toy.BASE
     place = runs / f"base-{base}" / start
@@ -349,7 +355,7 @@ def gradient_noise(runs: Path, job: Job, batches: int = 100) -> dict:
 
 # ---- All of them -----------------------------------------------------------------------------------------------------
 def make_base(base: int, runs: Path) -> float:
-    """All share the autoencoder of spin/toy_base, which is base 0's theta_0; that one's web stage is not kept there."""
+    """All share the autoencoder of spin/toy/base, which is base 0's theta_0; that one's web stage is not kept there."""
     began, out = time.perf_counter(), runs / f"base-{base}"
     out.mkdir(parents=True, exist_ok=True)
     if not base:

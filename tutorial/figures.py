@@ -21,11 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from spin import data, original, run, sampler, toy, viz, weights  # noqa: E402
+from spin import data, sampler  # noqa: E402
+from spin.checkpoint import single_file as original  # noqa: E402
+from spin.infra import run  # noqa: E402
+from spin.toy import world as toy  # noqa: E402
+from spin.eval import plots as viz  # noqa: E402
+from spin.checkpoint import pipeline as weights  # noqa: E402
 from spin.loss import LINKS, per_image_error  # noqa: E402
 from spin.scheduler import add_noise, x0_and_eps  # noqa: E402
 from spin.unet import UNet  # noqa: E402
-from tutorial import charts, drawing, tables  # noqa: E402
+from tutorial import charts, tables  # noqa: E402
+from spin.toy import pictures as drawing  # noqa: E402
 
 FOLDER = ROOT / "tutorial" / "figures"
 

@@ -22,9 +22,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from spin import run, toy  # noqa: E402
-from spin.judge import PLATEAU  # noqa: E402
-from spin.toy import METRICS  # noqa: E402
+from spin.infra import run  # noqa: E402
+from spin.toy import world as toy  # noqa: E402
+from spin.eval.comparison import PLATEAU  # noqa: E402
+from spin.toy.world import METRICS  # noqa: E402
 from tutorial import experiments, tables  # noqa: E402
 from tutorial.experiments import BASES, HELD_OUT, MAP, SEEDS, SWEEP, TRIALS, Look  # noqa: E402
 from tutorial.intervals import pooled, verdict  # noqa: E402
@@ -189,7 +190,7 @@ LENGTHS = {
 
 
 def bases(folder: Path) -> dict:
-    """What pretrain.py says of each base. The first one's theta_0 is spin/toy_base, with whose autoencoder all were
+    """What pretrain.py says of each base. The first one's theta_0 is spin/toy/base, with whose autoencoder all were
     made; its web stage, which is not kept, is made again for the part "web"."""
     found: dict = {"ceiling": run.read_json(toy.BASE / "pretrain.json")["vae"]["ceiling"]["reward"]}
     places = {"0": toy.BASE} | {("0, again" if base == 0 else str(base)): folder / f"base-{base}" for base in BASES}

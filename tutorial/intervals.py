@@ -5,7 +5,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from spin.judge import PLATEAU
+from spin.eval.comparison import PLATEAU
 
 
 def pooled(values: np.ndarray, level: float = 0.95) -> dict:

@@ -13,7 +13,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from spin import run, viz  # noqa: E402
+from spin.infra import run  # noqa: E402
+from spin.eval import plots as viz  # noqa: E402
 from tutorial import charts  # noqa: E402
 
 INTRODUCTION = """# The evidence, in tables
@@ -273,7 +274,7 @@ PARTS: dict[str, tuple[str, Callable]] = {
 
 
 def markdown(found: dict) -> str:
-    made = "`python tutorial/pretrain.py --seed N --vae spin/toy_base`, 100 validation prompts at guidance 3. Ideal "
+    made = "`python tutorial/pretrain.py --seed N --vae spin/toy/base`, 100 validation prompts at guidance 3. Ideal "
     made += f"pictures that have been through that autoencoder earn a reward of {found['bases']['ceiling']:.3f}."
     parts = sum(found[part]["about"]["seconds"] for part in PARTS if part in found)
     stages = [stage for of in found["bases"].values() if isinstance(of, dict) for stage in of.values()]
