@@ -1,176 +1,353 @@
-"""Compares models on the same prompts and noise: the paper's metrics, tables and win rates, with intervals.
+"""Compare models on the same prompts and noise, with intervals: the paper's metrics and win rates.
 
-    python evaluate.py runs/toy                                              every model of a run of train.py
-    python evaluate.py --models A B C --prompts prompts.jsonl --out FOLDER   any checkpoints, by the paper's metrics
+    python evaluate.py runs/toy                        every model of a run of train.py
+    python evaluate.py --models A B --prompts FILE     any checkpoints, by the paper's metrics
 
-Of a prompt's pictures (--num-images) the one with the highest plain average of the scores counts, as in the paper.
-The same command, given again after an interruption, draws and scores only what is missing."""
+Of a prompt's --num-images images, the one with the highest unweighted average of the scores counts,
+as in the paper. After an interruption, the same command samples and scores only what is missing.
+"""
 
 import argparse
 import re
 import sys
-from dataclasses import replace
-from functools import cache, partial
+from collections import defaultdict
+from dataclasses import astuple
+from os.path import expanduser
 from pathlib import Path
 
 import torch
 
-from spin import data
-from spin.eval import comparison as judge
-from spin.eval import report
-from spin.eval import scorers as rewards
-from spin.infra import run
-from spin.eval import stats
-from spin.toy import world as toy
-from spin.eval import plots as viz
-from spin.checkpoint import pipeline as weights
-from spin.infra.run import InputError
-from spin.sampler import SAMPLERS
+from spin import toy
+from spin.checkpoint import locate
+from spin.data import read_prompts
+from spin.eval import comparison, plots, stats
+from spin.eval.comparison import Evaluation, ModelSource
+from spin.eval.report import models_of_run
+from spin.eval.scorers import FILES, PUBLISHED, load_scorer, locate_files
+from spin.infra.cli import SEED_TYPE, check_device, number, provenance, run_script
+from spin.infra.errors import InputError
+from spin.infra.files import hash_files, read_json
+from spin.infra.images import read_image, save_png
+from spin.infra.run import Run
+from spin.sampler import SAMPLERS, SamplingOptions
 
-PAPERS = ("pickscore", "hps", "aesthetic", "imagereward")
-SWEEP = "The {} over guidance. The best is chosen on these very prompts, which flatters it."
-PUBLISHED = "Published, not measured here: arXiv 2402.10210, Pick-a-Pic's 500 test prompts, best of five, about."
-GRID_ROWS = 6  # prompts that grid.png shows
+PAPER_METRICS = ["pickscore", "hps", "aesthetic", "imagereward"]
+GRID_ROWS = 6  # prompts in grid.png, at most
+
+# What evaluate.py needs of a run's config.json.
+RUN_KEYS = [
+    "model",
+    "unet",
+    "iterations",
+    "guidance",
+    "resolution",
+    "dtype",
+    "sampler",
+    "sampler_steps",
+    "generation_batch",
+]
+
+# Titles of tables in results.json.
+SINGLE_TITLE = "One image per prompt: the mean over all images."
+SWEEP_TITLE = "The {} by guidance. The best is chosen on these same prompts, a bias in its favor."
+PUBLISHED_TITLE = (
+    "Published, not measured here: arXiv 2402.10210, Pick-a-Pic's 500 test prompts, best of five "
+    "images, approximate."
+)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)
-    add, whole = parser.add_argument, run.number(int, 1)
-    add("run", nargs="?", help="run folder, train.py's --out: all its models, drawn as its own samples")
-    models = "checkpoints instead, each PATH or NAME=PATH; a UNet alone borrows the rest of the first"
-    add("--models", nargs="+", default=[], help=models)
-    add("--prompts", help="file of prompts: .txt (one a line), .json, .jsonl (default: the miniature world's test set)")
-    add("--num-prompts", type=whole, help="only the first N (default: all)")
-    add(
-        "--num-images",
-        type=run.number(int, 1, judge.STRIDE),
-        default=5,
-        help="pictures a prompt, of which the best counts (default: 5)",
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], usage=argparse.SUPPRESS
     )
-    metrics = f"among {', '.join(rewards.FILES)} (default: toy for the miniature world, else {' '.join(PAPERS)})"
-    add("--metrics", nargs="+", choices=list(rewards.FILES), metavar="METRIC", help=metrics)
-    add("--scorers", help="folder with the scorers' files, REPOSITORY/FILE each (default: from the hub)")
-    guidance = "guidance scales; of several, each model is compared at its best (default: the run's, or 7.5)"
-    add("--guidance", type=run.number(float, 0), nargs="+", help=guidance)
-    add("--sampler", choices=SAMPLERS, help="default: the run's, or ddim")
-    add("--steps", type=whole, help="network evaluations a picture (default: the run's, or 50; with dpm++ 20)")
-    add("--eta", type=run.number(float, 0, 1), default=0.0, help="share of DDPM's noise in a DDIM step (default: 0)")
-    add("--seed", type=run.SEED, default=judge.SEED, help="of the first prompt's first picture (default: %(default)s)")
-    add("--resolution", type=whole, help="pixels a side (default: the run's, or what the UNet was trained at)")
-    add("--batch-size", type=whole, help="pictures drawn at once (default: the run's, or 16)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--dtype", choices=["float32", "bfloat16"], help="what drawing computes in (default: the run's, or float32)")
-    add("--paper", action="store_true", help="print the published figures beside ours")
-    add("--out", help="folder for pictures and results (default: RUN/evaluation, or runs/evaluation)")
+    parser.add_argument(
+        "run",
+        type=expanduser,
+        nargs="?",
+        help="run folder, train.py's --out: all its models, with the run's sampling settings",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[],
+        help="checkpoints instead of a run, each PATH or NAME=PATH; a UNet alone uses the other "
+        "parts of the first",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=expanduser,
+        help="file of prompts: .txt (one per line), .json, .jsonl (default: the miniature world's "
+        "test set)",
+    )
+    parser.add_argument(
+        "--num-prompts", type=number(int, 1), help="use only the first N prompts (default: all)"
+    )
+    parser.add_argument(
+        "--num-images",
+        type=number(int, 1, comparison.STRIDE),
+        default=5,
+        help="images per prompt, of which the best one counts (default: 5)",
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=list(FILES),
+        metavar="METRIC",
+        help=f"any of {', '.join(FILES)} (default: toy for the miniature world, else "
+        f"{' '.join(PAPER_METRICS)})",
+    )
+    parser.add_argument(
+        "--scorers",
+        type=expanduser,
+        help="folder with the scorers' files, REPOSITORY/FILE each (default: from the hub)",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=number(float, 0),
+        nargs="+",
+        help="guidance scales; 1: none; with several, each model is compared at its best (default: "
+        "the run's, or 7.5)",
+    )
+    parser.add_argument("--sampler", choices=list(SAMPLERS), help="default: the run's, or ddim")
+    parser.add_argument(
+        "--steps",
+        type=number(int, 1),
+        help="sampling steps, one network evaluation each (default: the run's, or 50; with dpm++ "
+        "20)",
+    )
+    parser.add_argument(
+        "--eta",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="DDIM noise as a fraction of DDPM's; 0: deterministic (default: 0)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=SEED_TYPE,
+        default=comparison.SEED,
+        help="seed of the first prompt's first image (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resolution",
+        type=number(int, 1),
+        help="height and width in pixels (default: the run's, or what the UNet was trained at)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=number(int, 1),
+        help="images sampled at once (default: the run's, or 16)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="compute dtype for sampling (default: the run's, or float32)",
+    )
+    parser.add_argument(
+        "--paper", action="store_true", help="print the published figures beside ours"
+    )
+    parser.add_argument(
+        "--out",
+        type=expanduser,
+        help="folder for images and results (default: RUN/evaluation, or runs/evaluation)",
+    )
     args = parser.parse_args(argv)
+
     if bool(args.run) == bool(args.models):
         parser.error("give a run folder, or --models")
-    # what is not given is as in the run, or as in the paper
-    past = run.read_json(Path(args.run, "config.json")) if args.run else {}
-    if args.run and not {"model", "unet", "iterations", "sampler_steps", "generation_batch"} <= past.keys():
+    config = read_json(Path(args.run, "config.json")) if args.run else {}
+    if args.run and not set(RUN_KEYS) <= config.keys():
         parser.error(f"{args.run}: not a run of train.py")
-    args.of_run = argparse.Namespace(**past)
-    args.sampler = args.sampler or past.get("sampler", "ddim")
-    usual = {"steps": 20 if args.sampler == "dpm++" else 50, "guidance": 7.5, "dtype": "float32", "batch_size": 16}
-    if args.run:
-        usual |= {name: past[name] for name in ("guidance", "resolution", "dtype")}
-        usual |= {"batch_size": past["generation_batch"]}
-        usual |= {"steps": past["sampler_steps"]} if args.sampler == past["sampler"] else {}
-    usual |= {"metrics": ["toy"] if past.get("world") else list(PAPERS), "guidance": [usual["guidance"]]}
-    usual |= {"out": f"{args.run}/evaluation" if args.run else "runs/evaluation"}
-    for name, value in usual.items():
-        setattr(args, name, getattr(args, name) or value)
-    args.metrics = list(dict.fromkeys(args.metrics))
+    args.of_run = config
+
+    # ---- unset flags default to the run's settings, or else to the paper's
+    args.sampler = args.sampler or config.get("sampler", "ddim")
+    steps = SAMPLERS[args.sampler].steps
+    if args.sampler == config.get("sampler"):
+        steps = config["sampler_steps"]
+    args.steps = args.steps or steps
+    args.guidance = args.guidance or [config.get("guidance", 7.5)]
+    args.resolution = args.resolution or config.get("resolution")
+    args.dtype = args.dtype or config.get("dtype", "float32")
+    args.batch_size = args.batch_size or config.get("generation_batch", 16)
+    args.metrics = args.metrics or (["toy"] if config.get("world") else PAPER_METRICS)
+    args.metrics = list(dict.fromkeys(args.metrics))  # without repetitions
+    args.out = args.out or (f"{args.run}/evaluation" if args.run else "runs/evaluation")
     if not args.prompts and args.metrics != ["toy"]:
-        parser.error("--prompts: needed, but for the miniature world")
+        parser.error("--prompts: required, except in the miniature world")
     return args
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Returns what results.json holds."""
-    args = parse(argv)
-    args.device = run.usable(args.device)
-    with run.Run(args.out).lock():
+    """Return what results.json holds."""
+    args = parse_args(argv)
+    args.device = check_device(args.device)
+    with Run(args.out).lock():
         return evaluate(args)
 
 
 def evaluate(args: argparse.Namespace) -> dict:
-    prompts = data.read_prompts(args.prompts) if args.prompts else [scene.caption for scene in toy.split()["test"]]
+    out = Path(args.out)
+    if args.prompts:
+        prompts = read_prompts(args.prompts)
+    else:
+        prompts = [scene.caption for scene in toy.split()["test"]]
     prompts = prompts[: args.num_prompts]
-    models = report.models_of(args.of_run, run.Run(args.run)) if args.run else named(args.models)
-    hashes = judge.hashes(models)
+    if args.run:
+        base = base_of_run(args.of_run)
+        models = models_of_run(
+            Run(args.run), base, args.of_run["unet"], args.of_run["iterations"]
+        )
+    else:
+        models = name_models(args.models)
+    hashes = comparison.hash_models(models)
     for metric in args.metrics:
-        rewards.files(metric, args.scorers)  # before hours of drawing
+        locate_files(metric, args.scorers)  # fail on missing files before hours of sampling
 
-    def player(name: str) -> weights.StableDiffusion:
-        sd = weights.load(models[name][0], device=args.device, unet=models[name][1])
-        for network in (sd.unet, sd.vae, sd.text_encoder):
-            network.requires_grad_(False)
-        return sd
+    # ---- every model samples every prompt, at every guidance
+    evaluations: dict[float, Evaluation] = {}
+    for guidance in args.guidance:
+        options = SamplingOptions(
+            steps=args.steps,
+            guidance=guidance,
+            sampler=args.sampler,
+            eta=args.eta,
+            height=args.resolution,
+            width=args.resolution,
+            dtype=getattr(torch, args.dtype),
+        )
+        evaluations[guidance] = Evaluation(out, prompts, args.num_images, options, args.seed)
+    comparison.sample_models(
+        list(evaluations.values()), models, hashes, args.batch_size, args.device
+    )
 
-    # ---- every model draws every prompt, at every guidance -----------------------------------------------------------
-    settings = {"steps": args.steps, "sampler": args.sampler, "eta": args.eta, "autocast": getattr(torch, args.dtype)}
-    settings |= {"height": args.resolution, "width": args.resolution}
-    of_all = (prompts, args.num_images, args.seed)
-    contests = {g: judge.Contest(*of_all, settings | {"guidance": g}, Path(args.out)) for g in args.guidance}
-    drawn = {}
-    for name in models:
-        loaded = cache(partial(player, name))  # once, if there is anything to draw
-        for g, contest in contests.items():
-            drawn[g, name] = contest.draw(name, hashes[name], loaded, args.batch_size)
-    del loaded  # a model's memory, which the scorers can use
+    # ---- every scorer scores every image; the best of a prompt's images counts
+    scores = defaultdict(dict)  # of (guidance, model): {metric: [N,num_images]}
+    primary_metrics = []
+    less_is_better = []
+    scorer_hashes = {}
+    for name in args.metrics:
+        scorer = load_scorer(name, args.scorers, args.device)
+        for guidance, evaluation in evaluations.items():
+            for model in models:
+                scores[guidance, model].update(evaluation.score(model, hashes[model], scorer))
+        primary_metrics.append(scorer.primary_metric)
+        less_is_better += scorer.less_is_better
+        scorer_hashes[name] = scorer.hash
+        del scorer  # frees its network's memory before the next is loaded
+    best = {key: stats.best_of(values, primary_metrics) for key, values in scores.items()}
+    metric = primary_metrics[0] if len(primary_metrics) == 1 else "average"
 
-    # ---- every scorer judges every picture; of a prompt's, the best counts -------------------------------------------
-    scorers, scores = [], {at: {} for at in drawn}
-    for metric in args.metrics:
-        scorer = rewards.load(metric, args.scorers, args.device)
-        for (g, name), pictures in drawn.items():
-            scores[g, name] |= contests[g].score(name, pictures, scorer)
-        scorers.append(scorer := replace(scorer, score=None))  # its network goes
-    judged_by = [scorer.judged_by for scorer in scorers]
-    metric = judged_by[0] if len(judged_by) == 1 else "average"
-    best = {at: stats.best_of(of, judged_by) for at, of in scores.items()}
-
-    # ---- what came of it: each model at its best guidance, which for a single value is that --------------------------
-    best_at = {name: max(args.guidance, key=lambda g: best[g, name][metric].mean()) for name in models}
-    k = f"the best of {args.num_images} pictures each" if args.num_images > 1 else "a picture each"
-    at = f"guidance {args.guidance[0]:g}" if len(args.guidance) == 1 else "each model at its best guidance"
-    config = vars(args) | {"of_run": vars(args.of_run), "models": models, "hashes": hashes}
-    hashed = run.hash_files([Path(args.prompts)] if args.prompts else [], prompts)
-    config |= {"count": len(prompts), "prompts_hash": hashed, "resamples": stats.RESAMPLES} | run.provenance()
-    config |= {"scorer_hashes": {scorer.name: scorer.hash for scorer in scorers}, "best_guidance": best_at}
-    found = {name: best[g, name] for name, g in best_at.items()}
-    found = judge.compare(f"{len(prompts)} prompts, {k}, {at}", found, scorers, metric, config)
-    single = {n: {m: stats.interval(v.mean(1)) for m, v in scores[g, n].items()} for n, g in best_at.items()}
-    sweep = {n: {f"{g:g}": stats.interval(best[g, n][metric]) for g in args.guidance} for n in models}
-    sweep = {n: {"best at": f"{best_at[n]:g}"} | of for n, of in sweep.items()}
-    tables = {"One picture a prompt: the mean over all.": single, SWEEP.format(metric): sweep}
-    found["tables"] = tables | ({PUBLISHED: rewards.PUBLISHED} if args.paper else {})
-    judge.write(Path(args.out), found)
-
-    places = range(0, min(GRID_ROWS, len(prompts)) * args.num_images, args.num_images)
-    rows = [[data.read_picture(drawn[g, name][i]) for name, g in best_at.items()] for i in places]
-    viz.save_png(viz.grid(rows, list(models), prompts[: len(rows)]), Path(args.out, "grid.png"))
-    print(judge.markdown(found))
-    print(f"{args.out}: see results.md, results.png, grid.png")
-    return found
-
-
-def named(models: list[str]) -> dict[str, tuple[str, str | None]]:
-    """{name: (checkpoint, UNet or None)}: NAME=PATH, or named by the last part of the path that tells something.
-    A UNet alone, as the authors published theirs, borrows the other parts of the first model."""
-    found: dict[str, tuple[str, str | None]] = {}
+    # ---- each model at its best guidance, which for a single value is that
+    best_guidance = {}
     for model in models:
-        name, _, source = model.partition("=") if re.match(r"[\w.-]+=", model) else ("", "", model)
-        name = name or [part for part in Path("model", source).parts if part not in ("checkpoint", "unet")][-1]
-        name = re.sub(r"[^\w.-]", "-", name).strip(".") or "model"  # of a folder, and of a table's column
-        if name in found:
-            raise InputError(f"--models: two are called {name}; give one another name: {name}-2={source}")
-        path = weights.locate(source)
-        alone = found and path.is_dir() and not (path / "vae").exists()
-        found[name] = (next(iter(found.values()))[0], source) if alone else (source, None)
-    return found
+        means = {guidance: best[guidance, model][metric].mean() for guidance in args.guidance}
+        best_guidance[model] = max(means, key=means.get)
+    best_scores = {model: best[guidance, model] for model, guidance in best_guidance.items()}
+
+    config = {
+        **vars(args),
+        "models": {model: astuple(source) for model, source in models.items()},
+        "hashes": hashes,
+        "count": len(prompts),
+        "prompts_hash": hash_files([Path(args.prompts)] if args.prompts else [], prompts),
+        "resamples": stats.RESAMPLES,
+        **provenance(),
+        "scorer_hashes": scorer_hashes,
+        "best_guidance": best_guidance,
+    }
+    title = describe(len(prompts), args.num_images, args.guidance)
+    results = comparison.compare(title, best_scores, less_is_better, metric, config)
+
+    # ---- more tables: single images, guidance, what the paper published
+    single: dict[str, dict] = {}
+    sweep: dict[str, dict] = {}
+    for model, guidance in best_guidance.items():
+        single[model] = {}
+        for name, values in scores[guidance, model].items():
+            single[model][name] = stats.interval(values.mean(axis=1))
+        sweep[model] = {"best at": f"{guidance:g}"}
+        for other in args.guidance:
+            sweep[model][f"{other:g}"] = stats.interval(best[other, model][metric])
+    results["tables"] = {SINGLE_TITLE: single, SWEEP_TITLE.format(metric): sweep}
+    if args.paper:
+        results["tables"][PUBLISHED_TITLE] = PUBLISHED
+    comparison.write_results(out, results)
+
+    # ---- a grid: each prompt's first image, a column for each model
+    rows = []
+    for i in range(min(GRID_ROWS, len(prompts))):
+        row = []
+        for model, guidance in best_guidance.items():
+            requests = evaluations[guidance].requests(model, hashes[model])
+            row.append(read_image(requests[i * args.num_images].path))
+        rows.append(row)
+    save_png(plots.grid(rows, list(models), prompts[: len(rows)]), out / "grid.png")
+
+    print(comparison.format_markdown(results))
+    print(f"{args.out}: see results.md, results.png, grid.png")
+    return results
+
+
+def describe(num_prompts: int, num_images: int, guidance: list[float]) -> str:
+    """Return the results' title: 200 prompts, the best of 5 images each, guidance 3."""
+    images = f"the best of {num_images} images each" if num_images > 1 else "an image each"
+    if len(guidance) == 1:
+        return f"{num_prompts} prompts, {images}, guidance {guidance[0]:g}"
+    return f"{num_prompts} prompts, {images}, each model at its best guidance"
+
+
+def base_of_run(config: dict) -> str:
+    """Return theta_0 of a run.
+
+    A run in the miniature world may name a path that its base has been moved from.
+    """
+    if config.get("world") and not Path(config["model"]).exists():
+        return str(toy.BASE)
+    return config["model"]
+
+
+def name_models(arguments: list[str]) -> dict[str, ModelSource]:
+    """Return the models of --models, each of which is PATH or NAME=PATH.
+
+    Without a NAME, a model is called by the last part of its path that is not "checkpoint" or
+    "unet". A UNet alone, as the paper's authors published theirs, borrows the other parts of the
+    first model. Raises InputError if two have one name.
+    """
+    models: dict[str, ModelSource] = {}
+    for argument in arguments:
+        name, source = split_name(argument)
+        if name in models:
+            raise InputError(
+                f"--models: two models are named {name}; rename one of them: {name}-2={source}"
+            )
+        path = locate(source)
+        if models and path.is_dir() and not (path / "vae").exists():
+            first = next(iter(models.values()))
+            models[name] = ModelSource(first.model, unet=source)
+        else:
+            models[name] = ModelSource(source)
+    return models
+
+
+def split_name(argument: str) -> tuple[str, str]:
+    """Split PATH or NAME=PATH into a name and a source. The name is safe for files and tables."""
+    given_name = re.match(r"([\w.-]+)=", argument)
+    if given_name:
+        name = given_name[1]
+        source = expanduser(argument.removeprefix(given_name[0]))
+    else:
+        source = expanduser(argument)
+        parts = ["model", *Path(source).parts]
+        name = [part for part in parts if part not in ("checkpoint", "unet")][-1]
+    safe_name = re.sub(r"[^\w.-]", "-", name).strip(".")
+    return safe_name or "model", source
 
 
 if __name__ == "__main__":
-    sys.exit(run.script("evaluate.py", main, "what is drawn and scored is kept; the same command goes on from there"))
+    advice = "finished images and scores are kept; the same command resumes from there"
+    sys.exit(run_script("evaluate.py", main, advice))

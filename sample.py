@@ -1,85 +1,200 @@
-"""Draws pictures from a Stable Diffusion checkpoint, the result of train.py among them.
+"""Sample images from a Stable Diffusion checkpoint, for example one that train.py has made.
 
     python sample.py --model FOLDER --prompt "a red circle" --num-images 4
 
-Writes one PNG an image, with how it was made in its text chunk "parameters", and a grid when there is more than one."""
+Writes one PNG per image, whose text chunk "parameters" records how it was made, and a grid if there
+are several.
+"""
 
 import argparse
 import sys
+from os.path import expanduser
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from spin import data, sampler
-from spin.infra import run
-from spin.eval import plots as viz
-from spin.checkpoint import pipeline as weights
-from spin.sampler import SAMPLERS
+from spin.checkpoint import load_pipeline, save_single_file
+from spin.data import read_prompts
+from spin.eval import plots
+from spin.infra.cli import SEED_TYPE, check_device, number, run_script
+from spin.infra.images import save_png, to_pil
+from spin.sampler import SAMPLERS, SamplingOptions, sample_images
 
-GRID_ROWS = 20  # prompts that grid.png shows at most
+GRID_ROWS = 20  # prompts in grid.png, at most
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw pictures from a checkpoint.", usage=argparse.SUPPRESS)
-    add, whole, from_0, share = parser.add_argument, run.number(int, 1), run.number(float, 0), run.number(float, 0, 1)
-    add("--model", required=True, help="checkpoint folder in the diffusers layout, hub id, or original single file")
-    add("--unet", help="take the UNet from this one instead (default: the model's own)")
-    add("--save-single", help="also write the model to this .safetensors file, in the original single-file layout")
-    add("--prompt", action="append", default=[], help="what to draw; may be given several times")
-    add("--prompts", help="file of prompts: .txt (one a line), .json, .jsonl (prompt, text or caption)")
-    add("--negative-prompt", default="", help="what guidance leads away from (default: the empty prompt)")
-    add("--num-images", type=whole, default=1, help="images a prompt (default: 1)")
-    add("--seed", type=run.SEED, default=0, help="seed of a prompt's first image; the next has the next (0)")
-    add("--steps", type=whole, help="network evaluations an image (default: 50; with dpm++ 20)")
-    add("--guidance", type=from_0, default=7.5, help="1: none, at half the cost; 0: only the negative prompt (7.5)")
-    add("--sampler", choices=SAMPLERS, default="ddim", help="ddpm: ancestral; dpm++: needs fewer steps (default: ddim)")
-    add("--eta", type=share, default=0.0, help="share of DDPM's noise in a DDIM step (default: 0)")
-    add("--height", type=whole, help="pixels (default: what the UNet was trained at)")
-    add("--width", type=whole, help="pixels (default: what the UNet was trained at)")
-    add("--batch-size", type=whole, default=1, help="images drawn at once (default: 1)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default: float32")
-    add("--out", default="runs/samples", help="folder for the pictures (default: runs/samples)")
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Sample images from a checkpoint.", usage=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "--model",
+        type=expanduser,
+        required=True,
+        help="checkpoint folder in the diffusers layout, hub id, or original single file",
+    )
+    parser.add_argument(
+        "--unet",
+        type=expanduser,
+        help="take the UNet from this checkpoint instead (default: the model's own)",
+    )
+    parser.add_argument(
+        "--save-single",
+        type=expanduser,
+        help="also write the model to this .safetensors file, in the original single-file layout",
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="what the images should show; can be given several times",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=expanduser,
+        help="file of prompts: .txt (one per line), .json, .jsonl (prompt, text or caption)",
+    )
+    parser.add_argument(
+        "--negative-prompt",
+        default="",
+        help="what guidance steers away from (default: the empty prompt)",
+    )
+    parser.add_argument(
+        "--num-images", type=number(int, 1), default=1, help="images per prompt (default: 1)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=SEED_TYPE,
+        default=0,
+        help="seed of each prompt's first image; each further image adds 1 (default: 0)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=number(int, 1),
+        help="sampling steps, one network evaluation each (default: 50; with dpm++ 20)",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=number(float, 0),
+        default=7.5,
+        help="scale; 1: no guidance, at half the cost; 0: only the negative prompt (default: 7.5)",
+    )
+    parser.add_argument(
+        "--sampler",
+        choices=list(SAMPLERS),
+        default="ddim",
+        help="ddpm: ancestral; dpm++: needs fewer steps (default: ddim)",
+    )
+    parser.add_argument(
+        "--eta",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="DDIM noise as a fraction of DDPM's; 0: deterministic (default: 0)",
+    )
+    parser.add_argument(
+        "--height", type=number(int, 1), help="pixels (default: what the UNet was trained at)"
+    )
+    parser.add_argument(
+        "--width", type=number(int, 1), help="pixels (default: what the UNet was trained at)"
+    )
+    parser.add_argument(
+        "--batch-size", type=number(int, 1), default=1, help="images sampled at once (default: 1)"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="dtype of weights and computation (default: float32)",
+    )
+    parser.add_argument(
+        "--out",
+        type=expanduser,
+        default="runs/samples",
+        help="folder for the images (default: runs/samples)",
+    )
     args = parser.parse_args(argv)
-    args.steps = args.steps or (20 if args.sampler == "dpm++" else 50)
-    args.prompts = args.prompt + (data.read_prompts(args.prompts) if args.prompts else [])
+
+    args.steps = args.steps or SAMPLERS[args.sampler].steps
     if args.save_single and not args.save_single.endswith(".safetensors"):
         parser.error(f"--save-single {args.save_single}: the name must end in .safetensors")
-    if not (args.prompts or args.save_single):
-        parser.error("nothing to draw: give --prompt or --prompts")
+    if not (args.prompt or args.prompts or args.save_single):
+        parser.error("nothing to sample: give --prompt or --prompts")
     return args
 
 
 def main(argv: list[str] | None = None) -> list[Path]:
-    """Returns the paths of the pictures, prompt by prompt."""
-    args = parse(argv)
-    sd = weights.load(args.model, getattr(torch, args.dtype), run.usable(args.device), args.unet)
+    """Return the paths of the images, prompt by prompt."""
+    args = parse_args(argv)
+    prompts = list(args.prompt)
+    if args.prompts:
+        prompts += read_prompts(args.prompts)
+
+    # ---- the model
+    device = check_device(args.device)
+    pipe = load_pipeline(args.model, getattr(torch, args.dtype), device, unet=args.unet)
     if args.save_single:
-        weights.save_single(sd, args.save_single)
+        save_single_file(pipe, args.save_single)
         print(f"the model is in {args.save_single}")
+    if not prompts:
+        return []
+
+    # ---- an image for each prompt and seed
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     seeds = range(args.seed, args.seed + args.num_images)
-    jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
-    pictures, paths = [], [Path(args.out, f"{i:05d}.png") for i in range(len(jobs))]
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    settings = {"Steps": args.steps, "Sampler": args.sampler, "CFG scale": args.guidance, "Eta": args.eta}
-    settings["Model"] = "/".join(Path(args.unet or args.model).resolve().parts[-2:])  # iter3/checkpoint, say
-    drawn = sampler.pictures(
-        sd, jobs, args.batch_size, steps=args.steps, guidance=args.guidance, eta=args.eta, sampler=args.sampler,
-        negative_prompts=args.negative_prompt, height=args.height, width=args.width,
-    )  # fmt: skip
-    for (prompt, seed), path, image in zip(jobs, paths, tqdm(drawn, "drawing", len(jobs), unit="image", delay=0.5)):
-        picture = viz.to_pil(image)
-        viz.save_png(picture, path, prompt, {"Seed": seed, "Negative prompt": args.negative_prompt, **settings})
-        if len(pictures) < GRID_ROWS * args.num_images:  # only those are kept that the grid shows
-            pictures.append(picture)
-    if len(pictures) > 1:
-        rows = [pictures[at : at + args.num_images] for at in range(0, len(pictures), args.num_images)]
+    image_prompts = [prompt for prompt in prompts for _ in seeds]
+    image_seeds = list(seeds) * len(prompts)
+    options = SamplingOptions(
+        steps=args.steps,
+        guidance=args.guidance,
+        sampler=args.sampler,
+        eta=args.eta,
+        height=args.height,
+        width=args.width,
+    )
+    images = sample_images(
+        pipe, image_prompts, image_seeds, options, args.batch_size, args.negative_prompt
+    )
+    bar = tqdm(images, "sampling", total=len(image_prompts), unit="image", delay=0.5)
+
+    paths: list[Path] = []
+    grid_images: list[Image.Image] = []
+    for prompt, seed, tensor in zip(image_prompts, image_seeds, bar):
+        image = to_pil(tensor)
+        path = out / f"{len(paths):05d}.png"
+        settings = {
+            "Seed": seed,
+            "Negative prompt": args.negative_prompt,
+            "Steps": args.steps,
+            "Sampler": args.sampler,
+            "CFG scale": args.guidance,
+            "Eta": args.eta,
+            "Model": "/".join(Path(args.unet or args.model).resolve().parts[-2:]),
+        }
+        save_png(image, path, prompt, settings)
+        paths.append(path)
+        if len(grid_images) < GRID_ROWS * args.num_images:
+            grid_images.append(image)
+
+    # ---- a grid: a row for each prompt, a column for each seed
+    if len(grid_images) > 1:
+        rows = []
+        for start in range(0, len(grid_images), args.num_images):
+            rows.append(grid_images[start : start + args.num_images])
         columns = [f"seed {seed}" for seed in seeds]
-        viz.save_png(viz.grid(rows, columns, args.prompts[:GRID_ROWS]), Path(args.out, "grid.png"))
-    print(f"{len(paths)} image{'s' * (len(paths) != 1)} in {args.out}")
+        save_png(plots.grid(rows, columns, prompts[:GRID_ROWS]), out / "grid.png")
+
+    noun = "image" if len(paths) == 1 else "images"
+    print(f"{len(paths)} {noun} in {args.out}")
     return paths
 
 
 if __name__ == "__main__":
-    sys.exit(run.script("sample.py", main))
+    sys.exit(run_script("sample.py", main, "finished images are kept"))

@@ -1,407 +1,855 @@
-"""Self-play fine-tuning of a Stable Diffusion model: SPIN-Diffusion (arXiv 2402.10210), Algorithm 1.
+"""Self-play fine-tuning of a Stable Diffusion model: SPIN-Diffusion (arXiv 2402.10210).
 
-    python train.py                                     the miniature world, its baselines and scores: minutes on a CPU
-    python train.py --model FOLDER --data FOLDER        the paper's settings on a model and images of yours
-    torchrun --nproc_per_node N train.py ...            on N GPUs of one machine
+    python train.py                                the miniature world: minutes on a CPU
+    python train.py --model FOLDER --data FOLDER   the paper's settings, your model and images
+    torchrun --nproc_per_node N train.py ...       on N GPUs of one machine
 
-For k = 1..K: generate an image from theta_{k-1} for every prompt that the iteration will draw; train theta_k, started
-from theta_{k-1}, to tell the real images from those, with the SPIN loss (C.6); promote it to be the next opponent.
-The baselines, SFT and Diffusion-DPO, start from theta_0 and see the same real images in the same batches.
-The same command, given again after an interruption, goes on where it stopped; a finished stage is not repeated."""
+For k = 1..K: for every prompt that the iteration uses, generate an image from theta_{k-1}; train
+theta_k, initialized from theta_{k-1}, to tell the real images from the generated ones, with the
+SPIN loss (C.6); make it the next opponent. The baselines, SFT and Diffusion-DPO, start from theta_0
+and see the same real images in the same batches.
+
+After an interruption, the same command resumes where it stopped. Finished stages are not repeated.
+"""
 
 import argparse
-import copy
 import gc
 import math
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from spin import data, pairs
-from spin.eval import estimate as cost
-from spin.eval import comparison as judge
-from spin.infra import distributed as ranks
-from spin.eval import report
-from spin.infra import run
-from spin.toy import world as toy
-from spin.checkpoint import pipeline as weights
-from spin.loss import LINKS
-from spin.infra.run import InputError
-from spin.sampler import SAMPLERS, timesteps
-from spin.step import PolicyStep, as_autocast_would, compiled, sft_step, spin_step, spin_trajectory_step
+from spin import toy
+from spin.checkpoint import (
+    Pipeline,
+    hash_checkpoint,
+    load_pipeline,
+    load_unet,
+    locate,
+    save_pipeline,
+)
+from spin.config import PRESETS, LOSS_SETTINGS, describe_default
+from spin.data import CaptionedImages
+from spin.eval import comparison, estimate, report
+from spin.eval.watch import ForgettingWatch
+from spin.infra import distributed
+from spin.infra.cli import SEED_TYPE, check_device, number, provenance, run_script
+from spin.infra.errors import InputError
+from spin.infra.bad_rows import drop_bad_rows
+from spin.infra.files import atomic_write
+from spin.infra.interrupt import Interrupted, StopRequest
+from spin.infra.run import Run
+from spin.infra.shards import LatentShards
+from spin.pairs import PairLoader, encode_images, generate_images, rows_of_steps
+from spin.sampler import SAMPLERS, SamplingOptions
+from spin.step import LossStep, cast_weights_
 
-# The miniature world's captions say left and right, so nothing is mirrored. The paper's settings are taken literally:
-# iteration 1's 50 steps end inside the 200 of warm-up. Assumed is what it does not say: clipping and mirroring as in
-# Diffusion-DPO's public code, which also drops a fifth of the prompts, and 50 sampling steps as in the authors' demo.
-TOY, PAPER, ASSUMED, TUNED = run.read_json(Path(data.__file__).with_name("presets.json")).values()
-PRESETS = {"toy": TOY, "paper": PAPER}
-TUNED |= {"all": sum(TUNED.values(), []), "spin-trajectory": TUNED["spin"]}
-
-# Flags that a run may be continued with other values of: of the first three there are hashes, the others change where
-# and how a step is computed, which can change rounding, but not what is computed.
-MAY_CHANGE = ("model", "unet", "data", "out", "save_every", "sample_every", "skip_bad", "dry_run", "device", "compile")
-MAY_CHANGE += ("opponent_dtype", "micro_batch", "generation_batch", "checkpoint_activations")
-WATCHED = 50  # steps over which the known failure is looked for
-FORGETTING = """both errors have long been up, on real images more than half as much as on generated ones. The policy \
-forgets how to denoise, however good its loss: see 'Reading the picture' in tutorial/00_the_map.md"""
-SOURCES = """toy: chosen so that the story takes minutes on a CPU; tuned: by tutorial/tuning.py on validation prompts;
-paper: from its appendix A; assumed: the paper does not say."""
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS, epilog=SOURCES)
-    either = lambda *names: {"choices": names, "default": names[0]}  # noqa: E731
-    whole, from_0, share = run.number(int, 1), run.number(float, 0), run.number(float, 0, 1)
-
-    def add(flag: str, help: str, **kwargs) -> None:  # its default is the preset's, where it has one
-        name = flag.strip("-").replace("-", "_")
-        source = {"toy": ", tuned" * (name in TUNED["all"]), "paper": ", assumed" * (name in ASSUMED), "default": ""}
-        defaults, presets = [], PRESETS if name in PAPER else {"default": {name: kwargs.get("default")}}
-        for preset, values in presets.items():
-            value = np.atleast_1d(values[name]).tolist()
-            shown = " ".join(f"{x:g}" if isinstance(x, float) else f"{x}" for x in value)
-            defaults += [] if value == [None] else [f"{preset}: {shown}{source[preset]}"]
-        help += f" ({'; '.join(defaults)})" if defaults else ""
-        parser.add_argument(flag, help=help, **({"default": argparse.SUPPRESS} if name in PAPER else {}), **kwargs)
-
-    add("--model", "theta_0: diffusers folder, hub id org/name, or original file (default: the miniature world's base)")
-    add("--unet", "another one, or a folder unet/, whose UNet to start from instead of the model's own")
-    add("--data", "folder of images with metadata.jsonl: file_name, text (default: the miniature world's curated set)")
-    add("--out", "run folder (default: runs/toy, or runs/<name of the data folder>)")
-    add("--preset", "the other flags' values (default: toy without --model, paper with it)", choices=list(PRESETS))
-    losses = "spin: self-play by (C.6); spin-trajectory: by (C.5), on the guided path by which the opponent drew; sft, "
-    losses += "dpo: a baseline; all: spin and both (default: all without --data, spin with it)"
-    add("--loss", losses, choices=["all", "spin", "spin-trajectory", "sft", "dpo"])
-    add("--noise", "of a pair's two images, also of DPO's; the paper says both", **either("shared", "independent"))
-    add("--link", "self-play's convex function l around the margin", choices=list(LINKS), default="logistic")
-    add("--iterations", "self-play iterations K; each renews the opponent", type=whole)
-    add("--steps", "optimiser steps: one value, or one an iteration, the last repeated", type=whole, nargs="+")
-    add("--lr", "AdamW's learning rate after warm-up: one value, or one an iteration", type=from_0, nargs="+")
-    add("--beta", "weight of half the margin, errors being means: one, or one an iteration", type=from_0, nargs="+")
-    add("--sft-lr", "SFT's learning rate; it takes the steps of all iterations", type=from_0)
-    add("--dpo-lr", "Diffusion-DPO's learning rate; it takes the steps of all iterations", type=from_0)
-    add("--dpo-beta", "Diffusion-DPO's beta", type=from_0)
-    add("--batch-size", "pairs an optimiser step, over all GPUs", type=whole)
-    add("--micro-batch", "pairs a forward pass on one GPU; the gradients of a batch are accumulated", type=whole)
-    add("--warmup", "steps in which the learning rate rises; then it falls linearly to 0", type=run.number(int, 0))
-    add("--weight-decay", "AdamW's: share of a weight lost a step, times the learning rate", type=from_0)
-    add("--clip", "norm that longer gradients are cut to; 0: never", type=from_0)
-    add("--resolution", "pixels a side", type=whole)
-    add("--flip", "probability of mirroring a real image; 0: never, if captions say left and right", type=share)
-    add("--prompt-dropout", "probability of training a pair with the empty prompt; 0: never", type=share)
-    add("--guidance", "guidance scale of the generated images; 1: none", type=from_0)
-    add("--sampler", "how the opponent draws; dpm++: DPM-Solver++(2M), for which 20 steps do", choices=SAMPLERS)
-    add("--sampler-steps", "network evaluations a generated image; 20 with --sampler dpm++", type=whole)
-    add("--num-prompts", "use only the first N rows of the data (default: all)", type=whole)
-    add("--skip-bad", "leave out rows of the data that cannot be used, instead of stopping", action="store_true")
-    add("--generated", "keep latents, or decode, round to 8 bits and encode them", **either("latents", "images"))
-    add("--generation-batch", "images drawn at once", type=whole)
-    add("--grid-prompts", "prompts that every model draws for samples/; 0: none", type=run.number(int, 0))
-    add("--sample-every", "steps between drawing them also in training; 0: never", type=run.number(int, 0), default=0)
-    add("--score", "the miniature world's prompts to score models on", **either("test", "validation", "none"))
-    add("--score-images", "pictures a prompt and model for the scores", type=whole, default=2)
-    add("--seed", "of every random choice in training and generation", type=run.SEED)
-    add("--device", "cpu, cuda, cuda:1, ...", default="cuda" if torch.cuda.is_available() else "cpu")
-    dtypes = {"choices": ["float32", "bfloat16"]}
-    add("--dtype", "what networks compute in; weights stay float32 (default: bfloat16 on CUDA, else float32)", **dtypes)
-    add("--opponent-dtype", "of the opponent's weights in training; no answer changes (default: --dtype)", **dtypes)
-    on_off = argparse.BooleanOptionalAction
-    add("--compile", "the loss step: minutes at the start, faster steps on a GPU (default: on CUDA)", action=on_off)
-    add("--save-every", "steps between states to resume from; 0: at the end only", type=run.number(int, 0), default=50)
-    add("--checkpoint-activations", "store fewer activations: less memory, 1/4 more work", action="store_true")
-    add("--dry-run", "say what is to do and how long it will take, measured, and stop", action="store_true")
-
-    given = vars(parser.parse_args(argv))
-    given["preset"] = given["preset"] or ("paper" if given["model"] else "toy")
-    args = argparse.Namespace(**PRESETS[given["preset"]] | given)
-    if args.preset == "paper" and not (args.model and args.data):
-        parser.error("--preset paper, the default with --model, needs both --model and --data")
-    args.world = args.data is None  # the miniature one
-    args.loss = args.loss or ("all" if args.world else "spin")
-    for name in TUNED["all"]:
-        if name in given and name not in TUNED[args.loss]:
-            own = " and ".join(f"--{of_loss.replace('_', '-')}" for of_loss in TUNED[args.loss])
-            parser.error(f"--{name.replace('_', '-')}: --loss {args.loss} has {own} instead")
-    if args.world and args.score != "none" and args.resolution != toy.SIDE:
-        parser.error(f"--resolution: the miniature world's score needs {toy.SIDE} pixels a side; or say --score none")
-    if args.loss == "spin-trajectory" and (args.noise, args.generated, args.sampler) != ("shared", "latents", "ddim"):
-        parser.error("--loss spin-trajectory: for a path drawn by ddim, no --noise independent or --generated images")
-    if args.loss in ("sft", "dpo") and args.link != "logistic" or args.loss == "sft" and args.noise != "shared":
-        parser.error(f"--link and --noise: not for --loss {args.loss}, which has no choice there")
-    if "sampler_steps" not in given and args.sampler == "dpm++":
-        args.sampler_steps = 20
-    if args.batch_size % ranks.WORLD:
-        parser.error(f"--batch-size {args.batch_size}: no multiple of the {ranks.WORLD} processes")
-    for name in ("steps", "lr", "beta"):  # one value each iteration
-        values = getattr(args, name)
-        if len(given.get(name, ())) > args.iterations:
-            parser.error(f"--{name}: {len(values)} values for {args.iterations} iterations")
-        setattr(args, name, (values + values[-1:] * args.iterations)[: args.iterations])
-    args.out = args.out or ("runs/toy" if args.world else f"runs/{Path(args.data).resolve().name}")
-    args.data = args.data or str(toy.CURATED)
-    args.model = args.model or str(toy.BASE)
-    cuda = args.device.startswith("cuda")
-    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    args.opponent_dtype = args.opponent_dtype or args.dtype
-    if args.opponent_dtype == "bfloat16" != args.dtype:
-        parser.error("--opponent-dtype bfloat16: only with --dtype bfloat16")
-    args.compile = cuda if args.compile is None else args.compile
-    return args
+# ---- Algorithm 1 ---------------------------------------------------------------------------------
 
 
 @dataclass
-class Stage:  # one model to train
-    model: str  # spin-1, spin-2, ..., sft, dpo
-    loss: str  # spin, spin-trajectory, sft, dpo
-    batches: list[tuple[int, int]]  # (iteration, step) of each optimiser step: the draws' key
-    lr: float
-    beta: float  # SFT has none
+class Stage:
+    """The training of one model: what it is called, what it minimizes, and for how long."""
 
-    @classmethod
-    def of(cls, model: str, args) -> "Stage":
-        every = [(k, s) for k in range(1, args.iterations + 1) for s in range(1, args.steps[k - 1] + 1)]
-        if model in ("sft", "dpo"):
-            return cls(model, model, every, getattr(args, f"{model}_lr"), args.dpo_beta)
-        k = int(model.removeprefix("spin-"))
-        loss = "spin" if args.loss == "all" else args.loss
-        return cls(model, loss, [(i, s) for i, s in every if i == k], args.lr[k - 1], args.beta[k - 1])
+    name: str  # spin-1, spin-2, ..., sft, dpo
+    loss: str  # spin, sft, dpo
+    steps: list[tuple[int, int]]  # (iteration, step within it) of every optimizer step
+    lr: float
+    beta: float
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """On rank 0 {"out", "models": a summary of each log, "results": results.json or None}; dry: {"out", "seconds"}."""
-    args = parse(argv)
-    args.device = run.usable(ranks.own(args.device))
-    this_run, rank_0 = run.Run(args.out), ranks.RANK == 0
-    with ranks.together(args.device), this_run.lock() if rank_0 else nullcontext():
-        # ---- the model and the data ----------------------------------------------------------------------------------
-        images = data.CaptionedImages(args.data, args.resolution, args.loss in ("all", "dpo"), args.num_prompts)
-        opponent = weights.load(args.model, device=args.device, unet=args.unet)  # theta_0
-        for network in (opponent.unet, opponent.vae, opponent.text_encoder):
-            network.requires_grad_(False)
-        parts = replace(opponent, unet=None)  # what all players share
-        if args.resolution % parts.vae.downscale:
-            raise InputError(f"--resolution {args.resolution}: must be a multiple of {parts.vae.downscale}")
-        timesteps(parts, args.sampler_steps)
-        hashes = {"model_hash": weights.checkpoint_hash(weights.locate(args.model))}
-        hashes["unet_hash"] = weights.checkpoint_hash(weights.locate(args.unet, ("unet",))) if args.unet else None
-        hashes["data_hash"] = images.hash()
-        transform = f"{args.resolution}px{'-mirrored' if args.flip else ''}"
-        cache = this_run.folder / "cache" / f"{hashes['model_hash']}-{hashes['data_hash']}-{transform}"
-        leave_out_bad_rows(args, images, cache)
-        free = {*MAY_CHANGE, *TUNED["all"]} - {*TUNED[args.loss]}  # what another method uses changes nothing
-        fixed = hashes | {name: value for name, value in vars(args).items() if name not in free}
-        if rank_0:
-            this_run.settle(vars(args) | hashes | run.provenance(), same=fixed, write=not args.dry_run)
+    """Train, and return {"out", "models": a summary of the log, "results": the scores or None}.
 
-        def player(model: str):  # theta_0, or one of the run's models
-            checkpoint, unet = report.models_of(args, this_run)[model]
-            return replace(parts, unet=weights.load_unet(unet or checkpoint, device=args.device).requires_grad_(False))
-
-        def draw(model: str, sd) -> None:
-            if rank_0:
-                report.draw_samples(args, this_run, player, images, (model, sd))
-
-        # ---- what is to do, and what it costs ------------------------------------------------------------------------
-        if done := this_run.promoted():
-            opponent = player(f"spin-{done}")
-        last = 0 if args.loss in ("sft", "dpo") else args.iterations
-        self_play = [Stage.of(f"spin-{k}", args) for k in range(done + 1, last + 1)]
-        baselines = [model for model in ("sft", "dpo") if args.loss in ("all", model)]
-        baselines = [Stage.of(model, args) for model in baselines if not this_run.checkpoint(model).exists()]
-        real = data.LatentShards(cache, range(len(images)))
-        seconds = 0.0
-        for line, more in cost.estimate(args, this_run, opponent, images, real, self_play + baselines, players):
-            ranks.say(line)
-            seconds += more
-        ranks.say(f"in all, about {timedelta(seconds=round(seconds))}")
-        if args.dry_run:
-            return {"out": args.out, "seconds": seconds}
-
-        # ---- real images -> latents, once ----------------------------------------------------------------------------
-        pairs.encode(args, parts, images, real)
-        draw("base", None if done else opponent)
-
-        # ---- Algorithm 1: the player theta_k against its own past, theta_{k-1} ---------------------------------------
-        for stage in self_play:
-            # generate: x'_0 ~ p_theta_{k-1}(. | c) for the prompts that this iteration will draw
-            generated = pairs.shards_of(args, this_run, stage, images)
-            pairs.generate(args, opponent, images, generated, stage.batches[0][0])
-
-            # train: theta_k, started from theta_{k-1}, which stays as it is; then promote: it is the next opponent
-            opponent = train(args, this_run, opponent, stage, images, real, generated, draw)
-            gc.collect()  # the optimiser, whose references go round in a circle
-            draw(stage.model, opponent)
-
-        # ---- the baselines, from theta_0 -----------------------------------------------------------------------------
-        del opponent
-        for stage in baselines:
-            draw(stage.model, train(args, this_run, player("base"), stage, images, real, None, draw))
-
-        # ---- what came of it -----------------------------------------------------------------------------------------
-        if not rank_0:
-            return {"out": args.out}
-        report.draw_curves(this_run)
-        summary = this_run.summary()
-        for line in summary:
-            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
-        results = report.judge_models(args, this_run, player) if args.world and args.score != "none" else None
-        if results:
-            print("\n" + judge.markdown(results, brief=True))
-    files = ["samples/grid.png", "curves.png", "results.md", "results.png"]
-    there = [name for name in files if (this_run.folder / name).exists()]
-    print(f"{args.out}: see {', '.join(there)}; models are in */checkpoint")
-    return {"out": args.out, "models": summary, "results": results}
+    Ranks other than 0 return {"out"}, a dry run {"out", "seconds"}.
+    """
+    args = parse_args(argv)
+    args.device = check_device(distributed.local_device(args.device))
+    run = Run(args.out)
+    lock = run.lock() if distributed.is_main() else nullcontext()
+    with distributed.process_group(args.device), lock:
+        return self_play(args, run)
 
 
-def leave_out_bad_rows(args, images: data.CaptionedImages, cache: Path) -> None:
-    """Looks at every row of the data, once, and lists in cache/bad_rows.txt those that cannot be used.
-    With --skip-bad the others are `images` from now on; without, InputError if there is one."""
-    usable, listed = cache / "usable_rows.npy", cache / "bad_rows.txt"
-    if ranks.RANK == 0 and not usable.exists():
-        keep = np.ones(len(images), dtype=bool)
-        with ranks.bar(total=len(images), desc="looking at the data", delay=1) as bar, run.whole(listed) as part:
-            with open(part, "w", encoding="utf-8") as file:
-                for row, problem in images.inspect(bar):
-                    file.write(problem + "\n")
-                    keep[row] = False
-        if keep.all() or args.skip_bad:
-            with run.whole(usable) as part, open(part, "wb") as file:
-                np.save(file, keep.nonzero()[0])
-    ranks.wait()
-    with open(listed, encoding="utf-8") as file:
-        first = list(islice(file, 5))
-        bad = len(first) + sum(1 for _ in file)
-    if bad:
-        found = f"{bad} of {len(images)} rows cannot be used; {listed} names them all"
-        ranks.say("\n".join([f"{found}, of which the first are", *(f"  {line.strip()}" for line in first)]))
-        if not args.skip_bad or bad == len(images):
-            raise InputError(found + ". Mend them, or go on without them: --skip-bad" * (bad < len(images)))
-        images.keep(np.load(usable))
+def self_play(args: argparse.Namespace, run: Run) -> dict:
+    """Train every model that is not trained yet, and return what `main` returns."""
+    # ---- the model, the data, and what is left to do
+    theta_0 = args.unet or args.model
+    pipe = load_pipeline(args.model, device=args.device, unet=args.unet).freeze()
+    check_sampling(args, pipe)
+    images = load_images(args)
+    cache = prepare_run(args, run, images)
+    real = LatentShards(cache, range(len(images)))
+    if args.dry_run:
+        return dry_run(args, run, pipe, images, real)
+    shared = replace(pipe, unet=None)  # what all players share: VAE, text encoder, scheduler
+    del pipe
+
+    # ---- real images -> latents, once
+    encode_images(shared.vae, images, real, mirrored=args.flip > 0, device=args.device)
+    update_samples(args, run, images)
+
+    # ---- self-play: the player theta_k against its own past, theta_{k-1}
+    opponent = theta_0
+    if run.latest_iteration() > 0:
+        opponent = run.checkpoint(f"spin-{run.latest_iteration()}")
+    for k in unfinished_iterations(args, run):
+        stage = self_play_stage(args, k)
+
+        # generate: x' ~ p_theta_{k-1}(. | c) for the prompts c that this iteration will use
+        rows = rows_of_steps(args.seed, stage.steps, args.batch_size, len(images))
+        generated = LatentShards(run.model_folder(stage.name) / "generated", rows)
+        generate_images(
+            with_unet(shared, opponent, args.device),
+            images,
+            generated,
+            seed=args.seed,
+            iteration=k,
+            options=sampling_options(args),
+            batch_size=args.generation_batch,
+        )
+
+        # train: initialize theta_k from theta_{k-1}; it learns to tell x from x'
+        loader = pair_loader(args, stage.loss, shared, images, real, generated)
+        train(args, run, stage, opponent, loader)
+
+        # promote: theta_k is the next opponent
+        opponent = run.checkpoint(stage.name)
+        update_samples(args, run, images)
+
+    # ---- the baselines, from theta_0, on the same real images in the same batches
+    for stage in unfinished_baselines(args, run):
+        loader = pair_loader(args, stage.loss, shared, images, real, generated=None)
+        train(args, run, stage, theta_0, loader)
+        update_samples(args, run, images)
+
+    return report_results(args, run)
 
 
-def players(args, sd, stage: Stage) -> PolicyStep:
-    """A copy of sd.unet, the policy, in the step of its loss; sd.unet, its opponent, is kept in --opponent-dtype."""
-    policy = copy.deepcopy(sd.unet).requires_grad_(True)
-    policy.checkpoint_activations = args.checkpoint_activations
-    loss_step = {"sft": sft_step, "spin-trajectory": spin_trajectory_step}.get(stage.loss, spin_step)
-    given = {"alphas_cumprod": sd.scheduler.alphas_cumprod.to(args.device), "autocast": getattr(torch, args.dtype)}
-    given["prediction_type"] = sd.scheduler.prediction_type
-    if stage.loss != "sft":
-        given["opponent"] = as_autocast_would(sd.unet, getattr(torch, args.opponent_dtype))
-        given["beta"] = torch.tensor(stage.beta, device=args.device)
-        given["link"] = "logistic" if stage.loss == "dpo" else args.link
-    return PolicyStep(policy, partial(compiled(loss_step) if args.compile else loss_step, **given))
+def with_unet(shared: Pipeline, checkpoint: str | Path, device: str) -> Pipeline:
+    """Return the player whose UNet is in `checkpoint`, frozen."""
+    return replace(shared, unet=load_unet(checkpoint, device=device)).freeze()
 
 
-def train(args, this_run: run.Run, sd, stage: Stage, images, real, generated, draw: Callable):
-    """Trains a copy of sd.unet, with sd.unet as its opponent, a line of the log each step; returns sd with the copy.
-    Begins after the last saved state. real, generated: latents of the images and, for self-play, of the opponent's."""
-    steps, size, rank_0 = len(stage.batches), args.batch_size, ranks.RANK == 0
-    step_of_loss = players(args, sd, stage)
-    policy = step_of_loss.policy
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, weight_decay=args.weight_decay, fused=True)
+# ---- The optimizer loop --------------------------------------------------------------------------
 
-    first = this_run.steps_saved(stage.model) + 1
-    if first > 1:
-        state = this_run.load_state(stage.model)
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
-        del state
-    ranks.wait()
-    if rank_0:
-        this_run.rewind_log(stage.model, first - 1)
-    step_of_loss = ranks.parallel(step_of_loss)
-    share = size // ranks.WORLD  # of a batch, this rank's
-    begin, end = ranks.RANK * share, (ranks.RANK + 1) * share
-    recent: deque[tuple[float, float]] = deque(maxlen=WATCHED)
-    bar = ranks.bar(None, f"training {stage.model}", steps * size, unit="pair", initial=(first - 1) * size)
 
-    def save(step: int) -> None:  # no random state: every draw is a function of the step
-        state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
-        this_run.save_state(stage.model, state)
+def train(
+    args: argparse.Namespace, run: Run, stage: Stage, start: str | Path, loader: PairLoader
+) -> None:
+    """Train one model and save it, resuming from its last saved state.
 
-    done = None
-    try:
-        for step, (k, s) in enumerate(stage.batches[first - 1 :], start=first):
-            began, now = time.perf_counter(), f"{stage.model}, step {step}"
-            rows = data.batch_rows(args.seed, k, s, size, len(images))
-            means: dict[str, torch.Tensor] = {}
-            for at in range(begin, end, args.micro_batch):
-                micro = rows[at : min(at + args.micro_batch, end)]
-                batch = pairs.read(args, sd, stage.loss, images, real, generated, micro, (k, s, at))
-                with ranks.alone(step_of_loss, at + args.micro_batch < end):
-                    loss, metrics = step_of_loss(**batch)
-                    (len(micro) / share * loss).backward()
-                for name, value in ({"loss": loss.detach()} | metrics).items():
-                    means[name] = means.get(name, 0.0) + len(micro) / size * value.mean()
-                bar.update(len(micro) * ranks.WORLD)
+    start: the checkpoint of theta_{k-1} (theta_0 for a baseline). The policy starts from it; the
+        opponent keeps its weights.
+    """
+    policy, loss_step = load_players(args, stage, start, loader.pipe)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=0.0,  # set before every step
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    to_save = {"policy": policy, "optimizer": optimizer}  # what a state to resume from holds
+    done = resume(run, stage.name, to_save)
+    distributed.check_same_weights(policy)
+    reducer = distributed.GradientReducer(policy)
+    watch = ForgettingWatch(stage.name, run.read_log())
+    num_steps = len(stage.steps)
+    pairs_per_rank = args.batch_size // distributed.WORLD_SIZE
+    first_pair = distributed.RANK * pairs_per_rank
+    bar = distributed.progress_bar(
+        desc=f"training {stage.name}",
+        total=num_steps * args.batch_size,
+        initial=done * args.batch_size,
+        unit="pair",
+    )
 
-            lr = learning_rate(stage.lr, step, steps, args.warmup)
+    with bar, StopRequest(announce=distributed.is_main()) as stop:
+        stop.advice = f"{stage.name} resumes from step {done + 1}"
+        for step in range(done + 1, num_steps + 1):
+            started = time.perf_counter()
+            iteration, step_of_iteration = stage.steps[step - 1]
+
+            # ---- forward and backward, a micro-batch at a time
+            numbers = {}
+            for begin in range(first_pair, first_pair + pairs_per_rank, args.micro_batch):
+                end = min(begin + args.micro_batch, first_pair + pairs_per_rank)
+                weight = (end - begin) / args.batch_size
+                batch = loader.load(iteration, step_of_iteration, begin, end)
+                loss, metrics = loss_step(policy, batch)
+                (weight * loss).backward()
+                for name, value in {"loss": loss.detach(), **metrics}.items():
+                    numbers[name] = numbers.get(name, 0.0) + weight * value.mean()
+                bar.update((end - begin) * distributed.WORLD_SIZE)
+
+            # ---- all-reduce over the ranks: gradients, metrics, and whether any rank should stop
+            numbers["stop"] = torch.tensor(float(stop.requested), device=args.device)
+            sums = reducer.all_reduce(torch.stack(list(numbers.values())))
+            line = dict(zip(numbers, sums.tolist()))  # one read-back: each one syncs the GPU
+            stopping = line.pop("stop") > 0
+
+            # ---- the optimizer's step
+            line["lr"] = learning_rate(stage.lr, step, num_steps, args.warmup)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip or math.inf)
-            line = {"model": stage.model, "iteration": k, "step": s}
-            line |= dict(zip(means, ranks.total(torch.stack(list(means.values()))).tolist()))  # read back at once
-            line |= {"lr": lr, "grad_norm": grad_norm.item()}
+            line["grad_norm"] = grad_norm.item()
             if not math.isfinite(line["loss"] + line["grad_norm"]):
-                bar.close()
-                promoted = stage.model == f"spin-{k}" and k > 1
-                last = this_run.checkpoint(f"spin-{k - 1}") if promoted else args.unet or args.model
-                raise InputError(f"{now}: the loss or its gradient is not finite; last good: {last}")
-            optimizer.param_groups[0]["lr"] = lr  # the one there is
-            done = None  # until weights and log are both a step further
+                raise InputError(
+                    f"{stage.name}, step {step}: the loss or its gradient is not finite; "
+                    f"the last good model is {start}"
+                )
+            optimizer.param_groups[0]["lr"] = line["lr"]
             optimizer.step()
-            optimizer.zero_grad()
-            if rank_0:
-                this_run.log(line | {"seconds": time.perf_counter() - began})
-            done = step
+            reducer.zero()
 
+            # ---- the log
+            line["seconds"] = time.perf_counter() - started
+            position = {"model": stage.name, "iteration": iteration, "step": step_of_iteration}
+            if distributed.is_main():
+                run.append_log({**position, **line})
             bar.set_postfix(step=step, loss=f"{line['loss']:.4f}")
-            recent.append((line.get("delta_data", 0.0), line.get("delta_gen", 0.0)))
-            if forgetting(recent):
-                ranks.say(f"warning: {now}: {FORGETTING}")
-                recent = deque([(0.0, 0.0)], maxlen=1)  # said once
-            if args.sample_every and step % args.sample_every == 0 and step < steps:
-                draw(f"{stage.model}-step-{step:05d}", replace(sd, unet=policy))
-            if rank_0 and (step == steps or (args.save_every and step % args.save_every == 0)):
-                save(step)
-                report.draw_curves(this_run)
-    except KeyboardInterrupt:
-        if rank_0 and done:
-            save(done)
-        raise
-    bar.close()
-    if not all(parameter.isfinite().all() for parameter in policy.parameters()):
-        raise InputError(f"{stage.model}: its weights are not finite after the last step; nothing is promoted")
+            watch.update(step, line)
 
-    sd = replace(sd, unet=policy.requires_grad_(False))
-    if rank_0:
-        with run.whole(this_run.checkpoint(stage.model)) as part:
-            weights.save(sd, part)
-        this_run.save_state(stage.model, {"step": steps})  # its tensors are in the checkpoint now
-    return sd
+            # ---- periodically: sample images, and save a state to resume from
+            is_last = step == num_steps
+            if is_due(step, args.sample_every) and not is_last:
+                sample_in_training(args, run, stage.name, step, loader, policy)
+            if is_due(step, args.save_every) or is_last or stopping:
+                save_state(run, stage.name, step, to_save)
+                stop.advice = f"{stage.name} resumes from step {step + 1}"
+            if stopping:
+                raise Interrupted(
+                    f"{stage.name}: {step} of {num_steps} steps are saved; "
+                    "the same command resumes from there"
+                )
+
+    save_model(run, stage.name, num_steps, replace(loader.pipe, unet=policy))
 
 
-def forgetting(recent: deque[tuple[float, float]]) -> bool:
-    """Whether both errors were up, on real images by more than half as much: the means of (delta_data, delta_gen)."""
-    delta_data, delta_gen = np.mean(recent, axis=0)
-    return len(recent) == WATCHED and delta_data > delta_gen / 2 > 0
+def load_players(
+    args: argparse.Namespace, stage: Stage, start: str | Path, shared: Pipeline
+) -> tuple[torch.nn.Module, LossStep]:
+    """Return the policy, float32 and trainable, and its loss against the frozen opponent.
+
+    Both have the weights of the checkpoint `start`. The opponent's are stored in --dtype.
+    """
+    dtype = getattr(torch, args.dtype)
+    policy = load_unet(start, device=args.device).requires_grad_(True)
+    policy.checkpoint_activations = args.checkpoint_activations
+    opponent = None
+    if stage.loss != "sft":
+        opponent = load_unet(start, device=args.device).requires_grad_(False)
+        cast_weights_(opponent, dtype)
+    loss_step = LossStep(
+        stage.loss, opponent, stage.beta, shared.scheduler, args.device, dtype, args.compile
+    )
+    return policy, loss_step
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
-    """Of optimiser step 1..steps: rises to `peak` at step `warmup`, then falls linearly, to 0 after the last."""
+    """Return the learning rate at `step`, 1 to `steps`.
+
+    It rises linearly to `peak` at step `warmup`, then falls linearly, to 0 after the last step.
+    """
     rise = step / warmup if warmup else 1.0
     fall = (steps - step + 1) / (steps - warmup) if steps > warmup else 1.0
     return peak * min(1.0, rise, fall)
 
 
+def is_due(step: int, every: int) -> bool:
+    """Return whether `step` is a multiple of `every`. An `every` of 0 means never."""
+    return every > 0 and step % every == 0
+
+
+# ---- Files of a model: rank 0 writes them --------------------------------------------------------
+
+
+def resume(run: Run, name: str, to_save: dict) -> int:
+    """Load a model's last saved state, and return the number of optimizer steps it has seen.
+
+    Log lines of later steps are dropped. No random state is saved: every draw is a function of the
+    step.
+
+    to_save: {name of a part: module or optimizer}, which are loaded in place.
+    """
+    done = run.saved_steps(name)
+    if done > 0:
+        state = run.load_state(name)
+        for part, holder in to_save.items():
+            holder.load_state_dict(state[part])
+    distributed.barrier()
+    if distributed.is_main():
+        run.truncate_log(name, done)
+    return done
+
+
+def save_state(run: Run, name: str, step: int, to_save: dict) -> None:
+    """Save what `resume` loads, after optimizer step `step`, and redraw the curves."""
+    if distributed.is_main():
+        state = {"step": step}
+        for part, holder in to_save.items():
+            state[part] = holder.state_dict()
+        run.save_state(name, state)
+        report.draw_curves(run)
+
+
+def save_model(run: Run, name: str, num_steps: int, pipe: Pipeline) -> None:
+    """Save a trained model as a checkpoint, which takes the place of its state.
+
+    Raises InputError if a weight is not finite.
+    """
+    for parameter in pipe.unet.parameters():
+        if not parameter.isfinite().all():
+            raise InputError(
+                f"{name}: its weights are not finite after the last step; no checkpoint was saved"
+            )
+    if distributed.is_main():
+        with atomic_write(run.checkpoint(name)) as temporary:
+            save_pipeline(pipe, temporary)
+        run.save_state(name, {"step": num_steps})  # the checkpoint holds the weights now
+    distributed.barrier()
+
+
+# ---- Arguments -----------------------------------------------------------------------------------
+
+SOURCES = """In parentheses: the default, or its value in each preset. toy: chosen so that the run
+takes minutes on a CPU; tuned: chosen by tutorial/tune_toy.py on validation prompts; paper: from its
+appendix A; assumed: not stated in the paper."""
+
+COUNT = number(int, 1)
+COUNT_OR_0 = number(int, 0)
+NOT_NEGATIVE = number(float, 0)
+PROBABILITY = number(float, 0, 1)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line's parser. The settings of spin/config.py have no defaults yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], usage=argparse.SUPPRESS, epilog=SOURCES
+    )
+
+    def flag(name: str, kind: type | None, help: str, **kwargs) -> None:
+        parser.add_argument(name, type=kind, help=help, **kwargs)
+
+    def setting(name: str, kind: type | None, help: str, **kwargs) -> None:
+        default = describe_default(name.strip("-").replace("-", "_"))
+        flag(name, kind, f"{help} ({default})", **kwargs)
+
+    def switch(name: str, help: str) -> None:
+        parser.add_argument(name, action="store_true", help=help)
+
+    # `setting` adds a flag whose default is in spin/config.py. A flag that changes what is computed
+    # goes into MUST_MATCH, too.
+
+    # ---- what to do
+    flag("--model", str, "theta_0: diffusers folder, hub id or single file (the miniature base)")
+    flag("--unet", str, "checkpoint, or folder unet/, whose UNet to start from (the model's own)")
+    flag("--data", str, "folder of images with metadata.jsonl (the miniature world's curated set)")
+    flag("--out", str, "run folder (runs/toy, or runs/<name of the data folder>)")
+    flag("--preset", str, "defaults of the settings (toy without --model, paper with it)",
+         choices=list(PRESETS))  # fmt: skip
+    flag("--loss", str, "spin, a baseline, or all three (all without --data, spin with it)",
+         choices=["all", "spin", "sft", "dpo"])  # fmt: skip
+
+    # ---- settings of spin/config.py
+    many = {"nargs": "+", "metavar": "X"}
+    setting("--iterations", COUNT, "iterations K of self-play; baselines take the steps of all")
+    setting("--steps", COUNT, "optimizer steps: one value, or one per iteration", **many)
+    setting("--lr", NOT_NEGATIVE, "peak learning rate: one value, or one per iteration", **many)
+    setting("--beta", NOT_NEGATIVE, "beta in logit = beta / 2 * margin: one, or one per iteration",
+            **many)  # fmt: skip
+    setting("--sft-lr", NOT_NEGATIVE, "peak learning rate of SFT")
+    setting("--dpo-lr", NOT_NEGATIVE, "peak learning rate of Diffusion-DPO")
+    setting("--dpo-beta", NOT_NEGATIVE, "beta of Diffusion-DPO")
+    setting("--batch-size", COUNT, "pairs per optimizer step, over all GPUs")
+    setting("--micro-batch", COUNT, "pairs per forward pass on one GPU; gradients are accumulated")
+    setting("--warmup", COUNT_OR_0, "steps of linear warmup, before the linear decay to 0")
+    setting("--weight-decay", NOT_NEGATIVE, "weight decay of AdamW; 0: none")
+    setting("--clip", NOT_NEGATIVE, "maximum gradient norm, for clipping; 0: no clipping")
+    setting("--resolution", COUNT, "height and width of the images, in pixels")
+    setting("--flip", PROBABILITY, "probability of mirroring a real image; 0: never")
+    setting("--prompt-dropout", PROBABILITY, "probability of an empty prompt; 0: never")
+    setting("--guidance", NOT_NEGATIVE, "guidance scale of generated images; 1: none")
+    setting("--sampler", str, "sampler; dpm++ is DPM-Solver++(2M)", choices=list(SAMPLERS))
+    setting("--sampler-steps", COUNT, "sampling steps per image; 20 with --sampler dpm++")
+    setting("--generation-batch", COUNT, "images generated at once")
+    setting("--grid-prompts", COUNT_OR_0, "prompts in samples/grid.png; 0: no grid")
+    setting("--seed", SEED_TYPE, "seed of all randomness in training and generation")
+
+    # ---- others
+    flag("--noise", str, "noise of a pair's two images; the paper mentions both (shared)",
+         choices=["shared", "independent"], default="shared")  # fmt: skip
+    flag("--num-prompts", COUNT, "use only the first N rows of the data (all)")
+    switch("--skip-bad", "skip data rows that cannot be used, instead of stopping")
+    flag("--sample-every", COUNT_OR_0, "steps between image grids; 0: none (0)", default=0)
+    flag("--score", str, "prompts of the miniature world to score all models on (test)",
+         choices=["test", "validation", "none"], default="test")  # fmt: skip
+    flag("--score-images", COUNT, "images per prompt and model for the scores (2)", default=2)
+    flag("--device", str, "cpu, cuda, cuda:1, ... (%(default)s)",
+         default="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
+    flag("--dtype", str, "compute dtype of the networks (bfloat16 on CUDA, else float32)",
+         choices=["float32", "bfloat16"])  # fmt: skip
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="compile the loss step; takes minutes (only on CUDA)")  # fmt: skip
+    flag("--save-every", COUNT_OR_0, "steps between saved states; 0: only at the end (50)",
+         default=50)  # fmt: skip
+    switch("--checkpoint-activations", "recompute activations: less memory, 1/4 more compute")
+    switch("--dry-run", "estimate how long the run will take, print it, and exit")
+    return parser
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Return the flags, with everything that follows from others filled in."""
+    parser = build_parser()
+    given = parser.parse_args(argv)  # where a setting is None, it was not given
+    preset = given.preset or ("paper" if given.model else "toy")
+    parser.set_defaults(**PRESETS[preset])
+    args = parser.parse_args(argv)
+    args.preset = preset
+
+    # ---- what follows from other flags
+    args.world = args.data is None  # whether this is the miniature world
+    if args.loss is None:
+        args.loss = "all" if args.world else "spin"
+    if given.sampler_steps is None:  # dpm++ needs fewer than the presets' ddim
+        args.sampler_steps = min(args.sampler_steps, SAMPLERS[args.sampler].steps)
+    cuda = args.device.startswith("cuda")
+    if args.dtype is None:
+        args.dtype = "bfloat16" if cuda else "float32"
+    if args.compile is None:
+        args.compile = cuda
+
+    check_flags(parser, args, given)
+
+    # ---- one value per iteration
+    args.steps = one_per_iteration(args.steps, args.iterations)
+    args.lr = one_per_iteration(args.lr, args.iterations)
+    args.beta = one_per_iteration(args.beta, args.iterations)
+
+    # ---- paths, absolute, so that they mean the same from another folder
+    if args.out is None:
+        args.out = "runs/toy" if args.world else f"runs/{Path(args.data).resolve().name}"
+    args.out = str(Path(args.out).expanduser())
+    if args.world:
+        args.data = str(Path(args.out).absolute().parent / "toy-curated")
+    args.data = str(Path(args.data).expanduser().absolute())
+    args.model = absolute_if_local(args.model or str(toy.BASE))
+    if args.unet is not None:
+        args.unet = absolute_if_local(args.unet)
+    return args
+
+
+def check_flags(parser: argparse.ArgumentParser, args, given) -> None:
+    """Exit with a one-line error if flags conflict.
+
+    given: the flags before defaults were filled in: None where one was not given.
+    """
+    if args.preset == "paper" and (args.model is None or args.data is None):
+        parser.error("--preset paper, the default with --model, needs both --model and --data")
+    for name in all_loss_settings():
+        if getattr(given, name) is not None and name not in settings_of_loss(args.loss):
+            own = " and ".join(flag_name(other) for other in settings_of_loss(args.loss))
+            parser.error(f"{flag_name(name)}: --loss {args.loss} does not use it; give {own}")
+    if args.loss == "sft" and args.noise != "shared":
+        parser.error("--noise: has no effect with --loss sft, which uses one image per pair")
+    if args.world and args.score != "none" and args.resolution != toy.SIDE:
+        parser.error(
+            f"--resolution: the miniature world's score needs {toy.SIDE} x {toy.SIDE} pixels; "
+            "or pass --score none"
+        )
+    if args.batch_size % distributed.WORLD_SIZE:
+        parser.error(
+            f"--batch-size {args.batch_size}: not a multiple of the "
+            f"{distributed.WORLD_SIZE} processes"
+        )
+    for name in ("steps", "lr", "beta"):
+        values = getattr(given, name) or []
+        if len(values) > args.iterations:
+            parser.error(f"--{name}: {len(values)} values for {args.iterations} iterations")
+
+
+def settings_of_loss(loss: str) -> list[str]:
+    """Return the settings that only this loss has; of "all", those of all three."""
+    if loss == "all":
+        return all_loss_settings()
+    return list(LOSS_SETTINGS[loss])
+
+
+def all_loss_settings() -> list[str]:
+    """Return the settings that only one loss has."""
+    return [name for names in LOSS_SETTINGS.values() for name in names]
+
+
+def flag_name(setting: str) -> str:
+    """Return the flag of a setting: --batch-size for batch_size."""
+    return "--" + setting.replace("_", "-")
+
+
+def one_per_iteration(values: list, iterations: int) -> list:
+    """Repeat the last value until there is one for each iteration."""
+    values = values[:iterations]
+    return values + values[-1:] * (iterations - len(values))
+
+
+def absolute_if_local(source: str) -> str:
+    """Return the absolute path of a checkpoint on this machine. A hub id stays as it is."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return str(path.absolute())
+    return source
+
+
+# ---- Preparing a run -----------------------------------------------------------------------------
+
+#: Settings that change what is computed: a run cannot resume with a different value. The settings
+#: that only --loss has (LOSS_SETTINGS) are added. All other flags change rounding at most.
+MUST_MATCH = [
+    "loss",
+    "noise",
+    "iterations",
+    "steps",
+    "batch_size",
+    "warmup",
+    "weight_decay",
+    "clip",
+    "resolution",
+    "flip",
+    "prompt_dropout",
+    "guidance",
+    "sampler",
+    "sampler_steps",
+    "num_prompts",
+    "grid_prompts",
+    "score",
+    "score_images",
+    "seed",
+    "dtype",
+    "model_hash",
+    "unet_hash",
+    "data_hash",
+]
+
+#: The curated set's data_hash in config.json, without and with rejected images. Earlier versions
+#: computed these values from its files; they are kept so that old runs can resume.
+CURATED_SET = "a43018df3e38fd4c"
+CURATED_PAIRS = "7d9e55ad4716b20c"
+
+#: Flags of earlier versions: {name: the values that select the present behavior}.
+REMOVED = {
+    "generated": ["latents"],
+    "link": ["logistic"],
+    "opponent_dtype": ["float32", "bfloat16"],
+}
+
+
+def load_images(args: argparse.Namespace) -> CaptionedImages:
+    """Return the data; that of the miniature world is drawn on first use."""
+    if args.world:
+        if distributed.is_main():
+            toy.write_curated_set(Path(args.data))
+        distributed.barrier()
+    needs_rejected = args.loss in ("all", "dpo")
+    return CaptionedImages(args.data, args.resolution, needs_rejected, args.num_prompts)
+
+
+def prepare_run(args: argparse.Namespace, run: Run, images: CaptionedImages) -> Path:
+    """Check data and settings, write config.json, and return the folder of the cached latents.
+
+    Unusable rows of `images` are dropped with --skip-bad, and raise InputError without it.
+    """
+    hashes = {
+        "model_hash": hash_checkpoint(locate(args.model)),
+        "unet_hash": None,
+        "data_hash": hash_data(args, images),
+    }
+    if args.unet is not None:
+        hashes["unet_hash"] = hash_checkpoint(locate(args.unet, ("unet",)))
+    mirrored = "-mirrored" if args.flip else ""
+    key = f"{hashes['model_hash']}-{hashes['data_hash']}-{args.resolution}px{mirrored}"
+    cache = run.folder / "cache" / key
+    drop_bad_rows(images, cache, args.skip_bad)
+
+    if distributed.is_main():
+        config = {**vars(args), **hashes, **provenance()}
+        must_match = MUST_MATCH + settings_of_loss(args.loss)
+        run.check_config(config, must_match, flag_defaults(args.preset), REMOVED)
+        if not args.dry_run:
+            run.write_config(config)
+    return cache
+
+
+def hash_data(args: argparse.Namespace, images: CaptionedImages) -> str:
+    """Return a string that identifies the data.
+
+    For the miniature world it is a fixed name: the bytes of PNG files depend on Pillow's version.
+    """
+    if not args.world:
+        return images.hash()
+    if toy.hash_curated_set(Path(args.data)) != toy.CURATED_SHA256:
+        raise InputError(
+            f"{args.data}: not the miniature world's curated set; delete it, and it is drawn again"
+        )
+    name = CURATED_PAIRS if images.with_rejected else CURATED_SET
+    if args.num_prompts is None:
+        return name
+    return f"{name}-first-{args.num_prompts}"
+
+
+def flag_defaults(preset: str) -> dict:
+    """Return the default of every flag."""
+    parser = build_parser()
+    parser.set_defaults(**PRESETS[preset])
+    return vars(parser.parse_args([]))
+
+
+def check_sampling(args: argparse.Namespace, pipe: Pipeline) -> None:
+    """Raise InputError if the model cannot sample at this resolution or in so many steps."""
+    if args.resolution % pipe.vae.downscale:
+        raise InputError(
+            f"--resolution {args.resolution}: must be a multiple of {pipe.vae.downscale}"
+        )
+    pipe.scheduler.timesteps(args.sampler_steps)
+
+
+def sampling_options(args: argparse.Namespace) -> SamplingOptions:
+    """Return how all images of the run are sampled."""
+    return SamplingOptions(
+        steps=args.sampler_steps,
+        guidance=args.guidance,
+        sampler=args.sampler,
+        height=args.resolution,
+        width=args.resolution,
+        dtype=getattr(torch, args.dtype),
+    )
+
+
+def pair_loader(
+    args: argparse.Namespace,
+    loss: str,
+    shared: Pipeline,
+    images: CaptionedImages,
+    real: LatentShards,
+    generated: LatentShards | None,
+) -> PairLoader:
+    """Return what loads the pairs for a loss. generated: the opponent's latents, for "spin"."""
+    return PairLoader(
+        loss=loss,
+        pipe=shared,
+        images=images,
+        real=real,
+        generated=generated,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        flip=args.flip,
+        prompt_dropout=args.prompt_dropout,
+        independent_noise=args.noise == "independent",
+        dtype=getattr(torch, args.dtype),
+        device=args.device,
+    )
+
+
+def unfinished_iterations(args: argparse.Namespace, run: Run) -> range:
+    """Return the self-play iterations still to run: none if --loss is a baseline's."""
+    if args.loss not in ("all", "spin"):
+        return range(0)
+    return range(run.latest_iteration() + 1, args.iterations + 1)
+
+
+def self_play_stage(args: argparse.Namespace, k: int) -> Stage:
+    """Return the training of theta_k."""
+    steps = [(k, step) for step in range(1, args.steps[k - 1] + 1)]
+    return Stage(f"spin-{k}", "spin", steps, args.lr[k - 1], args.beta[k - 1])
+
+
+def unfinished_baselines(args: argparse.Namespace, run: Run) -> list[Stage]:
+    """Return the baselines still to train. Each takes the steps of all iterations together."""
+    steps = []
+    for k in range(1, args.iterations + 1):
+        steps += self_play_stage(args, k).steps
+    stages = []
+    if args.loss in ("all", "sft") and not run.has("sft"):
+        stages.append(Stage("sft", "sft", steps, args.sft_lr, beta=0.0))
+    if args.loss in ("all", "dpo") and not run.has("dpo"):
+        stages.append(Stage("dpo", "dpo", steps, args.dpo_lr, args.dpo_beta))
+    return stages
+
+
+# ---- Looking at a run ----------------------------------------------------------------------------
+
+
+def models_of_run(args: argparse.Namespace, run: Run) -> dict[str, comparison.ModelSource]:
+    """Return the models that are trained, and theta_0."""
+    return report.models_of_run(run, args.model, args.unet, args.iterations)
+
+
+def sample_grid(
+    args: argparse.Namespace, run: Run, images: CaptionedImages
+) -> report.SampleGrid:
+    """Return the grid in samples/. Its prompts are the first to be scored, or the data's first."""
+    folder = run.folder / "samples"
+    options = sampling_options(args)
+    if args.world:
+        split = "test" if args.score == "none" else args.score
+        scenes = toy.split()[split][: args.grid_prompts]
+        prompts = [scene.caption for scene in scenes]
+        ideal_images = [toy.to_pil(toy.ideal_image(scene)) for scene in scenes]
+        return report.SampleGrid(folder, prompts, options, ideal_images)
+    captions = [images.caption(row) for row in range(min(len(images), 1000))]
+    different = list(dict.fromkeys(captions))
+    return report.SampleGrid(folder, different[: args.grid_prompts], options)
+
+
+def update_samples(args: argparse.Namespace, run: Run, images: CaptionedImages) -> None:
+    """Sample the grid's images from every model that has none yet."""
+    gc.collect()  # reference cycles keep the last optimizer alive; its memory is needed now
+    if distributed.is_main() and args.grid_prompts > 0:
+        grid = sample_grid(args, run, images)
+        report.update_samples(grid, models_of_run(args, run), args.device)
+
+
+def sample_in_training(
+    args: argparse.Namespace,
+    run: Run,
+    name: str,
+    step: int,
+    loader: PairLoader,
+    policy: torch.nn.Module,
+) -> None:
+    """Sample the grid's images from a policy that is still being trained."""
+    if distributed.is_main() and args.grid_prompts > 0:
+        grid = sample_grid(args, run, loader.images)
+        grid.add(f"{name}-step-{step:05d}", replace(loader.pipe, unet=policy))
+        grid.draw(list(models_of_run(args, run)))
+
+
+def report_results(args: argparse.Namespace, run: Run) -> dict:
+    """Print a summary of the log, and score the models of the miniature world."""
+    if not distributed.is_main():
+        return {"out": args.out}
+    report.draw_curves(run)
+    summary = run.summarize()
+    for row in summary:
+        print("  ".join(f"{key} {format_number(value)}" for key, value in row.items()))
+
+    results = None
+    if args.world and args.score != "none":
+        prompts = [scene.caption for scene in toy.split()[args.score]]
+        title = (
+            f"{len(prompts)} {args.score} prompts, {args.score_images} images each, "
+            f"guidance {args.guidance:g}"
+        )
+        results = report.score_models(
+            run,
+            models_of_run(args, run),
+            prompts,
+            args.score_images,
+            sampling_options(args),
+            args.generation_batch,
+            title,
+            args.device,
+        )
+        print("\n" + comparison.format_markdown(results, brief=True))
+
+    files = ["samples/grid.png", "curves.png", "results.md", "results.png"]
+    existing = [file for file in files if (run.folder / file).exists()]
+    print(f"{args.out}: see {', '.join(existing)}; models are in */checkpoint")
+    return {"out": args.out, "models": summary, "results": results}
+
+
+def format_number(value) -> str:
+    """Return four digits of a float, and anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def dry_run(
+    args: argparse.Namespace,
+    run: Run,
+    pipe: Pipeline,
+    images: CaptionedImages,
+    real: LatentShards,
+) -> dict:
+    """Time a little of each kind of work that is left, and print how long all of it will take."""
+    iterations = [self_play_stage(args, k) for k in unfinished_iterations(args, run)]
+    stages = iterations + unfinished_baselines(args, run)
+    options = sampling_options(args)
+    estimates = []
+
+    # ---- encoding
+    num_images = real.count_missing()
+    if num_images > 0:
+        passes = 1
+        if args.flip > 0:
+            passes *= 2
+        if images.with_rejected:
+            passes *= 2
+        estimates.append(
+            estimate.measure_encoding(pipe.vae, num_images, args.resolution, passes, args.device)
+        )
+
+    # ---- generating
+    num_images = 0
+    for stage in iterations:
+        rows = rows_of_steps(args.seed, stage.steps, args.batch_size, len(images))
+        folder = run.model_folder(stage.name) / "generated"
+        num_images += LatentShards(folder, rows).count_missing()
+    if num_images > 0:
+        estimates.append(
+            estimate.measure_sampling(
+                "images for the opponent to generate",
+                pipe,
+                num_images,
+                options,
+                args.generation_batch,
+                ranks=distributed.WORLD_SIZE,
+            )
+        )
+
+    # ---- training
+    pairs_of_loss: dict[str, int] = {}
+    for stage in stages:
+        steps_left = len(stage.steps) - run.saved_steps(stage.name)
+        pairs = pairs_of_loss.get(stage.loss, 0)
+        pairs_of_loss[stage.loss] = pairs + steps_left * args.batch_size
+    side = args.resolution // pipe.vae.downscale
+    blank = estimate.BlankLatents((pipe.unet.conv_in.in_channels, side, side))
+    for loss, num_pairs in pairs_of_loss.items():
+        if num_pairs > 0:
+            loader = pair_loader(args, loss, pipe, images, blank, blank)
+            estimates.append(
+                estimate.measure_training(
+                    num_pairs, loader, args.micro_batch, args.compile, args.checkpoint_activations
+                )
+            )
+
+    # ---- sampling for grids and scores
+    num_images = len(stages) * args.grid_prompts
+    if args.world and args.score != "none" and not (run.folder / "results.json").exists():
+        num_models = len(stages) + len(models_of_run(args, run))
+        num_images += num_models * args.score_images * len(toy.split()[args.score])
+    if num_images > 0:
+        estimates.append(
+            estimate.measure_sampling(
+                "images for grids and scores",
+                pipe,
+                num_images,
+                options,
+                args.generation_batch,
+                ranks=1,
+            )
+        )
+
+    seconds = 0.0
+    for item in estimates:
+        distributed.print0(str(item))
+        seconds += item.seconds
+    distributed.print0(f"in all, about {timedelta(seconds=round(seconds))}")
+    return {"out": args.out, "seconds": seconds}
+
+
 if __name__ == "__main__":
-    sys.exit(run.script("train.py", main, "what is finished is kept, and the same command goes on from there"))
+    advice = "finished work is kept, and the same command resumes from there"
+    sys.exit(run_script("train.py", main, advice))

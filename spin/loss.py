@@ -1,71 +1,145 @@
-"""The objectives, SPIN's and its baselines': pure functions of tensors. No model, no randomness, no configuration.
+"""The objectives of SPIN and of its baselines: pure functions of tensors.
 
-Everything is said with four numbers a pair of images: the squared error of two players (the policy being trained,
-theta, and the frozen opponent, theta_k) on two noised images (a real one, and one the opponent generated for the same
-prompt). Equation numbers are those of arXiv 2402.10210. logit = beta / 2 x (delta_gen - delta_data), errors being means
-over an image's dimensions: the paper prints neither the half nor the mean, only "beta = 2000"; both are assumed here,
-Diffusion-DPO's convention. With sums over D dimensions, beta / D gives the same loss; without the half, beta / 2."""
+There is no model here, no randomness and no configuration. Every loss is computed from four numbers
+per pair of images: the squared errors of two players (the policy, theta, which is trained, and the
+frozen opponent, theta_k) on two noised images (a real one, and one that the opponent generated
+for the same prompt). train.py uses `spin_loss` and `sft_loss`; the other losses are the paper's
+theory, and Diffusion-DPO's name for the same formula.
+
+Equation numbers are those of arXiv 2402.10210. The logit is
+
+    beta / 2 x (delta_gen - delta_data)
+
+where errors are means over an image's dimensions. The paper states neither the factor 1/2 nor the
+mean, only "beta = 2000"; both are assumed here, as in Diffusion-DPO. With sums over D dimensions,
+beta / D gives the same loss; without the factor 1/2, beta / 2 does.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: l(t), decreasing and convex (section 4). The paper's experiments use logistic, log(1 + exp(-t)): l(0) = log 2.
-LINKS = {"logistic": lambda t: -F.logsigmoid(t), "hinge": lambda t: F.relu(1 - t), "correlation": lambda t: 1 - t}
-Beta = float | Tensor  # 0-d
-Losses = tuple[Tensor, dict[str, Tensor]]  # [B], and detached metrics, [B] each
+Beta = float | Tensor  # a Tensor is 0-d
+Losses = tuple[Tensor, dict[str, Tensor]]  # losses [B], and detached metrics, [B] each
 
 
 def per_image_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """|prediction - target|^2, the mean over all dimensions of an image: [B,...] twice -> [B] float32."""
-    # cast first: the loss multiplies differences of errors by thousands, and half precision would drown them
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+    """Return |prediction - target|^2, averaged over an image: [B,...] twice -> [B] float32."""
+    # The loss multiplies differences of errors by thousands, so half-precision rounding would swamp
+    # them: cast both to float32 before subtracting.
+    difference = prediction.float() - target.float()
+    return difference.square().flatten(1).mean(1)
+
+
+def logistic(x: Tensor) -> Tensor:
+    return -F.logsigmoid(x)  # log(1 + exp(-x)): log 2 at 0
+
+
+def hinge(x: Tensor) -> Tensor:
+    return F.relu(1 - x)
+
+
+def correlation(x: Tensor) -> Tensor:
+    return 1 - x
+
+
+#: The link l(x), decreasing and convex (section 4). The paper's experiments use the logistic one.
+LINKS = {"logistic": logistic, "hinge": hinge, "correlation": correlation}
 
 
 def spin_loss(
-    err_data: Tensor, err_gen: Tensor, opp_err_data: Tensor, opp_err_gen: Tensor, beta: Beta, link: str = "logistic"
+    err_data: Tensor,
+    err_gen: Tensor,
+    opp_err_data: Tensor,
+    opp_err_gen: Tensor,
+    beta: Beta,
+    link: str = "logistic",
 ) -> Losses:
-    """Equation (C.6), the form the paper trains with: l(-w [(policy - opponent on real) - (the same on generated)]).
-    err_data, err_gen: [B] errors of the policy on the noised real and generated image, `per_image_error`; opp_err_data,
-    opp_err_gen: of the opponent on the same two, without gradient. w = beta / 2. link: KeyError if not in LINKS.
-    Metrics: delta_data and delta_gen, policy error minus opponent error on real and generated; margin = delta_gen -
-    delta_data, positive when the policy tells the two apart; implicit_accuracy, 1 where the margin is positive, 0 where
-    negative, a half where it is zero."""
+    """Return the losses of equation (C.6), the form that the paper trains with, and their metrics.
+
+    l(-w [(policy - opponent on the real image) - (the same on the generated one)]), w = beta / 2.
+
+    err_data, err_gen: [B], the policy's `per_image_error` on the noised real and generated image.
+    opp_err_data, opp_err_gen: [B], the opponent's on the same two. No gradient flows into them.
+    link: a key of LINKS, KeyError otherwise.
+
+    Metrics: delta_data and delta_gen, the policy's error minus the opponent's on real and on
+    generated images; margin = delta_gen - delta_data, positive where the policy tells the two
+    apart; implicit_accuracy, 1 where the margin is positive, 0 where negative, 1/2 where zero.
+    """
     delta_data = err_data - opp_err_data.detach()
     delta_gen = err_gen - opp_err_gen.detach()
     logit = -0.5 * beta * (delta_data - delta_gen)
     losses = LINKS[link](logit)  # (C.6)
-    metrics = {"delta_data": delta_data.detach(), "delta_gen": delta_gen.detach()}
-    metrics["margin"] = metrics["delta_gen"] - metrics["delta_data"]
-    return losses, metrics | {"implicit_accuracy": 0.5 * (1 + torch.sign(metrics["margin"]))}
+
+    margin = delta_gen.detach() - delta_data.detach()
+    metrics = {
+        "delta_data": delta_data.detach(),
+        "delta_gen": delta_gen.detach(),
+        "margin": margin,
+        "implicit_accuracy": 0.5 * (1 + torch.sign(margin)),
+    }
+    return losses, metrics
 
 
 def spin_trajectory_loss(
-    err_data: Tensor, gap_gen: Tensor, opp_err_data: Tensor, beta: Beta, link: str = "logistic"
+    err_data: Tensor,
+    gap_gen: Tensor,
+    opp_err_data: Tensor,
+    beta: Beta,
+    link: str = "logistic",
 ) -> Losses:
-    """Equation (C.5): for x'_t on the path by which the opponent drew its image, not an image noised anew.
-    Where DDIM takes no noise and no guidance, the noise that the opponent predicted is the one that made the step, so
-    that its own error is zero and the policy's, gap_gen [B], the distance of the two predictions. At theta = theta_k
-    nothing is pushed: the gradient is SFT's, times -l'(0) beta / 2. Returns what `spin_loss` does."""
-    return spin_loss(err_data, gap_gen, opp_err_data, torch.zeros_like(gap_gen), beta, link)  # (C.5)
+    """Return the losses of equation (C.5): generated images noised along the path that made them.
+
+    With deterministic DDIM and no guidance, the noise that the opponent predicted is exactly the
+    one used in the step. So the opponent's error is zero, and the policy's is gap_gen [B], the mean
+    squared distance between the two predictions. At theta = theta_k, generated images contribute no
+    gradient: what remains is SFT's gradient, times -l'(0) beta / 2. The other arguments and the
+    metrics are those of `spin_loss`.
+    """
+    opp_err_gen = torch.zeros_like(gap_gen)
+    return spin_loss(err_data, gap_gen, opp_err_data, opp_err_gen, beta, link)  # (C.5)
 
 
 def spin_exact_loss(
-    err_data: Tensor, err_gen: Tensor, opp_err_data: Tensor, opp_err_gen: Tensor, beta: Beta, link: str = "logistic"
+    err_data: Tensor,
+    err_gen: Tensor,
+    opp_err_data: Tensor,
+    opp_err_gen: Tensor,
+    beta: Beta,
+    link: str = "logistic",
 ) -> Losses:
-    """Equation (4.8): the mean over timesteps inside the link; in eps-space, every step of an image weighing the same.
-    By Jensen's inequality (Lemma 4.1) at most the mean over t of `spin_loss`, which is what is trained, since it needs
-    one timestep a pair where this needs all. Errors [B,T]; otherwise as `spin_loss`, with metrics [B] of the means."""
-    data, gen, opp_data, opp_gen = (e.mean(1) for e in (err_data, err_gen, opp_err_data, opp_err_gen))
-    return spin_loss(data, gen, opp_data, opp_gen, beta, link)  # (4.8)
+    """Return the losses of equation (4.8), which takes the mean over timesteps inside the link.
+
+    Errors are [B,T], one for each of an image's T timesteps, weighted equally; metrics are [B],
+    computed from the means over t. By Jensen's inequality (Lemma 4.1) this loss is at most the mean
+    over t of `spin_loss`. Training uses `spin_loss`: it needs one timestep per pair, not all T.
+    """
+    return spin_loss(  # (4.8)
+        err_data.mean(1),
+        err_gen.mean(1),
+        opp_err_data.mean(1),
+        opp_err_gen.mean(1),
+        beta,
+        link,
+    )
 
 
-def dpo_loss(err_win: Tensor, err_lose: Tensor, ref_err_win: Tensor, ref_err_lose: Tensor, beta: Beta) -> Losses:
-    """Diffusion-DPO (arXiv 2311.12908): -log sigmoid of the same logit as SPIN's, on a preference pair. [B] each.
-    The preferred image stands for the real one, the rejected for the opponent's, frozen theta_0 for the opponent."""
+def dpo_loss(
+    err_win: Tensor,
+    err_lose: Tensor,
+    ref_err_win: Tensor,
+    ref_err_lose: Tensor,
+    beta: Beta,
+) -> Losses:
+    """Return the loss of Diffusion-DPO (arXiv 2311.12908) on preference pairs, [B] each.
+
+    It is `spin_loss` with the preferred image as the real one, the rejected image as the
+    generated one, and the frozen theta_0, called the reference, as the opponent.
+    """
     return spin_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta)
 
 
 def sft_loss(err_data: Tensor) -> Losses:
-    """Supervised fine-tuning, equation (3.3) with gamma_t = 1: the error on the real image itself. [B] -> [B], {}."""
+    """Return the losses of equation (3.3) with gamma_t = 1, for SFT: the errors [B] themselves."""
     return err_data, {}

@@ -1,110 +1,221 @@
-"""The two images of a pair: real ones encoded, the opponent's drawn, both kept as latents, and read with their noise.
-args: train.py's flags. real, generated: `data.LatentShards`; each rank fills its share of their files."""
+"""Both images of each pair, as latents: encode the real ones, generate the opponent's, load both.
 
-import numpy as np
+`encode_images` and `generate_images` fill folders of latents before training; each rank writes its
+share of the files. `PairLoader` then reads them, and makes all random draws of a pair.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from spin import data, sampler
-from spin.infra import distributed as ranks
-from spin.infra.run import Run
+from spin.checkpoint import Pipeline
+from spin.data import CaptionedImages, batch_rows, noise_generator, random_draws
+from spin.infra import distributed
+from spin.infra.shards import LatentShards
+from spin.sampler import SamplingOptions, sample
 from spin.step import mixed_precision
 
-ENCODE_BATCH = 4  # images a forward pass of the VAE's encoder
+ENCODE_BATCH = 4  # images in a forward pass of the VAE's encoder
+
+
+# ---- Real images -> latents ----------------------------------------------------------------------
 
 
 @torch.no_grad()
-def encode(args, sd, images: data.CaptionedImages, real: data.LatentShards) -> None:
-    """Stores mean and log-variance of every image's latent, and of its mirror image's if that may be drawn."""
+def encode_images(
+    vae, images: CaptionedImages, latents: LatentShards, mirrored: bool, device: str
+) -> None:
+    """Store mean and log-variance of every image's latent, where they are missing.
 
-    def encoded(rows: list[int]) -> dict[str, Tensor]:
-        found = {}
-        for kind, rejected in (("", False), ("rejected_", True))[: 1 + images.pairs]:
-            batch = torch.stack([images.image(row, rejected) for row in rows]).to(args.device)
-            found[f"{kind}mean"], found[f"{kind}logvar"] = sd.vae.encode(batch)
-            if args.flip:
-                found[f"{kind}mean_flipped"], found[f"{kind}logvar_flipped"] = sd.vae.encode(batch.flip(3))
-        return found
-
-    fill(real, encoded, ENCODE_BATCH, "encoding real images")
-
-
-def generate(args, sd, images: data.CaptionedImages, generated: data.LatentShards, k: int) -> None:
-    """Draws and stores theta_{k-1}'s latent for every row of `generated`; its noise depends on seed, k, row alone.
-    For (C.5) it stores the path, [sampler steps,4,h,w] a row, instead of its end: 1.6 MB at 512 px and 50 steps."""
-
-    def drawn(rows: list[int]) -> dict[str, Tensor]:
-        generators = [data.generator(args.seed, k, row) for row in rows]
-        path: list[Tensor] | None = [] if args.loss == "spin-trajectory" else None
-        prompts = [images.caption(row) for row in rows]
-        x0 = sampler.sample(sd, prompts, generators=generators, trajectory=path, **how_to_draw(args))
-        if path:
-            return {"path": torch.stack(path, dim=1).half().cpu()}
-        return {"x0": through_pixels(sd, x0, generators) if args.generated == "images" else x0}
-
-    fill(generated, drawn, args.generation_batch, f"iteration {k}: generating")
+    mirrored: whether to store those of the mirrored images, too.
+    """
+    for shard, batches in missing_batches(latents, ENCODE_BATCH, "encoding real images"):
+        encoded = []
+        for rows in batches:
+            pixels = torch.stack([images.image(row) for row in rows]).to(device)
+            tensors = encode(vae, pixels, "", mirrored)
+            if images.with_rejected:
+                pixels = torch.stack([images.rejected_image(row) for row in rows]).to(device)
+                tensors.update(encode(vae, pixels, "rejected_", mirrored))
+            encoded.append(tensors)
+        latents.write(shard, encoded)
+    distributed.barrier()
 
 
-def fill(shards: data.LatentShards, make, batch_size: int, title: str) -> None:
-    """Writes its share of the missing files: what make(rows) returns for batches, the same for any number of ranks."""
-    ranks.wait()
-    todo = shards.missing()[ranks.RANK :: ranks.WORLD]
-    ranks.wait()  # all have looked before one writes, so that they share one list
-    with ranks.bar(total=sum(len(rows) for _, rows in todo), desc=title, disable=not todo or ranks.RANK > 0) as bar:
-        for shard, rows in todo:
-            parts = []
-            for at in range(0, len(rows), batch_size):
-                parts.append(make(rows[at : at + batch_size]))
-                bar.update(min(batch_size, len(rows) - at))
-            shards.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-    ranks.wait()
+def encode(vae, pixels: Tensor, prefix: str, mirrored: bool) -> dict[str, Tensor]:
+    """Encode images [B,3,H,W] in [-1,1]. The names of the tensors begin with `prefix`."""
+    mean, logvar = vae.encode(pixels)
+    tensors = {f"{prefix}mean": mean, f"{prefix}logvar": logvar}
+    if mirrored:
+        mean, logvar = vae.encode(pixels.flip(3))
+        tensors[f"{prefix}mean_flipped"] = mean
+        tensors[f"{prefix}logvar_flipped"] = logvar
+    return tensors
 
 
-def how_to_draw(args) -> dict:
-    size = {"height": args.resolution, "width": args.resolution, "autocast": getattr(torch, args.dtype)}
-    return size | {"steps": args.sampler_steps, "guidance": args.guidance, "sampler": args.sampler}
+# ---- Prompts -> the opponent's latents -----------------------------------------------------------
 
 
-@torch.no_grad()
-def through_pixels(sd, x0: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Scaled latents -> decoded, rounded to 8 bits, encoded: what becomes of an image that is kept as a file."""
-    pictures = (sampler.decode(sd, x0) * 255).round() / 255
-    mean, logvar = map(torch.cat, zip(*(sd.vae.encode(picture * 2 - 1) for picture in pictures.split(1))))
-    noise = torch.cat([torch.randn(mean[:1].shape, generator=generator) for generator in generators])
-    return (mean + (0.5 * logvar).exp() * noise.to(mean.device)) * sd.vae.scaling_factor
+def generate_images(
+    opponent: Pipeline,
+    images: CaptionedImages,
+    latents: LatentShards,
+    seed: int,
+    iteration: int,
+    options: SamplingOptions,
+    batch_size: int,
+) -> None:
+    """Generate and store a latent for every row of `latents` that has none yet.
+
+    opponent: a pipeline whose UNet is theta_{k-1}, in iteration k.
+    images: their captions are the prompts.
+    batch_size: images generated at once. An image's noise depends on (seed, iteration, row) alone.
+    """
+    title = f"iteration {iteration}: generating"
+    for shard, batches in missing_batches(latents, batch_size, title):
+        generated = []
+        for rows in batches:
+            prompts = [images.caption(row) for row in rows]
+            generators = [noise_generator(seed, iteration, row) for row in rows]
+            x0 = sample(opponent, prompts, generators=generators, **vars(options))
+            generated.append({"x0": x0})
+        latents.write(shard, generated)
+    distributed.barrier()
 
 
-def shards_of(args, this_run: Run, stage, images: data.CaptionedImages) -> data.LatentShards:
-    """The opponent's latents for the rows that a self-play stage will draw, and for no others."""
-    drawn = [data.batch_rows(args.seed, k, s, args.batch_size, len(images)) for k, s in stage.batches]
-    return data.LatentShards(this_run.place(stage.model) / "generated", np.unique(drawn))
+def missing_batches(
+    latents: LatentShards, batch_size: int, title: str
+) -> Iterator[tuple[int, Iterator[list[int]]]]:
+    """Yield (shard, batches of its rows) for every missing file that this rank is to write.
+
+    Consuming a batch advances a progress bar. Batches do not depend on the number of ranks.
+    """
+    # No rank writes between the barriers, so that all of them find the same files missing.
+    distributed.barrier()
+    missing = latents.missing()
+    distributed.barrier()
+    mine = missing[distributed.RANK :: distributed.WORLD_SIZE]
+    num_rows = sum(len(rows) for _, rows in mine)
+    with distributed.progress_bar(total=num_rows, desc=title, disable=num_rows == 0) as bar:
+        for shard, rows in mine:
+            yield shard, split_rows(rows, batch_size, bar)
 
 
-@torch.no_grad()
-def read(args, sd, loss: str, images, real, generated, rows: list[int], when: tuple[int, int, int]) -> dict:
-    """What the step of a loss takes, on the device. when: iteration, step, and the first row's place in the batch."""
-    (k, s, at), schedule, trajectory = when, sd.scheduler, loss == "spin-trajectory"
-    timesteps = schedule.timesteps(args.sampler_steps) if trajectory else torch.arange(schedule.num_train_timesteps)
-    shape = real.read("mean", rows[:1]).shape[1:]
-    draws = [data.draw(args.seed, k, s, at + i, shape, len(timesteps)) for i in range(len(rows))]
-    random = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+def split_rows(rows: list[int], batch_size: int, bar) -> Iterator[list[int]]:
+    """Yield the rows in batches, and advance the bar after each."""
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        yield batch
+        bar.update(len(batch))
 
-    def encoded(kind: str) -> Tensor:
-        mean, logvar = real.read(f"{kind}mean", rows), real.read(f"{kind}logvar", rows)
-        if args.flip:
-            flipped = (random["flip"] < args.flip)[:, None, None, None]
-            mean = torch.where(flipped, real.read(f"{kind}mean_flipped", rows), mean)
-            logvar = torch.where(flipped, real.read(f"{kind}logvar_flipped", rows), logvar)
-        return (mean + (0.5 * logvar).exp() * random["posterior"]) * sd.vae.scaling_factor
 
-    pairs = {"x0_data": encoded(""), "eps": random["eps"], "t": timesteps[random["t"]]}
-    if trajectory:
-        pairs["x_t_gen"] = generated.read("path", rows, random["t"].tolist())
-    elif loss != "sft":
-        pairs["x0_gen"] = generated.read("x0", rows) if loss == "spin" else encoded("rejected_")
-        if args.noise == "independent":
-            pairs["eps_gen"] = random["eps_gen"]
-    pairs = {name: tensor.to(args.device) for name, tensor in pairs.items()}
-    prompts = ["" if drop < args.prompt_dropout else images.caption(row) for drop, row in zip(random["drop"], rows)]
-    with mixed_precision(pairs["x0_data"], getattr(torch, args.dtype)):
-        return pairs | {"context": sd.encode_prompts(prompts)}
+# ---- Batches of pairs ----------------------------------------------------------------------------
+
+
+@dataclass
+class PairLoader:
+    """Loads the pairs of a training step.
+
+    Every draw is a function of (seed, iteration, step, position in the batch).
+
+    loss: "spin", "dpo" or "sft". It determines what a pair's second image is.
+    pipe: its text encoder, VAE and scheduler are used.
+    images: the data, whose captions are the prompts.
+    real: latents of the real images. generated: the opponent's latents, for "spin" alone.
+    batch_size: pairs of a step, over all ranks.
+    flip: probability of mirroring a real image.
+    prompt_dropout: probability of training a pair with the empty prompt.
+    independent_noise: whether each image of a pair gets noise of its own.
+    dtype: compute dtype of the text encoder.
+    """
+
+    loss: str
+    pipe: Pipeline
+    images: CaptionedImages
+    real: LatentShards
+    generated: LatentShards | None
+    seed: int
+    batch_size: int
+    flip: float
+    prompt_dropout: float
+    independent_noise: bool
+    dtype: torch.dtype
+    device: str
+
+    @torch.no_grad()
+    def load(self, iteration: int, step: int, start: int, end: int) -> dict[str, Tensor]:
+        """Return positions start..end-1 of a step's batch, as `spin.step`'s arguments, [B,...]."""
+        rows = batch_rows(self.seed, iteration, step, self.batch_size, len(self.images))[start:end]
+        draws = self.draws_of_batch(iteration, step, start, rows)
+        flipped = draws["flip"] < self.flip
+
+        batch = {
+            "x0_data": self.real_latents("", rows, flipped, draws["posterior"]),
+            "eps": draws["eps"],
+            "t": draws["t"],
+        }
+        if self.loss == "spin":
+            batch["x0_gen"] = self.generated.read("x0", rows)
+        elif self.loss == "dpo":
+            batch["x0_gen"] = self.real_latents("rejected_", rows, flipped, draws["posterior"])
+        elif self.loss != "sft":
+            raise ValueError(f"loss {self.loss!r}: must be spin, dpo or sft")
+        if self.independent_noise and self.loss != "sft":
+            batch["eps_gen"] = draws["eps_gen"]
+
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        dropped = draws["drop"] < self.prompt_dropout
+        batch["context"] = self.encode_prompts(rows, dropped)
+        return batch
+
+    def draws_of_batch(
+        self, iteration: int, step: int, start: int, rows: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Return everything random in these pairs, [B,...] each: see `spin.data.random_draws`."""
+        shape = tuple(self.real.read("mean", rows[:1]).shape[1:])  # a latent's, [4,h,w]
+        num_timesteps = self.pipe.scheduler.num_train_timesteps
+        draws = []
+        for position in range(start, start + len(rows)):
+            draws.append(
+                random_draws(self.seed, iteration, step, position, shape, num_timesteps)
+            )
+        return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+
+    def real_latents(
+        self, prefix: str, rows: Sequence[int], flipped: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Return scaled latents of real images, drawn from the VAE's posterior: [B,4,h,w].
+
+        prefix: "" or "rejected_". flipped: [B], which images to mirror. noise: [B,4,h,w].
+        """
+        mean = self.real.read(f"{prefix}mean", rows)
+        logvar = self.real.read(f"{prefix}logvar", rows)
+        if self.flip > 0:
+            flipped = flipped[:, None, None, None]
+            mean = torch.where(flipped, self.real.read(f"{prefix}mean_flipped", rows), mean)
+            logvar = torch.where(flipped, self.real.read(f"{prefix}logvar_flipped", rows), logvar)
+        return (mean + (0.5 * logvar).exp() * noise) * self.pipe.vae.scaling_factor
+
+    def encode_prompts(self, rows: Sequence[int], dropped: Tensor) -> Tensor:
+        """Return the context [B,77,D] of the rows' captions.
+
+        dropped: [B], which captions to replace by the empty prompt.
+        """
+        prompts = [self.images.caption(row) for row in rows]
+        for i, drop in enumerate(dropped.tolist()):
+            if drop:
+                prompts[i] = ""
+        with mixed_precision(torch.device(self.device), self.dtype):
+            return self.pipe.encode_prompts(prompts)
+
+
+def rows_of_steps(
+    seed: int, steps: Sequence[tuple[int, int]], batch_size: int, num_rows: int
+) -> list[int]:
+    """Return the data rows that (iteration, step) pairs draw, each once, ascending."""
+    rows = set()
+    for iteration, step in steps:
+        rows.update(batch_rows(seed, iteration, step, batch_size, num_rows))
+    return sorted(rows)

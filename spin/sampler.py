@@ -1,90 +1,274 @@
 """Guided sampling: prompts in, latents out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from spin.infra.run import InputError
+from spin.infra.errors import InputError
 from spin.scheduler import ddim_step, ddpm_step, dpmpp_step, x0_and_eps
+from spin.step import mixed_precision
 
-SAMPLERS = ("ddim", "ddpm", "dpm++")
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Options for sampling images: keyword arguments of `sample`, which documents them."""
+
+    steps: int = 50
+    guidance: float = 7.5
+    sampler: str = "ddim"
+    eta: float = 0.0
+    height: int | None = None
+    width: int | None = None
+    dtype: torch.dtype = torch.float32
 
 
 @torch.no_grad()
 def sample(
-    sd, prompts: Sequence[str], steps: int = 50, guidance: float = 7.5, eta: float = 0.0,
-    generators: Sequence[torch.Generator] | None = None, *, negative_prompts: str | Sequence[str] = "",
-    height: int | None = None, width: int | None = None, sampler: str = "ddim", autocast: torch.dtype = torch.float32,
-    trajectory: list[Tensor] | None = None,
-) -> Tensor:  # fmt: skip
-    """Draws one latent for each prompt: x0, scaled, [B,4,h,w] float32. `decode` makes pictures. sd: see `weights.load`.
-    guidance: eps_empty + guidance (eps_prompt - eps_empty), arXiv 2207.12598; 1: none, at half the cost; 0: eps_empty
-        alone (below 1, diffusers turns it off). negative_prompts: instead of the empty one, one for all or for each.
-    eta: share of DDPM's noise that DDIM adds in a step, 0 to 1; the other samplers ignore it.
-    generators: on the CPU, one a prompt, of all its noise: no image depends on its batch. None: seeds 0, 1, 2, ...
-    height, width: pixels, multiples of the VAE's factor; None: the size the UNet was trained at.
-    trajectory: a list to which x_t [B,4,h,w] is appended at each of the scheduler's timesteps, noisiest first.
-    Raises InputError, a ValueError, where an argument is out of range, or what was drawn is not finite."""
-    batch, f = len(prompts), sd.vae.downscale
-    if isinstance(prompts, str) or not batch:
-        raise InputError("prompts must be a list of at least one prompt")
-    negative_prompts = [negative_prompts] * batch if isinstance(negative_prompts, str) else list(negative_prompts)
-    generators = [torch.Generator("cpu").manual_seed(i) for i in range(batch)] if generators is None else generators
-    height, width = (size or sd.unet.sample_size * f for size in (height, width))
-    if height % f or width % f or min(height, width) < f:
-        raise InputError(f"{height} x {width} pixels: height and width must be multiples of {f}")
-    if not len(prompts) == len(generators) == len(negative_prompts):
-        raise InputError(f"{batch} prompts, {len(generators)} generators, {len(negative_prompts)} negative prompts")
-    if sampler not in SAMPLERS:
-        raise InputError(f"sampler {sampler!r}: only {', '.join(SAMPLERS)} are known")
-    first, guided = sd.unet.conv_in, guidance != 1
-    device, dtype, shape = first.weight.device, first.weight.dtype, (1, first.in_channels, height // f, width // f)
-    noise = lambda: torch.cat([torch.randn(shape, generator=own) for own in generators]).to(device)  # noqa: E731
-    with torch.autocast(device.type, dtype=autocast, enabled=autocast != torch.float32):
-        context = sd.encode_prompts([*negative_prompts, *prompts] if guided else list(prompts)).to(dtype)
-        x_t, before = noise(), None
-        for t in timesteps(sd, steps):
-            if trajectory is not None:
-                trajectory.append(x_t)
-            inputs = torch.cat([x_t, x_t]) if guided else x_t
-            output = sd.unet(inputs.to(dtype), t.to(device), context).float()
-            if guided:
-                empty, prompt = output.chunk(2)
-                output = empty + guidance * (prompt - empty)
-            alpha_bar, alpha_bar_prev = (a.to(device) for a in sd.scheduler.alphas_of_step(t.item(), steps, sampler))
-            x0, eps = x0_and_eps(output, x_t, alpha_bar, sd.scheduler.prediction_type)
-            if sampler == "ddpm":
-                x_t = ddpm_step(x_t, x0, alpha_bar, alpha_bar_prev, noise())
-            elif sampler == "dpm++":
-                x_t, before = dpmpp_step(x_t, x0, alpha_bar, alpha_bar_prev, before), (x0, alpha_bar)
-            else:
-                x_t = ddim_step(x0, eps, alpha_bar, alpha_bar_prev, eta, noise() if eta else x_t)
+    pipe,
+    prompts: Sequence[str],
+    steps: int = 50,
+    guidance: float = 7.5,
+    eta: float = 0.0,
+    generators: Sequence[torch.Generator] | None = None,
+    *,
+    negative_prompts: str | Sequence[str] = "",
+    sampler: str = "ddim",
+    height: int | None = None,
+    width: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return a scaled latent x0 for each prompt, [B,4,h,w] float32. `decode_latents` makes images.
+
+    pipe: a `spin.checkpoint.Pipeline`.
+    steps: sampling steps. Each of today's samplers evaluates the UNet once a step, on twice the
+        batch with guidance.
+    guidance: w in eps_empty + w (eps_prompt - eps_empty), arXiv 2207.12598. 1: no guidance, at
+        half the cost. 0: eps_empty alone (diffusers turns guidance off below 1).
+    eta: DDIM's noise as a multiple of DDPM's, 0 to 1. The other samplers ignore it.
+    generators: CPU generators, one per prompt, that draw all of its noise, so that no image depends
+        on the rest of its batch. None: seeds 0, 1, 2, ...
+    negative_prompts: what guidance steers away from, one for all prompts or one for each.
+    sampler: a key of SAMPLERS.
+    height, width: pixels, multiples of the VAE's factor. None: the size the UNet was trained at.
+    dtype: compute dtype of the UNet and the text encoder, by autocast.
+
+    Raises InputError if an argument is out of range, or if a latent is not finite.
+    """
+    if generators is None:
+        generators = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
+    if isinstance(negative_prompts, str):
+        negative_prompts = [negative_prompts] * len(prompts)
+    height = height or pipe.unet.sample_size * pipe.vae.downscale
+    width = width or pipe.unet.sample_size * pipe.vae.downscale
+    check_arguments(pipe, prompts, generators, negative_prompts, sampler, height, width)
+
+    factor = pipe.vae.downscale
+    shape = (pipe.unet.conv_in.in_channels, height // factor, width // factor)
+    model = GuidedUNet(pipe, prompts, negative_prompts, guidance, dtype)
+    x_t = draw_noise(generators, shape, model.device)
+    earlier = None
+    for t in pipe.scheduler.timesteps(steps).tolist():
+        alpha_bar, alpha_bar_prev = model.noise_levels(t, steps, SAMPLERS[sampler].ends_clean)
+        x0, eps = model.predict(x_t, t)
+        state = SamplerState(
+            x_t=x_t,
+            x0=x0,
+            eps=eps,
+            alpha_bar=alpha_bar,
+            alpha_bar_prev=alpha_bar_prev,
+            earlier=earlier,
+            eta=eta,
+            generators=generators,
+            model=model,
+            t_prev=t - pipe.scheduler.stride(steps),
+        )
+        x_t = SAMPLERS[sampler].step(state)
+        earlier = (x0, alpha_bar)
+
     if not x_t.isfinite().all():
-        raise InputError("what was drawn is not finite: too large a guidance, or a broken checkpoint")
+        raise InputError(
+            "a sampled latent is not finite: the guidance is too large, or the checkpoint broken"
+        )
     return x_t
 
 
-def timesteps(sd, steps: int) -> Tensor:
-    """`Scheduler.timesteps`, noisiest first; InputError where the schedule has no room for as many."""
-    try:
-        return sd.scheduler.timesteps(steps)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+class GuidedUNet:
+    """The UNet with prompts and guidance: the one place where sampling evaluates the network."""
+
+    def __init__(self, pipe, prompts, negative_prompts, guidance: float, dtype: torch.dtype):
+        self.unet = pipe.unet
+        self.scheduler = pipe.scheduler
+        self.guidance = guidance
+        self.dtype = dtype
+        self.device = pipe.unet.conv_in.weight.device
+        self.weight_dtype = pipe.unet.conv_in.weight.dtype
+        all_prompts = list(prompts)
+        if guidance != 1:
+            all_prompts = [*negative_prompts, *prompts]
+        with mixed_precision(self.device, dtype):
+            self.context = pipe.encode_prompts(all_prompts).to(self.weight_dtype)
+
+    def predict(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """Predict the clean latent x0 and the noise eps at x_t, [B,4,h,w] each.
+
+        x_t: [B,4,h,w] float32. t: the training timestep of all of them.
+        """
+        timestep = torch.tensor(t, device=self.device)
+        inputs = x_t
+        if self.guidance != 1:
+            inputs = torch.cat([x_t, x_t])  # for the negative prompts, then for the prompts
+        with mixed_precision(self.device, self.dtype):
+            prediction = self.unet(inputs.to(self.weight_dtype), timestep, self.context).float()
+        if self.guidance != 1:
+            negative, positive = prediction.chunk(2)
+            prediction = negative + self.guidance * (positive - negative)
+        alpha_bar = self.scheduler.alphas_cumprod[t].to(self.device)
+        return x0_and_eps(prediction, x_t, alpha_bar, self.scheduler.prediction_type)
+
+    def noise_levels(self, t: int, steps: int, ends_clean: bool) -> tuple[Tensor, Tensor]:
+        """Return alpha_bar at t, and after the next of `steps` sampling steps, 0-d each.
+
+        ends_clean: whether the last step goes to alpha_bar = 1, the clean image, or to the
+            scheduler's `final_alpha_cumprod`.
+        """
+        t_prev = t - self.scheduler.stride(steps)
+        if t_prev >= 0:
+            alpha_bar_prev = self.scheduler.alphas_cumprod[t_prev]
+        elif ends_clean:
+            alpha_bar_prev = torch.tensor(1.0)
+        else:
+            alpha_bar_prev = self.scheduler.final_alpha_cumprod
+        alpha_bar = self.scheduler.alphas_cumprod[t]
+        return alpha_bar.to(self.device), alpha_bar_prev.to(self.device)
 
 
-def pictures(sd, jobs: Sequence[tuple[str, int]], at_once: int = 1, **settings) -> Iterator[Tensor]:
-    """A picture [3,H,W] in [0,1] for each (prompt, seed of its generator). settings: `sample`'s other arguments."""
-    for at in range(0, len(jobs), at_once):
-        prompts, seeds = zip(*jobs[at : at + at_once])
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        yield from decode(sd, sample(sd, prompts, generators=generators, **settings))
+def draw_noise(
+    generators: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device
+) -> Tensor:
+    """Return standard normal noise [B,*shape], each image's from its own CPU generator."""
+    noise = [torch.randn((1, *shape), generator=generator) for generator in generators]
+    return torch.cat(noise).to(device)
+
+
+# ---- The samplers --------------------------------------------------------------------------------
+
+
+@dataclass
+class SamplerState:
+    """What a sampler's step may use."""
+
+    x_t: Tensor  # [B,4,h,w]
+    x0: Tensor  # [B,4,h,w], predicted at x_t
+    eps: Tensor  # [B,4,h,w], predicted at x_t
+    alpha_bar: Tensor  # 0-d, at x_t
+    alpha_bar_prev: Tensor  # 0-d, where the step ends
+    earlier: tuple[Tensor, Tensor] | None  # x0 and alpha_bar of the step before
+    eta: float
+    generators: Sequence[torch.Generator]
+
+    # for samplers that evaluate the network more than once a step
+    model: GuidedUNet
+    t_prev: int  # where the step ends; below 0 after the last step
+
+    def draw_noise(self) -> Tensor:
+        return draw_noise(self.generators, tuple(self.x_t.shape[1:]), self.x_t.device)
+
+
+def ddim(state: SamplerState) -> Tensor:
+    noise = state.draw_noise() if state.eta > 0 else None
+    return ddim_step(
+        state.x0, state.eps, state.alpha_bar, state.alpha_bar_prev, state.eta, noise
+    )
+
+
+def ddpm(state: SamplerState) -> Tensor:
+    noise = state.draw_noise()
+    return ddpm_step(state.x_t, state.x0, state.alpha_bar, state.alpha_bar_prev, noise)
+
+
+def dpmpp(state: SamplerState) -> Tensor:
+    return dpmpp_step(state.x_t, state.x0, state.alpha_bar, state.alpha_bar_prev, state.earlier)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A row of SAMPLERS."""
+
+    step: Callable[[SamplerState], Tensor]  # returns x_{t-1}
+    steps: int  # the usual number of steps
+    ends_clean: bool  # see `GuidedUNet.noise_levels`
+
+
+SAMPLERS = {
+    "ddim": Sampler(ddim, steps=50, ends_clean=False),
+    "ddpm": Sampler(ddpm, steps=50, ends_clean=True),
+    "dpm++": Sampler(dpmpp, steps=20, ends_clean=True),
+}
+
+
+# ---- Images --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def decode(sd, latents: Tensor) -> Tensor:
-    """Scaled latents [B,4,h,w] -> pictures [B,3,H,W] float32 in [0,1]."""
-    dtype = next(sd.vae.parameters()).dtype
-    at_once = max(1, 64 * 64 // latents[0, 0].numel())  # one at 512 px, since the decoder's memory is large
-    images = [sd.vae.decode(x0.to(dtype) / sd.vae.scaling_factor) for x0 in latents.split(at_once)]
+def decode_latents(pipe, latents: Tensor) -> Tensor:
+    """Decode scaled latents [B,4,h,w] to images [B,3,H,W], float32 in [0,1]."""
+    dtype = next(pipe.vae.parameters()).dtype
+    # one latent at a time at 512 px, since the decoder needs much memory
+    batch_size = max(1, 64 * 64 // latents[0, 0].numel())
+    images = []
+    for batch in latents.split(batch_size):
+        images.append(pipe.vae.decode(batch.to(dtype) / pipe.vae.scaling_factor))
     return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
+
+
+def sample_images(
+    pipe,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    options: SamplingOptions,
+    batch_size: int = 1,
+    negative_prompt: str = "",
+) -> Iterator[Tensor]:
+    """Yield an image [3,H,W] in [0,1] for each prompt and the seed of its noise, in order.
+
+    batch_size: images sampled at once.
+    """
+    for start in range(0, len(prompts), batch_size):
+        batch = slice(start, start + batch_size)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]]
+        latents = sample(
+            pipe,
+            prompts[batch],
+            generators=generators,
+            negative_prompts=negative_prompt,
+            **vars(options),
+        )
+        yield from decode_latents(pipe, latents)
+
+
+def check_arguments(
+    pipe,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    negative_prompts: Sequence[str],
+    sampler: str,
+    height: int,
+    width: int,
+) -> None:
+    """Raise InputError if `sample` cannot do what these arguments ask."""
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise InputError("prompts must be a list of at least one prompt")
+    if not len(prompts) == len(generators) == len(negative_prompts):
+        raise InputError(
+            f"{len(prompts)} prompts, {len(generators)} generators, "
+            f"{len(negative_prompts)} negative prompts: the numbers must be equal"
+        )
+    factor = pipe.vae.downscale
+    if height % factor or width % factor or height < factor or width < factor:
+        raise InputError(
+            f"{height} x {width} pixels: height and width must be multiples of {factor}"
+        )
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler {sampler!r}: must be one of {', '.join(SAMPLERS)}")

@@ -1,109 +1,165 @@
-"""One training step's loss, from latents to a scalar: what torch.compile sees as one function.
+"""The loss of one training step, from latents to a scalar: what torch.compile sees as one function.
 
-Each loss has its step, with arguments of the same meaning. policy, opponent: UNets; gradients flow into the policy
-alone. x0_data, x0_gen: [B,4,h,w] scaled latents of a real image and of the opponent's image for the same prompt.
-eps: [B,4,h,w] standard normal. t: [B] int64 in 0..T-1. context: [B,77,D]. alphas_cumprod: [T]. beta: 0-d tensor (a
-Python float that changes would recompile). prediction_type: with "v_prediction" the errors compared are those of v.
-autocast: dtype that the networks compute in; errors and losses are float32.
-Each returns the loss of the micro-batch, 0-d, and its metrics, [B] each. No value is read back from the device."""
+Arguments that all steps share:
+
+    policy, opponent    UNets. Gradients flow into the policy alone.
+    x0_data, x0_gen     [B,4,h,w], scaled latents of a real image and of the opponent's image for
+                        the same prompt
+    eps                 [B,4,h,w], standard normal noise
+    t                   [B] int64, timesteps in 0..T-1
+    context             [B,77,D], encoded prompts
+    alphas_cumprod      [T], the noise schedule
+    beta                0-d tensor: a new value of a Python float would trigger recompilation
+    prediction_type     "epsilon" or "v_prediction"; with the latter, errors are those of v
+    autocast            compute dtype of the networks; errors and losses are float32
+
+Each step returns the loss of the micro-batch, 0-d, and its metrics, [B] each. No step copies a
+value back from the device.
+"""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from spin.loss import per_image_error, sft_loss, spin_loss, spin_trajectory_loss
-from spin.scheduler import add_noise, target
+from spin.loss import per_image_error, sft_loss, spin_loss
+from spin.scheduler import Scheduler, add_noise, training_target
 
 
 def spin_step(
-    policy: nn.Module, opponent: nn.Module, x0_data: Tensor, x0_gen: Tensor, eps: Tensor, t: Tensor, context: Tensor,
-    alphas_cumprod: Tensor, beta: Tensor, prediction_type: str = "epsilon", link: str = "logistic",
-    autocast: torch.dtype = torch.float32, eps_gen: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Equation (C.6), the mean over B pairs; a pair shares its timestep, its prompt and, without `eps_gen`, its noise.
-    Diffusion-DPO is the same step: theta_0 is the opponent and x0_gen the rejected image (`spin.loss.dpo_loss`)."""
-    x0 = torch.cat([x0_data, x0_gen])  # [2B,4,h,w]
-    eps = torch.cat([eps, eps if eps_gen is None else eps_gen])
-    t, context = torch.cat([t, t]), torch.cat([context, context])
-    alpha_bar = alphas_cumprod[t]
-    x_t = add_noise(x0, eps, alpha_bar)
-    wanted = target(x0, eps, alpha_bar, prediction_type)
-    answer, opponent_answer = answers(policy, opponent, x_t, t, context, autocast)
-    err_data, err_gen = per_image_error(answer, wanted).chunk(2)
-    opp_err_data, opp_err_gen = per_image_error(opponent_answer, wanted).chunk(2)
-    losses, metrics = spin_loss(err_data, err_gen, opp_err_data, opp_err_gen, beta, link)
-    return losses.mean(), metrics
-
-
-def spin_trajectory_step(
-    policy: nn.Module, opponent: nn.Module, x0_data: Tensor, x_t_gen: Tensor, eps: Tensor, t: Tensor, context: Tensor,
-    alphas_cumprod: Tensor, beta: Tensor, prediction_type: str = "epsilon", link: str = "logistic",
+    policy: nn.Module,
+    opponent: nn.Module,
+    x0_data: Tensor,
+    x0_gen: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    context: Tensor,
+    alphas_cumprod: Tensor,
+    beta: Tensor,
+    prediction_type: str = "epsilon",
     autocast: torch.dtype = torch.float32,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Equation (C.5), the mean over B pairs; x_t_gen: [B,4,h,w], where the opponent's image was at t while drawn.
-    Guidance bends that path: its steps are made by another noise than the one predicted for the prompt alone. What
-    counts is the latter, also the opponent's answer on real images: so at theta = theta_k nothing is pushed."""
-    alpha_bar = alphas_cumprod[t]
-    x_t = torch.cat([add_noise(x0_data, eps, alpha_bar), x_t_gen])  # [2B,4,h,w]
-    wanted = target(x0_data, eps, alpha_bar, prediction_type)
-    t, context = torch.cat([t, t]), torch.cat([context, context])
-    answer, opponent_answer = answers(policy, opponent, x_t, t, context, autocast)
-    (answer_data, answer_gen), (opp_data, opp_gen) = answer.chunk(2), opponent_answer.chunk(2)
-    err_data, opp_err_data = per_image_error(answer_data, wanted), per_image_error(opp_data, wanted)
-    losses, metrics = spin_trajectory_loss(err_data, per_image_error(answer_gen, opp_gen), opp_err_data, beta, link)
+    eps_gen: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of equation (C.6), averaged over B pairs, and its metrics.
+
+    The two images of a pair share the timestep and the prompt. They share the noise, too, unless
+    `eps_gen` [B,4,h,w] is given for the generated one.
+
+    Diffusion-DPO is the same step: its reference, theta_0, is the opponent, and x0_gen the
+    rejected image (see `spin.loss.dpo_loss`).
+    """
+    if eps_gen is None:
+        eps_gen = eps
+
+    # Noise both images of every pair, real ones first.
+    x0 = torch.cat([x0_data, x0_gen])  # [2B,4,h,w]
+    noise = torch.cat([eps, eps_gen])
+    timesteps = torch.cat([t, t])
+    contexts = torch.cat([context, context])
+    alpha_bar = alphas_cumprod[timesteps]
+    x_t = add_noise(x0, noise, alpha_bar)
+    target = training_target(x0, noise, alpha_bar, prediction_type)
+
+    # Both networks under one autocast: at theta = theta_k they agree to the last bit.
+    with mixed_precision(x_t.device, autocast):
+        prediction = policy(x_t, timesteps, contexts)
+        with torch.no_grad():
+            opponent_prediction = opponent(x_t, timesteps, contexts)
+
+    err_data, err_gen = per_image_error(prediction, target).chunk(2)
+    opp_err_data, opp_err_gen = per_image_error(opponent_prediction, target).chunk(2)
+    losses, metrics = spin_loss(err_data, err_gen, opp_err_data, opp_err_gen, beta)
     return losses.mean(), metrics
 
 
 def sft_step(
-    policy: nn.Module, x0_data: Tensor, eps: Tensor, t: Tensor, context: Tensor, alphas_cumprod: Tensor,
-    prediction_type: str = "epsilon", autocast: torch.dtype = torch.float32,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Equation (3.3) with gamma_t = 1, the mean over B real images; no metrics."""
+    policy: nn.Module,
+    x0_data: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    context: Tensor,
+    alphas_cumprod: Tensor,
+    prediction_type: str = "epsilon",
+    autocast: torch.dtype = torch.float32,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return equation (3.3) with gamma_t = 1, averaged over B real images, and no metrics."""
     alpha_bar = alphas_cumprod[t]
     x_t = add_noise(x0_data, eps, alpha_bar)
-    with mixed_precision(x_t, autocast):
-        answer = policy(x_t, t, context)
-    losses, metrics = sft_loss(per_image_error(answer, target(x0_data, eps, alpha_bar, prediction_type)))
+    target = training_target(x0_data, eps, alpha_bar, prediction_type)
+    with mixed_precision(x_t.device, autocast):
+        prediction = policy(x_t, t, context)
+    losses, metrics = sft_loss(per_image_error(prediction, target))
     return losses.mean(), metrics
 
 
-def answers(
-    policy: nn.Module, opponent: nn.Module, x_t: Tensor, t: Tensor, context: Tensor, autocast: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """What both players predict at x_t [N,4,h,w], under one autocast: at theta = theta_k, equal to the last bit."""
-    with mixed_precision(x_t, autocast):
-        answer = policy(x_t, t, context)
-        with torch.no_grad():
-            return answer, opponent(x_t, t, context)
+class LossStep:
+    """A loss bound to everything that stays constant while one model is trained.
+
+    loss: "spin", "dpo" or "sft".
+    opponent: theta_k for SPIN, the reference for DPO, None for SFT.
+    beta: see `spin.loss.spin_loss`; SFT has none.
+    autocast: dtype that the networks compute in.
+    compiled: whether to compile the step, see `compile_step`.
+    """
+
+    def __init__(
+        self,
+        loss: str,
+        opponent: nn.Module | None,
+        beta: float,
+        scheduler: Scheduler,
+        device: str,
+        autocast: torch.dtype = torch.float32,
+        compiled: bool = False,
+    ):
+        self.constants = {
+            "alphas_cumprod": scheduler.alphas_cumprod.to(device),
+            "prediction_type": scheduler.prediction_type,
+            "autocast": autocast,
+        }
+        if loss in ("spin", "dpo"):
+            self.step = spin_step
+            self.constants["opponent"] = opponent
+            self.constants["beta"] = torch.tensor(beta, device=device)
+        elif loss == "sft":
+            self.step = sft_step
+        else:
+            raise ValueError(f"loss {loss!r}: must be spin, dpo or sft")
+        if compiled:
+            self.step = compile_step(self.step)
+
+    def __call__(self, policy: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, 0-d, and its metrics, [B] each.
+
+        batch: the tensors that the step takes, as `spin.pairs.PairLoader` loads them.
+        """
+        return self.step(policy, **batch, **self.constants)
 
 
-class PolicyStep(nn.Module):
-    """A step's loss as a module around the policy, forward(everything else), which is what data parallelism wraps."""
+def compile_step(step: Callable) -> Callable:
+    """Return `step`, to be compiled on its first call.
 
-    def __init__(self, policy: nn.Module, loss_step: Callable):
-        super().__init__()
-        self.policy, self.loss_step = policy, loss_step
+    Compilation takes minutes for a large UNet, and happens once, whatever the tensors' values.
 
-    def forward(self, **others) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss_step(self.policy, **others)
+    By default, the compiler rounds the policy, whose activations are saved for the backward pass,
+    differently from the opponent: in bfloat16 the loss at theta_k missed log 2 by 0.04 to 1. The
+    option makes both round as in eager mode (on a CPU from torch 2.14 on).
+    """
+    options = {"emulate_precision_casts": True}
+    return torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
 
-def as_autocast_would(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Gives `unet`, where it stands, the rounded weights that autocast makes anew at every call: half the memory."""
-    for module in unet.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):  # not the norms, which autocast computes in float32
+def cast_weights_(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast conv and linear weights to `dtype`, in place.
+
+    Autocast would round them on every call anyway: the outputs are the same, in half the memory.
+    The weights of norms stay as they are, since autocast computes norms in float32.
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.to(dtype)
-    return unet
 
 
-def compiled(step):
-    """`step`, compiled when it is first called: minutes for a large UNet, once for any values of its tensors.
-    By itself, the compiler rounds the policy, whose activations are kept, otherwise than the opponent: in bfloat16 the
-    loss at theta_k missed log 2 by 0.04 to 1. The option makes both round as eager code (on a CPU from torch 2.14)."""
-    torch._dynamo.config.optimize_ddp = False  # one graph also under DistributedDataParallel
-    return torch.compile(step, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
-
-
-def mixed_precision(like: Tensor, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(like.device.type, dtype=dtype, enabled=dtype != torch.float32)
+def mixed_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return a context in which networks compute in `dtype`; float32 switches autocast off."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -1,160 +1,377 @@
-"""The UNet of Stable Diffusion 1.x and 2.x: noised latents, timesteps, text context -> the predicted noise.
+"""The UNet of Stable Diffusion 1.x and 2.x: noised latents, timesteps, text context -> prediction.
 
-Attribute names are those of diffusers' UNet2DConditionModel, so a checkpoint loads without renaming a tensor.
-Shapes in comments are SD-1.5's at 512 px: latents [B,4,64,64], channels 320, 640, 1280, 1280, context [B,77,768]."""
+The prediction is the noise eps, or the velocity v, as the checkpoint's scheduler says. Attribute
+names are those of diffusers' UNet2DConditionModel, so checkpoints load without renaming a tensor.
+Shapes in comments are SD-1.5's at 512 px: latents [B,4,64,64], context [B,77,768], and blocks of
+320, 640, 1280 and 1280 channels.
+"""
 
 import math
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spin.layers import Attention, Downsample2D, Level, MidLevel, Upsample2D
+from spin.layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D, check_block_types
 
-#: level types of config.json -> does the level attend to the text?
-DOWN_TYPES = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-UP_TYPES = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+# block types of config.json -> does the block attend to the text?
+DOWN_BLOCK_TYPES = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+UP_BLOCK_TYPES = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 
-def timestep_embedding(t: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    """Sinusoids of t [B] at geometrically spaced frequencies, 1 to 1/10000: [B,channels] float32."""
+# ---- Timesteps -----------------------------------------------------------------------------------
+def timestep_embedding(
+    t: Tensor, channels: int, flip_sin_to_cos: bool, freq_shift: float
+) -> Tensor:
+    """Return sinusoids of t [B] at frequencies spaced geometrically from 1 to 1/10000.
+
+    flip_sin_to_cos: put the cosines before the sines, as Stable Diffusion does.
+    The result is [B,channels] float32.
+    """
     half = channels // 2
     exponents = torch.arange(half, device=t.device, dtype=torch.float32) / (half - freq_shift)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)
-    waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
-    return torch.cat(waves, dim=1)
+    frequencies = torch.exp(-math.log(10000) * exponents)
+    angles = t.float()[:, None] * frequencies
+    if flip_sin_to_cos:
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-class GEGLU(nn.Module):
-    def __init__(self, channels: int, inner: int):
+class TimestepEmbedding(nn.Module):
+    """Sinusoids -> the embedding that every residual block adds. [B,320] -> [B,1280]."""
+
+    def __init__(self, channels: int, temb_channels: int):
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * inner)
+        self.linear_1 = nn.Linear(channels, temb_channels)
+        self.linear_2 = nn.Linear(temb_channels, temb_channels)
+
+    def forward(self, sinusoids: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+
+
+# ---- Attention to the text -----------------------------------------------------------------------
+class GEGLU(nn.Module):
+    """A linear layer, half of whose output gates the other half (arXiv 2002.05202)."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
+class FeedForward(nn.Module):
+    """Two linear layers that treat each token by itself."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            GEGLU(channels, 4 * channels),
+            nn.Identity(),  # a dropout in diffusers: no weights, but it takes up the number 1
+            nn.Linear(4 * channels, channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
 class TransformerBlock(nn.Module):
-    """Tokens attend to each other (attn1), then to the text (attn2), then each is transformed alone (ff)."""
+    """Tokens [B,N,C] attend to each other (attn1), then to the context [B,77,D] (attn2)."""
 
     def __init__(self, channels: int, heads: int, context_channels: int):
         super().__init__()
-        self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, heads)
-        self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, heads, context_channels)
-        # the middle place is a dropout in diffusers: it has no weights, but it counts
-        net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
-        self.norm3, self.ff = nn.LayerNorm(channels), nn.ModuleDict({"net": net})
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads, context_channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff["net"](self.norm3(x))
+        return x + self.ff(self.norm3(x))
 
 
 class Transformer2D(nn.Module):
-    """A transformer block over the pixels of a feature map, which are its tokens."""
+    """A transformer block whose tokens are the pixels of a feature map. [B,C,H,W] -> [B,C,H,W].
 
-    def __init__(self, channels: int, heads: int, context_channels: int, groups: int, linear: bool):
+    use_linear: the projections are stored as linear layers (SD-2.x), not as 1x1 convolutions
+    (SD-1.x). They compute the same.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, context_channels: int, groups: int, use_linear: bool
+    ):
         super().__init__()
-        # a 1x1 convolution (SD-1.x) and a linear layer (SD-2.x) are one map with differently shaped weights
-        projection = nn.Linear if linear else lambda inputs, outputs: nn.Conv2d(inputs, outputs, 1)
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = projection(channels, channels)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_channels)])
-        self.proj_out = projection(channels, channels)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # the residual blocks have 1e-5
+        self.proj_in = self.make_projection(channels, use_linear)
+        block = TransformerBlock(channels, heads, context_channels)
+        self.transformer_blocks = nn.ModuleList([block])
+        self.proj_out = self.make_projection(channels, use_linear)
+
+    @staticmethod
+    def make_projection(channels: int, use_linear: bool) -> nn.Module:
+        if use_linear:
+            return nn.Linear(channels, channels)
+        return nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B,320,64,64] -> [B,4096,320]
-        tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        tokens = self.project(self.proj_in, tokens)
         tokens = self.transformer_blocks[0](tokens, context)
-        tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return x + tokens.transpose(1, 2).reshape(x.shape)
+        tokens = self.project(self.proj_out, tokens)
+        return x + tokens.transpose(1, 2).reshape(x.shape)  # [B,4096,320] -> [B,320,64,64]
+
+    @staticmethod
+    def project(projection: nn.Module, tokens: Tensor) -> Tensor:
+        """Apply a linear layer or a 1x1 convolution to tokens [B,N,C]."""
+        weight = projection.weight.flatten(1)  # [C,C,1,1] or [C,C] -> [C,C]
+        return F.linear(tokens, weight, projection.bias)
 
 
-class DownLevel(Level):
+# ---- Blocks --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class BlockSizes:
+    """What all blocks of a UNet have in common."""
+
+    temb_channels: int
+    context_channels: int
+    groups: int  # of every group norm
+    eps: float  # of the residual blocks' group norms
+    use_linear: bool  # see Transformer2D
+
+    def resnet(self, in_channels: int, channels: int) -> ResnetBlock2D:
+        return ResnetBlock2D(in_channels, channels, self.groups, self.eps, self.temb_channels)
+
+    def transformer(self, channels: int, heads: int) -> Transformer2D:
+        return Transformer2D(channels, heads, self.context_channels, self.groups, self.use_linear)
+
+
+class Block(nn.Module):
+    """The layers at one resolution: residual blocks, each followed by attention if it `attends`.
+
+    in_channels: channels that each layer reads, one entry per layer
+    channels:    channels that every layer returns
+    """
+
+    def __init__(
+        self, in_channels: list[int], channels: int, heads: int, attends: bool, sizes: BlockSizes
+    ):
+        super().__init__()
+        self.channels = channels
+        self.attends = attends
+        self.resnets = nn.ModuleList()
+        for layer_channels in in_channels:
+            self.resnets.append(sizes.resnet(layer_channels, channels))
+        if attends:
+            self.attentions = nn.ModuleList()
+            for _ in in_channels:
+                self.attentions.append(sizes.transformer(channels, heads))
+        self.downsamplers = nn.ModuleList()  # one or none
+        self.upsamplers = nn.ModuleList()  # one or none
+
+    def layer(self, i: int, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[i](x, temb)
+        if self.attends:
+            x = self.attentions[i](x, context)
+        return x
+
+
+class DownBlock(Block):
+    """Layers, then a downsampling, except in the last block."""
+
+    def add_downsampler(self, padding: int) -> None:
+        self.downsamplers.append(Downsample2D(self.channels, padding))
+
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> list[Tensor]:
-        """What the way up will read: the output of every layer and of the downsampling, the level's output last."""
+        """Return the skip connections: each layer's output, then the downsampler's.
+
+        The last one is the block's output.
+        """
         outputs = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, temb, context)
             outputs.append(x)
-        return outputs + [downsample(x) for downsample in getattr(self, "downsamplers", ())]
+        for downsampler in self.downsamplers:
+            outputs.append(downsampler(x))
+        return outputs
 
 
-class UpLevel(Level):
-    def forward(self, x: Tensor, skips: list[Tensor], size: torch.Size, temb: Tensor, context: Tensor) -> Tensor:
-        """Reads `skips` from its end, one a layer; `size`: height and width to leave with."""
-        for i, skip in enumerate(reversed(skips)):
+class MidBlock(nn.Module):
+    """Two residual blocks with attention between them, at the lowest resolution."""
+
+    def __init__(self, channels: int, heads: int, sizes: BlockSizes):
+        super().__init__()
+        self.resnets = nn.ModuleList()
+        for _ in range(2):
+            self.resnets.append(sizes.resnet(channels, channels))
+        self.attentions = nn.ModuleList([sizes.transformer(channels, heads)])
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[0](x, temb)
+        x = self.attentions[0](x, context)
+        return self.resnets[1](x, temb)
+
+
+class UpBlock(Block):
+    """Layers that read a skip connection each, then an upsampling, except in the last block."""
+
+    def add_upsampler(self) -> None:
+        self.upsamplers.append(Upsample2D(self.channels))
+
+    def forward(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        upsample_size: tuple[int, int] | None,
+        temb: Tensor,
+        context: Tensor,
+    ) -> Tensor:
+        """Return the block's output.
+
+        skips:         the skip connections, one per layer
+        upsample_size: height and width of the output; None in the last block
+        """
+        for i, skip in enumerate(skips):
             x = self.layer(i, torch.cat([x, skip], dim=1), temb, context)
-        return self.upsamplers[0](x, size) if hasattr(self, "upsamplers") else x
+        for upsampler in self.upsamplers:
+            x = upsampler(x, upsample_size)
+        return x
 
 
+# ---- The network ---------------------------------------------------------------------------------
 class UNet(nn.Module):
-    """config: diffusers' unet/config.json. Sizes come from it alone. ValueError for a level type it does not know."""
+    """UNet2DConditionModel of SD-1.x and SD-2.x.
+
+    config: the contents of diffusers' unet/config.json, which fixes every size.
+    Raises ValueError for an unknown block type and for lists of different lengths.
+    """
 
     def __init__(self, config: dict):
         super().__init__()
         self.config = dict(config)
-        self.checkpoint_activations = False  # True: recompute each level in the backward pass instead of storing them
-        self.sample_size = int(config.get("sample_size") or 64)  # latent height and width it was trained at
-        channels, depth = config["block_out_channels"], config.get("layers_per_block", 2)
-        groups, eps = norm = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
-        temb_channels = 4 * channels[0]
-        # "attention_head_dim": 8 in SD-1.x files means 8 heads; SD-2.x gives the number of heads level by level
-        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-        heads = [heads] * len(channels) if isinstance(heads, int) else heads
-        if odd := {*config["down_block_types"]} - {*DOWN_TYPES} | {*config["up_block_types"]} - {*UP_TYPES}:
-            raise ValueError(f"level types {sorted(odd)}: only {', '.join([*DOWN_TYPES, *UP_TYPES])} are known")
-        shared = config["cross_attention_dim"], groups, config.get("use_linear_projection", False)
-        transformers = [partial(Transformer2D, c, n, *shared) for c, n in zip(channels, heads)]  # one a level
+        # True: training recomputes each block in the backward pass instead of storing activations
+        self.checkpoint_activations = False
+        # latent height and width that the network was trained at
+        self.sample_size = int(config.get("sample_size") or 64)
+
+        channels = config["block_out_channels"]
+        depth = config.get("layers_per_block", 2)  # layers of a down block
+        heads = heads_per_block(config)
+        check_lists(config)
+        last = len(channels) - 1
+        sizes = BlockSizes(
+            temb_channels=4 * channels[0],
+            context_channels=config["cross_attention_dim"],
+            groups=config.get("norm_num_groups", 32),
+            eps=config.get("norm_eps", 1e-5),
+            use_linear=config.get("use_linear_projection", False),
+        )
+
         self.conv_in = nn.Conv2d(config.get("in_channels", 4), channels[0], 3, padding=1)
-        sizes = {"linear_1": channels[0], "linear_2": temb_channels}
-        self.time_embedding = nn.ModuleDict({name: nn.Linear(c, temb_channels) for name, c in sizes.items()})
-        self.down_blocks, skip_channels = nn.ModuleList(), [channels[0]]
-        for level, name in zip(range(len(channels)), config["down_block_types"], strict=True):
-            width, before = channels[level], channels[max(level - 1, 0)]
-            attention = transformers[level] if DOWN_TYPES[name] else None
-            block = DownLevel([before] + [width] * (depth - 1), width, norm, temb_channels, attention)
-            skip_channels += [width] * depth
-            if level < len(channels) - 1:
-                block.downsamplers = nn.ModuleList([Downsample2D(width, config.get("downsample_padding", 1))])
-                skip_channels.append(width)
+        self.time_embedding = TimestepEmbedding(channels[0], sizes.temb_channels)
+
+        self.down_blocks = nn.ModuleList()
+        skip_channels = [channels[0]]  # of each skip connection in order; the first is conv_in's
+        in_channels = channels[0]
+        for i, block_type in enumerate(config["down_block_types"]):
+            layer_channels = [in_channels] + [channels[i]] * (depth - 1)
+            attends = DOWN_BLOCK_TYPES[block_type]
+            block = DownBlock(layer_channels, channels[i], heads[i], attends, sizes)
+            skip_channels += [channels[i]] * depth
+            if i < last:
+                block.add_downsampler(config.get("downsample_padding", 1))
+                skip_channels.append(channels[i])
             self.down_blocks.append(block)
-        self.mid_block = MidLevel(channels[-1], norm, transformers[-1], temb_channels)
+            in_channels = channels[i]
+
+        self.mid_block = MidBlock(channels[-1], heads[-1], sizes)
+
+        # The up blocks mirror the down blocks, with one more layer each, because conv_in and the
+        # downsamplers left skip connections, too.
         self.up_blocks = nn.ModuleList()
-        for level, name in zip(reversed(range(len(channels))), config["up_block_types"], strict=True):
-            width, before = channels[level], channels[min(level + 1, len(channels) - 1)]
-            attention = transformers[level] if UP_TYPES[name] else None
-            # one layer more than on the way down: the first level, or the last downsampling, left a skip of its own
-            inputs = [c + skip_channels.pop() for c in [before] + [width] * depth]
-            block = UpLevel(inputs, width, norm, temb_channels, attention)
-            if level > 0:
-                block.upsamplers = nn.ModuleList([Upsample2D(width)])
+        up_channels = channels[::-1]
+        up_heads = heads[::-1]
+        in_channels = up_channels[0]
+        for i, block_type in enumerate(config["up_block_types"]):
+            x_channels = [in_channels] + [up_channels[i]] * depth
+            layer_channels = [width + skip_channels.pop() for width in x_channels]
+            attends = UP_BLOCK_TYPES[block_type]
+            block = UpBlock(layer_channels, up_channels[i], up_heads[i], attends, sizes)
+            if i < last:
+                block.add_upsampler()
             self.up_blocks.append(block)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps)
+            in_channels = up_channels[i]
+
+        self.conv_norm_out = nn.GroupNorm(sizes.groups, channels[0], sizes.eps)
         self.conv_out = nn.Conv2d(channels[0], config.get("out_channels", 4), 3, padding=1)
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """latents [B,4,h,w], timesteps [B] or 0-d, context [B,77,D] -> [B,4,h,w]"""
-        flip, shift = self.config.get("flip_sin_to_cos", True), self.config.get("freq_shift", 0)
-        sinusoids = timestep_embedding(timesteps.expand(len(latents)), self.conv_in.out_channels, flip, shift)
-        temb = self.time_embedding["linear_1"](sinusoids.to(latents.dtype))
-        temb = self.time_embedding["linear_2"](F.silu(temb))  # [B,1280]
-        skips = [self.conv_in(latents)]  # [B,320,64,64]
-        for block in self.down_blocks:  # -> [B,320,32,32] -> [B,640,16,16] -> [B,1280,8,8] -> [B,1280,8,8]
-            skips += self.call(block, skips[-1], temb, context)
-        x = self.call(self.mid_block, skips[-1], temb, context)
-        for block in self.up_blocks:  # -> [B,1280,16,16] -> [B,1280,32,32] -> [B,640,64,64] -> [B,320,64,64]
-            depth = len(block.resnets)
-            mine, skips = skips[-depth:], skips[:-depth]
-            # upsample to the size of the next skip, not simply twice: halving an odd size had lost a row
-            size = skips[-1].shape[-2:] if skips else None
-            x = self.call(block, x, mine, size, temb, context)
+        """latents [B,4,h,w], timesteps [B] or 0-d, context [B,77,D] -> prediction [B,4,h,w]"""
+        sinusoids = timestep_embedding(
+            timesteps.expand(len(latents)),
+            self.conv_in.out_channels,
+            self.config.get("flip_sin_to_cos", True),
+            self.config.get("freq_shift", 0),
+        )
+        temb = self.time_embedding(sinusoids.to(latents.dtype))  # [B,1280]
+
+        x = self.conv_in(latents)  # [B,320,64,64]
+        skips = [x]
+        # -> [B,320,32,32] -> [B,640,16,16] -> [B,1280,8,8] -> [B,1280,8,8]
+        for block in self.down_blocks:
+            outputs = self.run_block(block, x, temb, context)
+            skips += outputs
+            x = outputs[-1]
+
+        x = self.run_block(self.mid_block, x, temb, context)
+
+        # -> [B,1280,16,16] -> [B,1280,32,32] -> [B,640,64,64] -> [B,320,64,64]
+        for block in self.up_blocks:
+            block_skips = [skips.pop() for _ in block.resnets]  # the last skip is read first
+            # Upsample to the next skip's size. It is not twice this block's if the downsampler had
+            # to round half of an odd size.
+            upsample_size = skips[-1].shape[-2:] if skips else None
+            x = self.run_block(block, x, block_skips, upsample_size, temb, context)
+
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def call(self, block: nn.Module, *inputs):
-        recompute = self.checkpoint_activations and torch.is_grad_enabled()
-        return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+    def run_block(self, block: nn.Module, *inputs) -> Tensor | list[Tensor]:
+        """Return block(*inputs), with activation checkpointing if it is switched on."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+def heads_per_block(config: dict) -> list[int]:
+    """Return the number of attention heads of each down block, from the first to the last.
+
+    SD-2.x lists them. In SD-1.x, "attention_head_dim": 8 is a misnomer for 8 heads, which diffusers
+    keeps because published checkpoints use it.
+    """
+    heads = config.get("num_attention_heads")
+    if heads is None:
+        heads = config.get("attention_head_dim", 8)
+    if isinstance(heads, int):
+        return [heads] * len(config["block_out_channels"])
+    return heads
+
+
+def check_lists(config: dict) -> None:
+    """Raise ValueError unless config.json's lists have one entry per block, and known ones."""
+    lists = {
+        "down_block_types": config["down_block_types"],
+        "up_block_types": config["up_block_types"],
+        "attention_head_dim": heads_per_block(config),
+    }
+    num_blocks = len(config["block_out_channels"])
+    for key, entries in lists.items():
+        if len(entries) != num_blocks:
+            raise ValueError(f"{key} has {len(entries)} entries for {num_blocks} blocks")
+    check_block_types(config["down_block_types"], DOWN_BLOCK_TYPES)
+    check_block_types(config["up_block_types"], UP_BLOCK_TYPES)

@@ -1,18 +1,19 @@
-"""AutoencoderKL, Stable Diffusion's picture codec: images in [-1,1] <-> latents a factor f = 8 smaller each way.
+"""AutoencoderKL, the VAE of Stable Diffusion: images <-> latents of 1/8 the height and width.
 
 Attribute names are those of diffusers' AutoencoderKL. Shapes in comments are SD-1.5's at 512 px.
-Latents here are unscaled: the UNet works on them times `scaling_factor`."""
+Images are in [-1,1]. Latents are unscaled: the UNet works on them times `scaling_factor`.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spin.layers import Attention, Downsample2D, Level, MidLevel, Upsample2D
+from spin.layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D, check_block_types
 
-EPS = 1e-6  # of every GroupNorm in the VAE; the UNet's residual blocks have 1e-5
+EPS = 1e-6  # of every group norm in the VAE; the UNet's residual blocks have 1e-5
 
 
 class PixelAttention(Attention):
-    """One head over all pixels, with its norm and its residual inside: [B,C,H,W] -> [B,C,H,W]."""
+    """Self-attention with one head over all pixels, and its norm. [B,C,H,W] -> [B,C,H,W]."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__(channels, heads=1, qkv_bias=True)
@@ -20,80 +21,149 @@ class PixelAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # [B,512,64,64] -> [B,4096,512]
-        return x + super().forward(tokens).transpose(1, 2).reshape(x.shape)
+        tokens = super().forward(tokens)
+        return x + tokens.transpose(1, 2).reshape(x.shape)  # [B,4096,512] -> [B,512,64,64]
 
 
-class PlainLevel(Level):
+class Block(nn.Module):
+    """Residual blocks at one resolution, then a downsampling or upsampling if one was added.
+
+    [B,in_channels,H,W] -> [B,channels,H,W], or H and W halved or doubled by the resampling.
+    """
+
+    def __init__(self, in_channels: int, channels: int, depth: int, groups: int):
+        super().__init__()
+        self.channels = channels
+        self.resnets = nn.ModuleList()
+        for _ in range(depth):
+            self.resnets.append(ResnetBlock2D(in_channels, channels, groups, EPS))
+            in_channels = channels
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
+
+    def add_downsampler(self) -> None:
+        self.downsamplers.append(Downsample2D(self.channels, padding=0))
+
+    def add_upsampler(self) -> None:
+        self.upsamplers.append(Upsample2D(self.channels))
+
     def forward(self, x: Tensor) -> Tensor:
-        for layer in [*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())]:
+        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
             x = layer(x)
         return x
 
 
-def levels(channels: list[int], depth: int, groups: int) -> nn.Sequential:
-    """A level for each of `channels`; the caller hangs `downsamplers` or `upsamplers` on it."""
-    inputs = [[before] + [c] * (depth - 1) for before, c in zip([channels[0], *channels], channels)]
-    return nn.Sequential(*[PlainLevel(*sizes, (groups, EPS)) for sizes in zip(inputs, channels)])
+def make_blocks(channels: list[int], depth: int, groups: int) -> nn.ModuleList:
+    """Return a block of `depth` residual blocks for each of `channels`, without resampling."""
+    blocks = nn.ModuleList()
+    in_channels = channels[0]
+    for width in channels:
+        blocks.append(Block(in_channels, width, depth, groups))
+        in_channels = width
+    return blocks
+
+
+class MidBlock(nn.Module):
+    """Two residual blocks with attention between them, at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList()
+        for _ in range(2):
+            self.resnets.append(ResnetBlock2D(channels, channels, groups, EPS))
+        self.attentions = nn.ModuleList([PixelAttention(channels, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        x = self.attentions[0](x)
+        return self.resnets[1](x)
 
 
 class Encoder(nn.Module):
-    def __init__(self, in_channels: int, latent_channels: int, channels: list[int], depth: int, groups: int):
+    """Images [B,3,512,512] -> [B,8,64,64], which quant_conv turns into mean and log-variance."""
+
+    def __init__(
+        self, in_channels: int, latent_channels: int, channels: list[int], depth: int, groups: int
+    ):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.down_blocks = levels(channels, depth, groups)
-        for block, width in zip(self.down_blocks[:-1], channels):
-            block.downsamplers = nn.ModuleList([Downsample2D(width, padding=0)])
-        self.mid_block = MidLevel(channels[-1], (groups, EPS), lambda: PixelAttention(channels[-1], groups))
+        self.down_blocks = make_blocks(channels, depth, groups)
+        for block in self.down_blocks[:-1]:  # the last block keeps its resolution
+            block.add_downsampler()
+        self.mid_block = MidBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # [B,128,512,512] -> [B,128,256,256] -> [B,256,128,128] -> [B,512,64,64] -> [B,512,64,64]
-        x = self.down_blocks(self.conv_in(x))
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = self.conv_in(x)  # [B,128,512,512]
+        for block in self.down_blocks:
+            x = block(x)  # [B,128,256,256], [B,256,128,128], [B,512,64,64], [B,512,64,64]
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
-    def __init__(self, out_channels: int, latent_channels: int, channels: list[int], depth: int, groups: int):
+    """Latents [B,4,64,64], after post_quant_conv -> images [B,3,512,512].
+
+    channels: of its blocks, from the lowest resolution to the highest
+    """
+
+    def __init__(
+        self, out_channels: int, latent_channels: int, channels: list[int], depth: int, groups: int
+    ):
         super().__init__()
-        channels = channels[::-1]
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
-        self.mid_block = MidLevel(channels[0], (groups, EPS), lambda: PixelAttention(channels[0], groups))
-        self.up_blocks = levels(channels, depth + 1, groups)
-        for block, width in zip(self.up_blocks[:-1], channels):
-            block.upsamplers = nn.ModuleList([Upsample2D(width)])
+        self.mid_block = MidBlock(channels[0], groups)
+        self.up_blocks = make_blocks(channels, depth, groups)
+        for block in self.up_blocks[:-1]:  # the last block keeps its resolution
+            block.add_upsampler()
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # [B,512,64,64] -> [B,512,128,128] -> [B,512,256,256] -> [B,256,512,512] -> [B,128,512,512]
-        x = self.up_blocks(self.mid_block(self.conv_in(x)))
+        x = self.mid_block(self.conv_in(x))  # [B,512,64,64]
+        for block in self.up_blocks:
+            x = block(x)  # [B,512,128,128], [B,512,256,256], [B,256,512,512], [B,128,512,512]
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(nn.Module):
-    """config: diffusers' vae/config.json. Sizes come from it alone. ValueError for a level type it does not know."""
+    """The VAE of SD-1.x and SD-2.x.
+
+    config: the contents of diffusers' vae/config.json, which fixes every size.
+    Raises ValueError for an unknown block type.
+    """
 
     def __init__(self, config: dict):
         super().__init__()
+        check_block_types(config.get("down_block_types", []), ["DownEncoderBlock2D"])
+        check_block_types(config.get("up_block_types", []), ["UpDecoderBlock2D"])
         self.config = dict(config)
-        channels, depth = config["block_out_channels"], config.get("layers_per_block", 1)
-        latent_channels, groups = config.get("latent_channels", 4), config.get("norm_num_groups", 32)
-        types = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
-        if types - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-            raise ValueError(f"level types {sorted(types)}: only DownEncoderBlock2D and UpDecoderBlock2D are known")
-        self.scaling_factor: float = config.get("scaling_factor") or 0.18215  # older files lack it and mean this
-        self.downscale = 2 ** (len(channels) - 1)  # f: pixels per latent, each way
-        self.encoder = Encoder(config.get("in_channels", 3), latent_channels, channels, depth, groups)
-        self.decoder = Decoder(config.get("out_channels", 3), latent_channels, channels, depth, groups)
+        channels = config["block_out_channels"]
+        depth = config.get("layers_per_block", 1)  # residual blocks of an encoder's block
+        groups = config.get("norm_num_groups", 32)
+        latent_channels = config.get("latent_channels", 4)
+
+        # configs of older checkpoints lack it and mean this
+        self.scaling_factor: float = config.get("scaling_factor") or 0.18215
+        # f: pixels per latent, each way
+        self.downscale = 2 ** (len(channels) - 1)
+
+        in_channels = config.get("in_channels", 3)
+        self.encoder = Encoder(in_channels, latent_channels, channels, depth, groups)
+        out_channels = config.get("out_channels", 3)
+        self.decoder = Decoder(out_channels, latent_channels, channels[::-1], depth + 1, groups)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B,3,H,W] in [-1,1] -> mean and log-variance of the latents, [B,4,H/f,W/f] each, unscaled."""
+        """Return mean and log-variance of the latents, unscaled, [B,4,H/f,W/f] each.
+
+        images: [B,3,H,W] in [-1,1]
+        """
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Unscaled latents [B,4,h,w] -> images [B,3,f h,f w], about [-1,1] but not clamped."""
+        """Unscaled latents [B,4,h,w] -> images [B,3,f h,f w], about in [-1,1] but not clamped."""
         return self.decoder(self.post_quant_conv(latents))

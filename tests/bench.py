@@ -1,10 +1,11 @@
-"""How fast a step of self-play is, beside the recipe that public trainers use; and how fast images are drawn.
+"""Measure how fast self-play trains, beside the recipe of public trainers, and how fast it samples.
 
-    python tests/bench.py                                the miniature world's networks on the CPU, under two minutes
-    python tests/bench.py --device cuda --size sd15      SD-1.5 at 512 px in bfloat16, compiled too
+    python tests/bench.py                             the miniature world's networks on the CPU
+    python tests/bench.py --device cuda --size sd15   SD-1.5 at 512 px in bfloat16, compiled too
 
-Networks of the real sizes with random weights. Rates are medians of optimiser steps after warm-up; the first call,
-which compiles, stands apart. "FLOP" counts the UNets' work that the loss needs, the same for every line.
+The first takes less than two minutes. Networks of SD-1.5's size have random weights. Rates are
+medians over some calls after warm-up; the first call, which compiles, has a column of its own.
+TFLOP/s counts the work of the UNets that the loss needs, which is the same for every recipe.
 """
 
 import argparse
@@ -13,224 +14,383 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import helpers
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from spin.infra import run  # noqa: E402
-from spin.toy import world as toy  # noqa: E402
-from spin.checkpoint import pipeline as weights  # noqa: E402
+from spin import toy  # noqa: E402
+from spin.checkpoint import Pipeline, load_pipeline  # noqa: E402
+from spin.infra.cli import number, provenance  # noqa: E402
 from spin.loss import per_image_error, spin_loss  # noqa: E402
-from spin.sampler import decode, sample  # noqa: E402
+from spin.sampler import SamplingOptions, decode_latents, sample  # noqa: E402
 from spin.scheduler import Scheduler, add_noise  # noqa: E402
-from spin.step import compiled, spin_step  # noqa: E402
+from spin.step import LossStep, mixed_precision  # noqa: E402
 from spin.text import TextEncoder, Tokenizer  # noqa: E402
 from spin.unet import UNet  # noqa: E402
 from spin.vae import AutoencoderKL  # noqa: E402
 
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured of networks of one size."""
+
+    sampling_steps: int
+    guidance: float
+    images: int  # sampled at once, beside one at a time
+    matmul_side: int
+
+
 SIZES = {
-    "toy": {"pairs": 16, "steps": 20, "guidance": 3.0, "images": 64, "repeats": 5, "matmul": 1024},
-    "sd15": {"pairs": 16, "steps": 50, "guidance": 7.5, "images": 16, "repeats": 5, "matmul": 8192},
+    "toy": Size(sampling_steps=20, guidance=3.0, images=64, matmul_side=1024),
+    "sd15": Size(sampling_steps=50, guidance=7.5, images=16, matmul_side=8192),
 }
 PROMPT = "a small red circle at the top left on a blue background"
+BETA = 2000.0
+
+WARM_UP_STEPS = 2  # optimizer steps that are left out of the median
+TIMED_STEPS = 5
+TIMED_SAMPLES = 3  # after one for warm-up; of decoding, too
+
+COLUMNS = ["what", "pairs/s", "images/s", "TFLOP/s", "of matmul", "peak GB", "first call s"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all measurements share."""
+
+    pipe: Pipeline
+    pairs: int  # in a batch
+    device: str
+    dtype: torch.dtype  # that the networks compute in
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", choices=list(SIZES), default="toy")
-    parser.add_argument("--compile", action="store_true", help="also compiled; always on CUDA")
-    parser.add_argument("--pairs", type=int, help="pairs a forward pass of ours, and a batch of both (default: 16)")
-    parser.add_argument("--images", type=int, help="images drawn at once (default: toy 64, sd15 16)")
-    args = parser.parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    args = argparse.Namespace(**SIZES[args.size] | given)
-    cuda = args.device.startswith("cuda")
-    args.compile = args.compile or cuda
-    args.dtype = torch.bfloat16 if cuda else torch.float32
+    """Measure everything, print the table, and return its rows."""
+    args = parse_args(argv)
+    size = SIZES[args.size]
+    dtype = torch.bfloat16 if is_cuda(args.device) else torch.float32
+    setup = Setup(make_pipeline(args.size, args.device), args.pairs, args.device, dtype)
 
-    sd = model(args)
-    flop = flop_of_a_pair(sd) / 1e12
-    matmul = matmul_rate(args)
-    rows = [{"what": f"matrix products, {args.matmul} a side", "TFLOP/s": matmul}]
-    exact = {} if not args.compile else {"ours, compiled": compiled(spin_step), "ours, rounding free": fused(spin_step)}
-    lines = {"public recipe": public_recipe} | {
-        name: lambda *given, step=step: ours(*given, step) for name, step in ({"ours": spin_step} | exact).items()
+    # ---- what the hardware can do
+    matmul_rate = measure_matmul(size.matmul_side, args.device, dtype)
+    rows = [{"what": f"matrix products, {size.matmul_side} a side", "TFLOP/s": matmul_rate}]
+
+    # ---- training
+    recipes = {
+        "public recipe": PublicRecipe(setup),
+        "ours": OurRecipe(setup),
     }
-    for name, line in lines.items():
-        first, each, memory = timed(args, sd, line)
-        rate = args.pairs / each
-        row = {"what": name, "pairs/s": rate, "TFLOP/s": rate * flop, "of matmul": rate * flop / matmul}
-        rows.append(row | {"peak GB": memory, "first call s": first})
-    players = {"drawn": sd} | (
-        {"drawn, compiled": replace(sd, unet=torch.compile(sd.unet, dynamic=False))} if args.compile else {}
-    )
-    for name, player in players.items():
-        for images in (1, args.images):
-            rows += sampling(args, player, name, images)
-    print(table(rows))
-    print(f"\n{args.size}, {hardware(args)}, {args.dtype}, {args.pairs} pairs, commit {run.provenance()['commit'][:9]}")
+    if args.compile:
+        recipes["ours, compiled"] = OurRecipe(setup, compiled=True)
+        recipes["ours, rounding free"] = OurRecipe(setup, compiled=True, exact_rounding=False)
+    tflop_of_a_pair = flop_of_a_pair(setup.pipe.unet) / 1e12
+    for name, recipe in recipes.items():
+        timing = measure_training(recipe, setup)
+        pairs_per_second = setup.pairs / timing.seconds
+        rate = pairs_per_second * tflop_of_a_pair
+        row = {
+            "what": name,
+            "pairs/s": pairs_per_second,
+            "TFLOP/s": rate,
+            "of matmul": rate / matmul_rate,
+            "peak GB": timing.peak_gigabytes,
+            "first call s": timing.first_seconds,
+        }
+        rows.append(row)
+
+    # ---- sampling
+    options = SamplingOptions(steps=size.sampling_steps, guidance=size.guidance, dtype=dtype)
+    samplers = {"sampled": setup.pipe}
+    if args.compile:
+        compiled_unet = torch.compile(setup.pipe.unet, dynamic=False)
+        samplers["sampled, compiled"] = replace(setup.pipe, unet=compiled_unet)
+    for name, pipe in samplers.items():
+        for num_images in (1, args.images):
+            rows += measure_sampling(name, pipe, num_images, options, args.device)
+
+    print(format_table(rows))
+    hardware = f"{describe_hardware(args.device)}, torch {torch.__version__}"
+    commit = provenance()["commit"]
+    print(f"\n{args.size}, {hardware}, {dtype}, {args.pairs} pairs, commit {commit}")
     return rows
 
 
-def model(args) -> weights.StableDiffusion:
-    """A checkpoint's networks; for sd15 full-size ones with random weights, no file being read."""
-    if args.size == "toy":
-        sd = weights.load(toy.BASE, device=args.device)
-    else:
-        config = helpers.MANIFEST["sd15.config"]
-        with torch.device(args.device):
-            text_encoder = TextEncoder(config["text_encoder"], Tokenizer())
-            networks = UNet(config["unet"]), AutoencoderKL(config["vae"]), text_encoder
-        sd = weights.StableDiffusion(*networks, Scheduler(helpers.SCHEDULER))
-    for network in (sd.unet, sd.vae, sd.text_encoder):
-        network.eval().requires_grad_(False)
-    return sd
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", default=default_device, help="where to compute (cuda if there is one, else cpu)"
+    )
+    parser.add_argument(
+        "--size", choices=list(SIZES), default="toy", help="the networks to measure (toy)"
+    )
+    parser.add_argument("--compile", action="store_true", help="also compiled; always on CUDA")
+    parser.add_argument(
+        "--pairs",
+        type=number(int, 1),
+        default=16,
+        help="pairs in a batch, which are one forward pass of ours (16)",
+    )
+    parser.add_argument(
+        "--images", type=number(int, 1), help="images sampled at once (toy: 64; sd15: 16)"
+    )
+    args = parser.parse_args(argv)
+    if args.images is None:
+        args.images = SIZES[args.size].images
+    if is_cuda(args.device):
+        args.compile = True
+    return args
 
 
-def latents(args, sd, count: int) -> torch.Tensor:
-    return torch.randn(count, 4, sd.unet.sample_size, sd.unet.sample_size, device=args.device)
+def make_pipeline(size: str, device: str) -> Pipeline:
+    """Return the networks of this size, frozen. No file is read for those of sd15."""
+    if size == "toy":
+        return load_pipeline(toy.BASE, device=device).freeze()
+    if size != "sd15":
+        raise ValueError(f"size {size!r}: only {', '.join(SIZES)} are known")
+    config = helpers.MANIFEST["sd15.config"]
+    with torch.device(device):
+        unet = UNet(config["unet"])
+        vae = AutoencoderKL(config["vae"])
+        text_encoder = TextEncoder(config["text_encoder"], Tokenizer())
+    scheduler = Scheduler(helpers.SCHEDULER)
+    return Pipeline(unet.eval(), vae.eval(), text_encoder.eval(), scheduler).freeze()
 
 
-def pixels(args, sd) -> torch.Tensor:
-    side = sd.unet.sample_size * sd.vae.downscale
-    return torch.rand(1, 3, side, side, device=args.device) * 2 - 1
+# ---- Training ------------------------------------------------------------------------------------
 
 
-def flop_of_a_pair(sd) -> int:
-    """Policy forward and backward on two images, opponent forward on the same two."""
-    meta = copy.deepcopy(sd.unet).to("meta")
-    side = meta.sample_size
-    x_t, t = torch.empty(2, 4, side, side, device="meta"), torch.empty(2, dtype=torch.long, device="meta")
-    context = torch.empty(2, 77, meta.config["cross_attention_dim"], device="meta")
+class OurRecipe:
+    """The loss step of train.py: from latents, all pairs at once, nothing read back.
+
+    compiled: whether to compile the step.
+    exact_rounding: whether to compile it with the option of `spin.step.compile_step`. The time
+        without it shows what exact rounding costs.
+    """
+
+    def __init__(self, setup: Setup, compiled: bool = False, exact_rounding: bool = True):
+        self.setup = setup
+        self.loss_step = LossStep(
+            "spin",
+            setup.pipe.unet,
+            BETA,
+            setup.pipe.scheduler,
+            setup.device,
+            setup.dtype,
+            compiled=compiled and exact_rounding,
+        )
+        if compiled and not exact_rounding:
+            self.loss_step.step = torch.compile(
+                self.loss_step.step, fullgraph=True, dynamic=False
+            )
+
+    def backward(self, policy: nn.Module) -> None:
+        """Add the gradients of one batch to the policy's."""
+        pairs = self.setup.pairs
+        with torch.no_grad(), mixed_precision(torch.device(self.setup.device), self.setup.dtype):
+            context = self.setup.pipe.encode_prompts([PROMPT] * pairs)
+        batch = {
+            "x0_data": random_latents(self.setup, pairs),
+            "x0_gen": random_latents(self.setup, pairs),
+            "eps": random_latents(self.setup, pairs),
+            "t": torch.randint(1000, (pairs,), device=self.setup.device),
+            "context": context,
+        }
+        loss, _ = self.loss_step(policy, batch)
+        loss.backward()
+
+
+class PublicRecipe:
+    """The habits of public trainers: one pair a micro-batch, one image a forward pass, from pixels.
+
+    VAE and text encoder are in the loop, and the loss of each pair is read back. Diffusion-DPO's
+    own code puts the two images of a pair into one forward pass; the rest is as here.
+    """
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.alphas_cumprod = setup.pipe.scheduler.alphas_cumprod.to(setup.device)
+
+    def backward(self, policy: nn.Module) -> None:
+        """Add the gradients of one batch to the policy's."""
+        for _ in range(self.setup.pairs):
+            with mixed_precision(torch.device(self.setup.device), self.setup.dtype):
+                loss = self.loss_of_a_pair(policy)
+            (loss / self.setup.pairs).backward()
+            assert math.isfinite(loss.item())
+
+    def loss_of_a_pair(self, policy: nn.Module) -> Tensor:
+        opponent = self.setup.pipe.unet
+        with torch.no_grad():
+            context = self.setup.pipe.encode_prompts([PROMPT])
+            x0_data = self.encode_random_image()
+            x0_gen = self.encode_random_image()
+
+        t = torch.randint(1000, (1,), device=self.setup.device)
+        eps = random_latents(self.setup, 1)
+        x_t_data = add_noise(x0_data, eps, self.alphas_cumprod[t])
+        x_t_gen = add_noise(x0_gen, eps, self.alphas_cumprod[t])
+
+        err_data = per_image_error(policy(x_t_data, t, context), eps)
+        err_gen = per_image_error(policy(x_t_gen, t, context), eps)
+        with torch.no_grad():
+            opp_err_data = per_image_error(opponent(x_t_data, t, context), eps)
+            opp_err_gen = per_image_error(opponent(x_t_gen, t, context), eps)
+        losses, _ = spin_loss(err_data, err_gen, opp_err_data, opp_err_gen, BETA)
+        return losses.mean()
+
+    def encode_random_image(self) -> Tensor:
+        """Return scaled latents [1,4,h,w] that are drawn from the VAE's posterior."""
+        vae = self.setup.pipe.vae
+        side = self.setup.pipe.unet.sample_size * vae.downscale
+        pixels = torch.rand(1, 3, side, side, device=self.setup.device)
+        mean, logvar = vae.encode(pixels * 2 - 1)
+        return (mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * vae.scaling_factor
+
+
+def random_latents(setup: Setup, count: int) -> Tensor:
+    """Return standard normal noise [count,4,h,w]."""
+    side = setup.pipe.unet.sample_size
+    return torch.randn(count, 4, side, side, device=setup.device)
+
+
+@dataclass
+class Timing:
+    """How long an optimizer step takes."""
+
+    first_seconds: float
+    seconds: float  # median after warm-up
+    peak_gigabytes: float | None  # of a GPU's memory
+
+
+def measure_training(recipe: OurRecipe | PublicRecipe, setup: Setup) -> Timing:
+    """Time optimizer steps of a batch each, with the policy starting as the opponent."""
+    policy = copy.deepcopy(setup.pipe.unet).requires_grad_(True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
+    if is_cuda(setup.device):
+        torch.cuda.reset_peak_memory_stats(setup.device)
+
+    seconds = []
+    for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+        started = now(setup.device)
+        recipe.backward(policy)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(now(setup.device) - started)
+
+    peak = None
+    if is_cuda(setup.device):
+        peak = torch.cuda.max_memory_allocated(setup.device) / 1e9
+    return Timing(seconds[0], statistics.median(seconds[WARM_UP_STEPS:]), peak)
+
+
+def flop_of_a_pair(unet: nn.Module) -> int:
+    """Count the operations of the policy, forward and backward, and of the opponent, forward.
+
+    Both see the two images of a pair. Nothing is computed: the count is made on the meta device.
+    """
+    network = copy.deepcopy(unet).to("meta")
+    with torch.device("meta"):
+        x_t = torch.empty(2, 4, network.sample_size, network.sample_size)
+        t = torch.empty(2, dtype=torch.long)
+        context = torch.empty(2, 77, network.config["cross_attention_dim"])
     with FlopCounterMode(display=False) as counter:
-        meta.requires_grad_(True)(x_t, t, context).sum().backward()
-        meta.requires_grad_(False)(x_t, t, context)
+        network.requires_grad_(True)
+        network(x_t, t, context).sum().backward()
+        network.requires_grad_(False)
+        network(x_t, t, context)
     return counter.get_total_flops()
 
 
-def matmul_rate(args) -> float:
-    """TFLOP/s of square matrix products in the dtype that the networks compute in."""
-    a = torch.randn(args.matmul, args.matmul, device=args.device, dtype=args.dtype)
-    seconds = [clock(args, lambda: a @ a) for _ in range(13)][3:]
-    return 2 * args.matmul**3 / statistics.median(seconds) / 1e12
+# ---- Sampling ------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a batch of pairs, and its optimiser step
+def measure_sampling(
+    name: str, pipe: Pipeline, num_images: int, options: SamplingOptions, device: str
+) -> list[dict]:
+    """Return two rows of the table, for latents and for decoded images.
 
-
-def ours(args, sd, policy, optimizer, step) -> None:
-    """The loss step as in train.py: from latents, one forward pass a player, nothing read back."""
-    with torch.no_grad(), torch.autocast(args.device.split(":")[0], args.dtype, args.dtype != torch.float32):
-        context = sd.encode_prompts([PROMPT] * args.pairs)
-    loss, _ = step(
-        policy, sd.unet, latents(args, sd, args.pairs), latents(args, sd, args.pairs), latents(args, sd, args.pairs),
-        torch.randint(1000, (args.pairs,), device=args.device), context, sd.scheduler.alphas_cumprod.to(args.device),
-        torch.tensor(2000.0, device=args.device), autocast=args.dtype,
-    )  # fmt: skip
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def public_recipe(args, sd, policy, optimizer) -> None:
-    """One pair a micro-batch, from pixels and prompts, an image a forward pass, the loss read back each time.
-
-    Diffusion-DPO's own code puts a pair's two images into one forward pass; the rest is as here.
+    num_images: images sampled at once.
     """
-    alphas_cumprod = sd.scheduler.alphas_cumprod.to(args.device)
-    for _ in range(args.pairs):
-        with torch.autocast(args.device.split(":")[0], args.dtype, args.dtype != torch.float32):
-            with torch.no_grad():
-                context = sd.encode_prompts([PROMPT])
-                x0 = []
-                for _ in ("real", "generated"):
-                    mean, logvar = sd.vae.encode(pixels(args, sd))
-                    x0.append((mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * sd.vae.scaling_factor)
-            t, eps = torch.randint(1000, (1,), device=args.device), latents(args, sd, 1)
-            x_t = [add_noise(each, eps, alphas_cumprod[t]) for each in x0]
-            errors = [per_image_error(policy(each, t, context), eps) for each in x_t]
-            with torch.no_grad():
-                errors += [per_image_error(sd.unet(each, t, context), eps) for each in x_t]
-        loss = spin_loss(*errors, 2000.0)[0].mean()
-        (loss / args.pairs).backward()
-        assert math.isfinite(loss.item())
-    optimizer.step()
-    optimizer.zero_grad()
+    sampling_seconds = []
+    for _ in range(1 + TIMED_SAMPLES):
+        started = now(device)
+        latents = sample(pipe, [PROMPT] * num_images, **vars(options))
+        sampling_seconds.append(now(device) - started)
+
+    decoding_seconds = []
+    for _ in range(1 + TIMED_SAMPLES):
+        started = now(device)
+        decode_latents(pipe, latents)
+        decoding_seconds.append(now(device) - started)
+
+    sampling = statistics.median(sampling_seconds[1:])
+    decoding = statistics.median(decoding_seconds[1:])
+    what = f"{name}, {options.steps} guided steps, batch {num_images}"
+    latents_row = {
+        "what": what,
+        "images/s": num_images / sampling,
+        "first call s": sampling_seconds[0],
+    }
+    images_row = {"what": f"{what}, decoded", "images/s": num_images / (sampling + decoding)}
+    return [latents_row, images_row]
 
 
-def fused(step):
-    """Compiled without `spin.step.compiled`'s option: what exact rounding costs."""
-    return torch.compile(step, fullgraph=True, dynamic=False)
+# ---- Measuring -----------------------------------------------------------------------------------
 
 
-def timed(args, sd, line) -> tuple[float, float, float | None]:
-    """Seconds of the first step, median seconds of later ones, peak memory of a GPU in GB."""
-    policy = copy.deepcopy(sd.unet).requires_grad_(True)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
-    cuda = args.device.startswith("cuda")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = [clock(args, lambda: line(args, sd, policy, optimizer)) for _ in range(2 + args.repeats)]
-    return seconds[0], statistics.median(seconds[2:]), torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+def measure_matmul(side: int, device: str, dtype: torch.dtype) -> float:
+    """Return TFLOP/s of products of square matrices."""
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(13):
+        started = now(device)
+        matrix @ matrix
+        seconds.append(now(device) - started)
+    return 2 * side**3 / statistics.median(seconds[3:]) / 1e12
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# drawing
+def now(device: str) -> float:
+    """Return the time in seconds, once the device has done all that it was asked for."""
+    if is_cuda(device):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
-def sampling(args, sd, name: str, images: int) -> list[dict]:
-    """Guided images a second, as latents and as pictures."""
-    side = sd.unet.sample_size * sd.vae.downscale
-    settings = {"guidance": args.guidance, "autocast": args.dtype, "height": side, "width": side}
-    drawn = []
-
-    def draw() -> None:
-        drawn.append(sample(sd, [PROMPT] * images, args.steps, **settings))
-
-    first = clock(args, draw)
-    seconds = statistics.median([clock(args, draw) for _ in range(3)])
-    clock(args, lambda: decode(sd, drawn[0]))
-    decoding = statistics.median([clock(args, lambda: decode(sd, drawn[0])) for _ in range(3)])
-    what = f"{name}, {args.steps} guided steps, batch {images}"
-    return [
-        {"what": what, "images/s": images / seconds, "first call s": first},
-        {"what": f"{what}, decoded", "images/s": images / (seconds + decoding)},
-    ]
+def is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# measuring
+def describe_hardware(device: str) -> str:
+    if is_cuda(device):
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads"
 
 
-def clock(args, work) -> float:
-    began = time.perf_counter()
-    work()
-    if args.device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def hardware(args) -> str:
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    return f"{name}, torch {torch.__version__}"
-
-
-def table(rows: list[dict]) -> str:
-    columns = ["what", "pairs/s", "images/s", "TFLOP/s", "of matmul", "peak GB", "first call s"]
-    lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+def format_table(rows: list[dict]) -> str:
+    """Return the rows as a table in Markdown."""
+    header = " | ".join(COLUMNS)
+    alignment = "|---:" * (len(COLUMNS) - 1)
+    lines = [f"| {header} |", f"|---{alignment}|"]
     for row in rows:
-        cells = [row.get(column) for column in columns]
-        shown = ["" if x is None else x if isinstance(x, str) else f"{x:.3g}" for x in cells]
-        lines.append(f"| {' | '.join(shown)} |")
+        cells = [format_cell(row.get(column)) for column in COLUMNS]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def format_cell(value: str | float | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    return f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""A tiny Stable Diffusion with weights from names, and a dozen captioned pictures: what the tests run on.
+"""Data for the tests: a tiny Stable Diffusion, tiny scorers, captioned images, Gaussian data.
 
-The network has learned nothing: it draws noise. It has every part of the real one, in the same layout.
+The tiny networks have every part of the real ones, in the same layout, and weights that are a
+function of the tensors' names. They have learned nothing: their images are noise.
 """
 
 import json
@@ -12,17 +13,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
-
-from spin.eval import scorers as rewards
+from torch import Tensor
 
 DATA = Path(__file__).parent / "data"
 MANIFEST = json.loads((DATA / "manifest.json").read_text())
 GOLDEN = load_file(DATA / "golden.safetensors")
-REWARDS = json.loads((DATA / "rewards_manifest.json").read_text())  # of the scorers
+REWARDS = json.loads((DATA / "rewards_manifest.json").read_text())  # the scorers' tensors, configs
 WORDS = json.loads((DATA / "wordpiece.json").read_text())
 HEAD = DATA / "sac+logos+ava1-l14-linearMSE.pth"
 
-# scheduler/scheduler_config.json as SD-1.5's checkpoint has it; SD-2.x predicts v
+# scheduler/scheduler_config.json of SD-1.5's checkpoint
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
     "num_train_timesteps": 1000,
@@ -35,24 +35,45 @@ SCHEDULER = {
     "trained_betas": None,
     "clip_sample": False,
 }
-FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+# the weights' file of each part
+FILES = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+
+
+# -----------------------------------------------------------------------------
+# weights and inputs by name
 
 
 def standard_normal(name: str, shape) -> np.ndarray:
-    """float32 noise that depends on the name alone: PCG64 seeded with its CRC-32."""
-    return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tuple(shape), dtype=np.float32)
+    """Return float32 noise that is a function of the name: PCG64 seeded with its CRC-32."""
+    generator = np.random.default_rng(zlib.crc32(name.encode()))
+    return generator.standard_normal(tuple(shape), dtype=np.float32)
 
 
-def oracle_input(name: str, shape) -> torch.Tensor:
+def oracle_input(name: str, shape) -> Tensor:
+    """Return the input of this name that the golden outputs were computed for."""
     return torch.from_numpy(standard_normal(name, shape))
 
 
-def oracle_tensor(name: str, shape) -> torch.Tensor:
-    """A weight: matrices and kernels N(0, 1/fan_in); vectors 0.1 N(0,1), around 1 if they are a norm's scale."""
-    values = standard_normal(name, shape)
+def oracle_tensor(name: str, shape) -> Tensor:
+    """Return the weight of this name that the golden outputs were computed with.
+
+    Matrices and kernels are N(0, 1 / fan_in), vectors 0.1 N(0, 1), around 1 for a norm's scale.
+    """
+    values = torch.from_numpy(standard_normal(name, shape))
     if len(shape) > 1:
-        return torch.from_numpy(values) / math.sqrt(math.prod(shape[1:]))
-    return torch.from_numpy(values) * 0.1 + (1.0 if name.endswith("weight") else 0.0)
+        fan_in = math.prod(shape[1:])
+        return values / math.sqrt(fan_in)
+    center = 1.0 if name.endswith("weight") else 0.0
+    return values * 0.1 + center
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
 
 
 def write_json(path: Path, value) -> None:
@@ -61,99 +82,247 @@ def write_json(path: Path, value) -> None:
 
 
 def write_checkpoint(folder: Path, tag: str = "tiny") -> Path:
-    """tag: "tiny" (as SD-1.x), "tiny2" (as SD-2.x) or "sd15" (full size, 4 GB). Without a tokenizer: CLIP's own."""
+    """Write a diffusers folder and return it.
+
+    tag: "tiny" (like SD-1.x), "tiny2" (like SD-2.x) or "sd15" (full size, 4 GB).
+    There is no tokenizer in it, which means CLIP's own.
+    """
     for part, stem in FILES.items():
         write_json(folder / part / "config.json", MANIFEST[f"{tag}.config"][part])
-        tensors = {name: oracle_tensor(name, shape) for name, shape in MANIFEST[tag][part].items()}
+        shapes = MANIFEST[tag][part]
+        tensors = {name: oracle_tensor(name, shape) for name, shape in shapes.items()}
         save_file(tensors, folder / part / f"{stem}.safetensors")
-    v_prediction = {"prediction_type": "v_prediction"} if tag == "tiny2" else {}
-    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER | v_prediction)
+    scheduler = dict(SCHEDULER)
     if tag == "tiny2":
+        scheduler["prediction_type"] = "v_prediction"
         write_json(folder / "tokenizer" / "tokenizer_config.json", {"pad_token": "!"})
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     return folder
 
 
-def write_pictures(folder: Path, count: int = 12) -> Path:
-    """Coloured shapes as JPEG and PNG of different sizes, orientations and modes, with metadata.jsonl."""
+# -----------------------------------------------------------------------------
+# images
+
+
+def write_images(folder: Path, count: int = 12) -> Path:
+    """Write captioned images and their metadata.jsonl, and return the folder.
+
+    Each is a colored shape on white or on a transparent ground, as JPEG or PNG. Sizes,
+    orientations and modes vary.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    sizes, modes = [(64, 64), (96, 64), (70, 120), (200, 150)], ["RGB", "RGBA", "L", "P", "LA"]
+    sizes = [(64, 64), (96, 64), (70, 120), (200, 150)]
+    modes = ["RGB", "RGBA", "L", "P", "LA"]
+    colors = ["red", "green", "blue"]
     rows = []
     for i in range(count):
-        colour, shape = ["red", "green", "blue"][i % 3], ["circle", "square"][i // 3 % 2]
-        size, mode = sizes[i % len(sizes)], modes[i % len(modes)]
-        picture = Image.new("RGBA", size, (0, 0, 0, 0) if mode in ("RGBA", "LA") else "white")
-        box = [size[0] // 2 - 24, size[1] // 2 - 24, size[0] // 2 + 24, size[1] // 2 + 24]
-        draw = ImageDraw.Draw(picture)
-        (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
-        name = f"{i}.jpg" if mode in ("RGB", "L") else f"{i}.png"
-        picture.convert(mode).save(folder / name)
-        rows.append({"file_name": name, "text": f"a {colour} {shape} on white"})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        size = sizes[i % len(sizes)]
+        mode = modes[i % len(modes)]
+        color = colors[i % len(colors)]
+        shape = ["circle", "square"][i // 3 % 2]
+
+        ground = (0, 0, 0, 0) if mode in ("RGBA", "LA") else "white"
+        image = Image.new("RGBA", size, ground)
+        center_x = size[0] // 2
+        center_y = size[1] // 2
+        box = [center_x - 24, center_y - 24, center_x + 24, center_y + 24]
+        if shape == "circle":
+            ImageDraw.Draw(image).ellipse(box, fill=color)
+        else:
+            ImageDraw.Draw(image).rectangle(box, fill=color)
+
+        suffix = "jpg" if mode in ("RGB", "L") else "png"
+        name = f"{i}.{suffix}"
+        image.convert(mode).save(folder / name)
+        rows.append({"file_name": name, "text": f"a {color} {shape} on white"})
+    write_metadata(folder, rows)
     return folder
+
+
+def write_metadata(folder: Path, rows: list[dict]) -> None:
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "metadata.jsonl").write_text("".join(lines))
+
+
+def write_faulty_rows(folder: Path) -> Path:
+    """Write nine rows, of which only 0, 6 and 8 can be used, and return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), "red").save(folder / "good.png")
+    content = (folder / "good.png").read_bytes()
+    (folder / "broken.png").write_bytes(content[: len(content) // 2])
+    (folder / "bomb.png").write_bytes(resized_header(content, 30_000))
+    (folder / "text.jpg").write_text("not an image")
+    rows = [
+        {"file_name": "good.png", "text": "a caption"},
+        {"file_name": "missing.png", "text": "a caption"},
+        {"file_name": "broken.png", "text": "a caption"},
+        {"file_name": "bomb.png", "text": "a caption"},
+        {"file_name": "good.png", "text": " "},
+        {"file_name": "../good.png", "text": "a caption"},
+        {"file_name": "good.png", "text": "a caption"},
+        {"file_name": "text.jpg", "text": "a caption"},
+        {"file_name": "good.png", "text": "a caption"},
+    ]
+    write_metadata(folder, rows)
+    return folder
+
+
+def resized_header(png: bytes, side: int) -> bytes:
+    """Return a PNG file whose header claims side x side pixels."""
+    signature = png[:8]
+    color_and_compression = b"\x08\x02\x00\x00\x00"
+    header = b"IHDR" + side.to_bytes(4, "big") * 2 + color_and_compression
+    checksum = zlib.crc32(header).to_bytes(4, "big")
+    return signature + (13).to_bytes(4, "big") + header + checksum + png[33:]
 
 
 def photograph(name: str, size: tuple[int, int]) -> Image.Image:
-    """Soft colours, edges and a little grain, width x height: what a resampler can go wrong on."""
+    """Return an image, width x height, that a resampler can go wrong on.
+
+    It has smooth colors, edges and a little grain, which depends on the name.
+    """
     width, height = size
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
-    soft = np.stack([np.sin(5 * x + k) * np.cos(4 * y - k) for k in range(3)], 2)
-    edges = 0.6 * ((8 * x).astype(int) % 2 ^ (6 * y).astype(int) % 2)[..., None]
-    picture = 0.5 + 0.25 * soft - 0.3 * edges + 0.08 * standard_normal(name, (height, width, 3))
-    return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
+    channels = [np.sin(5 * x + k) * np.cos(4 * y - k) for k in range(3)]
+    smooth = np.stack(channels, axis=2)
+    columns = (8 * x).astype(int) % 2
+    rows = (6 * y).astype(int) % 2
+    edges = 0.6 * (columns ^ rows)[..., None]
+    grain = standard_normal(name, (height, width, 3))
+    values = 0.5 + 0.25 * smooth - 0.3 * edges + 0.08 * grain
+    return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def tensors_of(tag: str) -> dict[str, torch.Tensor]:
-    """A scorer's, in the published layout."""
-    found = {name: oracle_tensor(name, shape) for name, shape in REWARDS[tag].items()}
-    if "logit_scale" in found:
-        found["logit_scale"] = torch.tensor(REWARDS["pickscore.tiny.config"]["logit_scale"])
-    return found
+# -----------------------------------------------------------------------------
+# scorers
+
+
+def scorer_tensors(tag: str) -> dict[str, Tensor]:
+    """Return a scorer's tensors under their published names."""
+    tensors = {name: oracle_tensor(name, shape) for name, shape in REWARDS[tag].items()}
+    if "logit_scale" in tensors:
+        tensors["logit_scale"] = torch.tensor(REWARDS["pickscore.tiny.config"]["logit_scale"])
+    return tensors
 
 
 def clip_config(config: dict) -> dict:
-    """transformers' sizes -> open_clip's."""
-    vision, text = config["vision"], config["text"]
+    """Return open_clip's config for the sizes in transformers' config."""
+    vision = config["vision"]
+    text = config["text"]
+    vision_config = {
+        "image_size": vision["image_size"],
+        "layers": vision["num_hidden_layers"],
+        "width": vision["hidden_size"],
+        "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+        "patch_size": vision["patch_size"],
+        "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
+    }
+    text_config = {
+        "context_length": 77,
+        "vocab_size": text["vocab_size"],
+        "width": text["hidden_size"],
+        "heads": text["num_attention_heads"],
+        "layers": text["num_hidden_layers"],
+        "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
+    }
     return {
         "embed_dim": config["projection_dim"],
-        "vision_cfg": {
-            "image_size": vision["image_size"],
-            "layers": vision["num_hidden_layers"],
-            "width": vision["hidden_size"],
-            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-            "patch_size": vision["patch_size"],
-            "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
-        },
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": text["vocab_size"],
-            "width": text["hidden_size"],
-            "heads": text["num_attention_heads"],
-            "layers": text["num_hidden_layers"],
-            "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
-        },
+        "vision_cfg": vision_config,
+        "text_cfg": text_config,
     }
 
 
 def write_scorers(folder: Path) -> Path:
-    """Every published file of every scorer, in miniature."""
-    for repository, file in (of for files in rewards.FILES.values() for of in files):
-        path = folder / repository.split("/")[1] / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if file == "model.safetensors":
-            save_file(tensors_of("pickscore.tiny"), path)
-        elif file == "HPS_v2_compressed.pt":
-            config = clip_config(REWARDS["pickscore.tiny.config"])
-            clip = rewards.load_clip(config, tensors_of("pickscore.tiny"), path, "cpu")
-            torch.save({"state_dict": {name: tensor.half() for name, tensor in clip.state_dict().items()}}, path)
-        elif file == HEAD.name:
-            head = {0: (1024, 48), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
-            head = {f"layers.{i}.weight": shape for i, shape in head.items()}
-            head |= {name.replace("weight", "bias"): shape[:1] for name, shape in head.items()}
-            torch.save({name: oracle_tensor(name, shape) for name, shape in head.items()}, path)
-        elif file == "ImageReward.pt":
-            tensors, name = tensors_of("imagereward.tiny"), "blip.visual_encoder.patch_embed.proj.weight"
-            tensors[name] = tensors[name][..., :14, :14].clone()  # so that it sees 56 pixels, as the others
-            torch.save(tensors, path)
-        else:
-            path.write_text("\n".join(WORDS["vocab"]) + "\n", encoding="utf-8")
+    """Write every published file of every scorer, in miniature, and return the folder."""
+    from spin.eval import scorers  # late, since it brings in half of the project
+
+    for files in scorers.FILES.values():
+        for repository, file in files:
+            path = folder / repository.split("/")[1] / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_scorer_file(path)
     return folder
+
+
+def write_scorer_file(path: Path) -> None:
+    """Write the file that is published under this name, in miniature."""
+    if path.name == "model.safetensors":
+        save_file(scorer_tensors("pickscore.tiny"), path)
+    elif path.name == "HPS_v2_compressed.pt":
+        write_hps(path)
+    elif path.name == HEAD.name:
+        write_aesthetic_head(path)
+    elif path.name == "ImageReward.pt":
+        write_imagereward(path)
+    elif path.name == "vocab.txt":
+        path.write_text("\n".join(WORDS["vocab"]) + "\n", encoding="utf-8")
+    else:
+        raise ValueError(f"{path.name}: no miniature of it is known")
+
+
+def write_hps(path: Path) -> None:
+    """Write a CLIP in open_clip's layout and in half precision."""
+    from spin.eval import scorers
+
+    config = clip_config(REWARDS["pickscore.tiny.config"])
+    clip = scorers.load_clip(config, scorer_tensors("pickscore.tiny"), path, "cpu")
+    halves = {name: tensor.half() for name, tensor in clip.state_dict().items()}
+    torch.save({"state_dict": halves}, path)
+
+
+def write_aesthetic_head(path: Path) -> None:
+    weights = {
+        "layers.0.weight": (1024, 48),
+        "layers.2.weight": (128, 1024),
+        "layers.4.weight": (64, 128),
+        "layers.6.weight": (16, 64),
+        "layers.7.weight": (1, 16),
+    }
+    tensors = {}
+    for name, shape in weights.items():
+        bias = name.replace("weight", "bias")
+        tensors[name] = oracle_tensor(name, shape)
+        tensors[bias] = oracle_tensor(bias, shape[:1])
+    torch.save(tensors, path)
+
+
+def write_imagereward(path: Path) -> None:
+    """Write ImageReward with patches of 14 pixels, so that it sees 56 pixels like the others."""
+    tensors = scorer_tensors("imagereward.tiny")
+    name = "blip.visual_encoder.patch_embed.proj.weight"
+    tensors[name] = tensors[name][..., :14, :14].clone()
+    torch.save(tensors, path)
+
+
+# -----------------------------------------------------------------------------
+# Gaussian data, for which everything is known
+#
+# If x0 ~ N(mean, variance), independently in every dimension, then x_t is Gaussian too, and the
+# best prediction of the noise is linear in x_t: there is no network to train, and no integral
+# that is not a sum.
+
+
+def gaussian_marginal(mean, variance, alpha_bar):
+    """Return the mean and the variance of x_t."""
+    return alpha_bar**0.5 * mean, alpha_bar * variance + 1 - alpha_bar
+
+
+def gaussian_eps(x_t, mean, variance, alpha_bar):
+    """Return E[eps | x_t], the best prediction of the noise."""
+    mean_t, variance_t = gaussian_marginal(mean, variance, alpha_bar)
+    return (1 - alpha_bar) ** 0.5 * (x_t - mean_t) / variance_t
+
+
+def normal_nodes(dimensions: int) -> tuple[Tensor, Tensor]:
+    """Return points [3^dimensions, dimensions] and weights [3^dimensions] of a quadrature.
+
+    The weighted sum over the points is the exact mean, over independent standard normals, of
+    polynomials of degree up to 5.
+    """
+    points, weights = np.polynomial.hermite_e.hermegauss(3)
+    weights = weights / weights.sum()
+    point_grids = np.meshgrid(*[points] * dimensions, indexing="ij")
+    weight_grids = np.meshgrid(*[weights] * dimensions, indexing="ij")
+    all_points = np.stack(point_grids, axis=-1).reshape(-1, dimensions)
+    all_weights = np.stack(weight_grids, axis=-1).reshape(-1, dimensions).prod(axis=1)
+    return torch.from_numpy(all_points), torch.from_numpy(all_weights)

@@ -1,242 +1,402 @@
-"""The tutorial's figures, from fixed seeds.
+"""Draw the tutorial's figures, from fixed seeds.
 
-    python tutorial/figures.py [NAME ...]        draws tutorial/figures/NAME.png; without a name, all
+    python tutorial/figures.py [NAME ...]        writes tutorial/figures/NAME.png
 
-Those that begin with evidence_ are drawn from tutorial/evidence/evidence.json. story_ ones are what `python train.py`
-leaves in runs/toy, minutes if it has not been run; without a name, they are left as they are.
+Without a name, all but the story_ figures are drawn. Those are images that `python train.py` leaves
+in runs/toy, which takes minutes if it has not been run. The evidence_ figures are not drawn here:
+tutorial/evidence/README.md says how they were made.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from spin import data, sampler  # noqa: E402
-from spin.checkpoint import single_file as original  # noqa: E402
-from spin.infra import run  # noqa: E402
-from spin.toy import world as toy  # noqa: E402
-from spin.eval import plots as viz  # noqa: E402
-from spin.checkpoint import pipeline as weights  # noqa: E402
+from spin import toy  # noqa: E402
+from spin.checkpoint import load_pipeline  # noqa: E402
+from spin.checkpoint.configs import SD_1  # noqa: E402
+from spin.eval.plots import INK, PALE, PAPER, grid, two_a_row  # noqa: E402
+from spin.infra.cli import run_script  # noqa: E402
+from spin.infra.errors import InputError  # noqa: E402
+from spin.infra.images import save_png, to_pil  # noqa: E402
 from spin.loss import LINKS, per_image_error  # noqa: E402
-from spin.scheduler import add_noise, x0_and_eps  # noqa: E402
+from spin.sampler import decode_latents, sample  # noqa: E402
+from spin.scheduler import add_noise, ddim_step, x0_and_eps  # noqa: E402
+from spin.toy.pictures import curated_image, curated_set  # noqa: E402
 from spin.unet import UNet  # noqa: E402
-from tutorial import charts, tables  # noqa: E402
-from spin.toy import pictures as drawing  # noqa: E402
+from tutorial.charts import arrow_chart, bar_chart, line_chart  # noqa: E402
+from tutorial.pretrain_toy import to_tensor  # noqa: E402
 
 FOLDER = ROOT / "tutorial" / "figures"
+GUIDANCE = 3.0
+STEPS = 20
+
+
+def curated(rows: list[int]) -> tuple[Tensor, list[str]]:
+    """Return images [N,3,32,32] in [-1,1] of the curated set, and their captions."""
+    captions = []
+    images = []
+    for row, (caption, image, _) in enumerate(curated_set()):
+        if row in rows:
+            captions.append(caption)
+            images.append(np.asarray(toy.to_pil(image)) / 255)  # 8 bits, as in its files
+    return to_tensor(images), captions
+
+
+# ---- Chapter 1 -----------------------------------------------------------------------------------
 
 
 def noise_levels() -> Image.Image:
-    """Chapter 1: two pictures of the curated set at seven levels of noise."""
-    images, alphas = data.CaptionedImages(toy.CURATED, toy.SIDE), weights.load(toy.BASE).scheduler.alphas_cumprod
-    levels, rows = (0, 100, 250, 350, 500, 700, 999), (5, 11)
-    draw = torch.Generator().manual_seed(0)
-    drowned = []
-    for row in rows:
-        x0 = images.image(row)[None]
-        eps = torch.randn(x0.shape, generator=draw)
-        noisy = [add_noise(x0, eps, alphas[t]) for t in levels]
-        drowned.append([viz.to_pil(x_t[0] / 4 + 0.5) for x_t in noisy])  # -2 is black, 2 white, beyond is cut
-    return viz.grid(drowned, [f"t = {t}" for t in levels], [images.caption(row) for row in rows], 128)
+    """Show two images of the curated set at seven levels of noise."""
+    alphas_cumprod = load_pipeline(toy.BASE).scheduler.alphas_cumprod
+    images, captions = curated([5, 11])
+    timesteps = [0, 100, 250, 350, 500, 700, 999]
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for x0 in images.split(1):
+        eps = torch.randn(x0.shape, generator=generator)
+        row = []
+        for t in timesteps:
+            x_t = add_noise(x0, eps, alphas_cumprod[t])
+            row.append(to_pil(x_t[0] / 4 + 0.5))  # -2 is black, 2 white
+        rows.append(row)
+    return grid(rows, [f"t = {t}" for t in timesteps], captions, 128)
+
+
+# ---- Chapter 2 -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def sampling_path() -> Image.Image:
-    """Chapter 2: a latent on its way out of the noise, and the clean one that the network believes in, both decoded."""
-    sd, steps, guidance = weights.load(toy.BASE), 20, 3.0
-    prompt, path = toy.split()["test"][0].caption, []
-    settings = {"steps": steps, "guidance": guidance, "generators": [torch.Generator().manual_seed(2)]}
-    x0 = sampler.sample(sd, [prompt], **settings, trajectory=path)
-    context, shown, beliefs = sd.encode_prompts(["", prompt]), [], []
-    for x_t, t in zip(path, sd.scheduler.timesteps(steps)):
-        empty, asked = sd.unet(x_t.expand(2, -1, -1, -1), t, context).chunk(2)
-        eps = empty + guidance * (asked - empty)
-        beliefs.append(x0_and_eps(eps, x_t, sd.scheduler.alphas_cumprod[t], "epsilon")[0])
-        shown.append(x_t)
-    at = [0, 2, 4, 7, 10, 13, 16, 19]
-    rows = [[viz.to_pil(sampler.decode(sd, x)[0]) for x in (*(of[i] for i in at), x0)] for of in (shown, beliefs)]
-    titles = [f"t = {sd.scheduler.timesteps(steps)[i]}" for i in at]
-    return viz.grid(rows, [*titles, "x0"], [f"x_t: {prompt}", "the network's guess of x0"], 96)
+    """Show a latent on its way out of the noise, and the x0 predicted from it, both decoded."""
+    pipe = load_pipeline(toy.BASE)
+    prompt = toy.split()["test"][0].caption
+    context = pipe.encode_prompts(["", prompt])
+    alphas_cumprod = pipe.scheduler.alphas_cumprod
+    timesteps = pipe.scheduler.timesteps(STEPS).tolist()
+    levels = [alphas_cumprod[t] for t in timesteps] + [pipe.scheduler.final_alpha_cumprod]
+
+    # `spin.sampler.sample`, but every x_t and every predicted x0 is kept
+    x_t = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(2))
+    path = []
+    predictions = []
+    for i, t in enumerate(timesteps):
+        both = pipe.unet(x_t.expand(2, -1, -1, -1), torch.tensor(t), context)
+        eps_empty, eps_prompt = both.chunk(2)
+        eps_guided = eps_empty + GUIDANCE * (eps_prompt - eps_empty)
+        x0, eps = x0_and_eps(eps_guided, x_t, levels[i], "epsilon")
+        path.append(x_t)
+        predictions.append(x0)
+        x_t = ddim_step(x0, eps, levels[i], levels[i + 1], eta=0.0, noise=x_t)
+
+    shown = [0, 2, 4, 7, 10, 13, 16, 19]
+    upper = [path[i] for i in shown] + [x_t]
+    lower = [predictions[i] for i in shown] + [x_t]
+    rows = []
+    for latents in (upper, lower):
+        images = decode_latents(pipe, torch.cat(latents))
+        rows.append([to_pil(image) for image in images])
+    titles = [f"t = {timesteps[i]}" for i in shown] + ["x0"]
+    return grid(rows, titles, [f"x_t: {prompt}", "the network's prediction of x0"], 96)
+
+
+# ---- Chapter 3 -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def errors() -> Image.Image:
-    """Chapter 3: theta_0's error by timestep, on curated pictures that it was trained with and on others."""
-    sd, images = weights.load(toy.BASE), data.CaptionedImages(toy.CURATED, toy.SIDE)
-    draw = torch.Generator().manual_seed(0)
+    """Plot theta_0's error by timestep, on images that it was trained with and on others."""
+    pipe = load_pipeline(toy.BASE)
     scenes = toy.split()["test"]
-    others = np.stack([drawing.curated(scene, np.random.default_rng([1, i])) for i, scene in enumerate(scenes)])
-    others = torch.from_numpy(others).permute(0, 3, 1, 2).float() * 2 - 1
-    shown = torch.stack([images.image(i) for i in range(len(scenes))])
-    sets = {"on pictures it was trained with": (shown, [images.caption(i) for i in range(len(scenes))])}
-    sets["on others of the same kind"] = others, [scene.caption for scene in scenes]
-    lines = {}
-    for name, (pictures, captions) in sets.items():
-        x0, context, points = sd.vae.encode(pictures)[0] * sd.vae.scaling_factor, sd.encode_prompts(captions), []
-        for level in range(50, 1000, 50):
-            t, eps = torch.full((len(x0),), level), torch.randn(x0.shape, generator=draw)
-            error = per_image_error(sd.unet(add_noise(x0, eps, sd.scheduler.alphas_cumprod[t]), t, context), eps).mean()
-            points.append((level, *[error.item()] * 3))
-        lines[name] = points
-    title = "mean squared error of the predicted noise (answering 0 would cost 1)"
-    return charts.lines(title, "timestep", lines, 620, 280, ticks=(50, 200, 400, 600, 800, 950))
+    trained_images, trained_captions = curated(list(range(len(scenes))))
+    other_images = []
+    other_captions = []
+    for i, scene in enumerate(scenes):
+        other_images.append(curated_image(scene, np.random.default_rng([1, i])))
+        other_captions.append(scene.caption)
+
+    timesteps = range(50, 1000, 50)
+    generator = torch.Generator().manual_seed(0)
+    lines = {
+        "on images it was trained with": error_by_timestep(
+            pipe, trained_images, trained_captions, timesteps, generator
+        ),
+        "on others of the same kind": error_by_timestep(
+            pipe, to_tensor(other_images), other_captions, timesteps, generator
+        ),
+    }
+    title = "mean squared error of the predicted noise (predicting 0 would cost 1)"
+    ticks = (50, 200, 400, 600, 800, 950)
+    return line_chart(title, "timestep", lines, ticks, 620, 280)
+
+
+def error_by_timestep(
+    pipe, images: Tensor, captions: list[str], timesteps: range, generator: torch.Generator
+) -> list[tuple[float, float]]:
+    """Return points (timestep, mean error of the predicted noise) over images [N,3,32,32]."""
+    mean, _ = pipe.vae.encode(images)
+    x0 = mean * pipe.vae.scaling_factor
+    context = pipe.encode_prompts(captions)
+    points = []
+    for timestep in timesteps:
+        t = torch.full((len(x0),), timestep)
+        eps = torch.randn(x0.shape, generator=generator)
+        x_t = add_noise(x0, eps, pipe.scheduler.alphas_cumprod[t])
+        error = per_image_error(pipe.unet(x_t, t, context), eps).mean()
+        points.append((timestep, error.item()))
+    return points
+
+
+# ---- Chapter 4 -----------------------------------------------------------------------------------
 
 
 def game() -> Image.Image:
-    """Chapter 4: the ideal game of one number, lambda 2: each painter goes half of the way to the data, in logs."""
+    """Plot the ideal game of one number with lambda = 2.
+
+    In logarithms, each opponent's density goes half of the way to the data's.
+    """
     x = torch.linspace(-4, 4, 81)
-    bell = lambda mean, sd: torch.exp(-0.5 * ((x - mean) / sd) ** 2) / sd  # noqa: E731
-    data_density, painter, curves = bell(1.0, 0.5) + 0.7 * bell(2.4, 0.3), bell(-1.5, 1.0), {}
+    data_density = bell(x, 1.0, 0.5) + 0.7 * bell(x, 2.4, 0.3)
+    densities = {}
+    density = bell(x, -1.5, 1.0)
     for k in range(4):
-        curves[f"theta_{k}"] = painter
-        painter = (painter * data_density) ** 0.5
-    curves["data"] = data_density
-    points = {
-        name: [(a, b, b, b) for a, b in zip(x.tolist(), (y / y.sum() / 0.1).tolist())] for name, y in curves.items()
-    }
-    ticks, span = (-4, -2, 0, 2, 4), (0, 0.6)
+        densities[f"theta_{k}"] = density
+        density = (density * data_density) ** 0.5
+    densities["data"] = data_density
+
+    lines = {}
+    for name, unnormalized in densities.items():
+        y = unnormalized / unnormalized.sum() / 0.1  # 0.1: from one x to the next
+        lines[name] = list(zip(x.tolist(), y.tolist()))
     title = "probability density; lambda = 2"
-    return charts.lines(title, "the number that is drawn", points, 620, 300, ticks=ticks, span=span)
+    x_label = "the number that is drawn"
+    ticks = (-4, -2, 0, 2, 4)
+    return line_chart(title, x_label, lines, ticks, 620, 300, y_range=(0, 0.6))
+
+
+def bell(x: Tensor, mean: float, sd: float) -> Tensor:
+    """Return a normal density at x, but for its factor 1 / sqrt(2 pi)."""
+    return torch.exp(-0.5 * ((x - mean) / sd) ** 2) / sd
+
+
+# ---- Chapter 5 -----------------------------------------------------------------------------------
 
 
 def links() -> Image.Image:
-    """Chapter 5: l of a pair's logit, and -l', by which it is pushed."""
-    t = torch.cat([torch.linspace(-3, 3, 61), torch.tensor([0.999])]).sort().values.requires_grad_()  # hinge bends at 1
-    values, slopes = {}, {}
+    """Plot each link l of a pair's logit, and -l', by which the pair is pushed."""
+    evenly = torch.linspace(-3, 3, 61)
+    t = torch.cat([evenly, torch.tensor([0.999])]).sort().values  # the hinge bends at 1
+    t.requires_grad_()
+    values = {}
+    slopes = {}
     for name, link in LINKS.items():
         y = link(t)
-        slope = -torch.autograd.grad(y.sum(), t)[0]
-        values[name], slopes[name] = ([(a, b, b, b) for a, b in zip(t.tolist(), of.tolist())] for of in (y, slope))
+        [gradient] = torch.autograd.grad(y.sum(), t)
+        values[name] = list(zip(t.tolist(), y.tolist()))
+        slopes[name] = list(zip(t.tolist(), (-gradient).tolist()))
+    x_label = "logit = beta / 2 x margin"
     ticks = (-3, -2, -1, 0, 1, 2, 3)
-    panels = [charts.lines(title, "logit = beta / 2 x margin", of, 460, ticks=ticks) for title, of in
-              (("l, what a pair costs", values), ("-l', how hard it is pushed", slopes))]  # fmt: skip
-    return viz.two_a_row(panels)
+    return two_a_row(
+        [
+            line_chart("l, what a pair costs", x_label, values, ticks, 460, 270),
+            line_chart("-l', how hard it is pushed", x_label, slopes, ticks, 460, 270),
+        ]
+    )
 
 
 def gradient() -> Image.Image:
-    """Chapter 5: for its pair, the plane in which the matching and the pushing term lie, and where a step leads."""
-    sd, images = weights.load(toy.BASE), data.CaptionedImages(toy.CURATED, toy.SIDE)
-    caption, t = images.caption(5), torch.tensor([400])
+    """Draw one pair's matching and pushing term, in the plane of their gradients."""
+    pipe = load_pipeline(toy.BASE)
+    image, captions = curated([5])
     with torch.no_grad():
-        real = sd.vae.encode(images.image(5)[None])[0] * sd.vae.scaling_factor
-        context = sd.encode_prompts([caption])
+        mean, _ = pipe.vae.encode(image)
+    real = mean * pipe.vae.scaling_factor
+    generated = sample(pipe, captions, steps=STEPS, guidance=GUIDANCE)
     eps = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
-    found = []
-    for x0 in (real, sampler.sample(sd, [caption], steps=20, guidance=3.0)):
-        sd.unet.requires_grad_(True).zero_grad()
-        per_image_error(sd.unet(add_noise(x0, eps, sd.scheduler.alphas_cumprod[t]), t, context), eps).sum().backward()
-        found.append(torch.cat([p.grad.flatten() for p in sd.unet.parameters()]))
-    matching, pushing = found
+    matching = error_gradient(pipe, real, eps, captions)
+    pushing = error_gradient(pipe, generated, eps, captions)
+
+    # in units of the matching term's length: pushing's part along it, and the part across
     unit = matching.norm()
     along = (matching @ pushing / unit**2).item()
     across = ((pushing - along * matching).norm() / unit).item()
-    names = {
+    arrows = {
         "against matching: SFT's step": (0.0, 1.0),
         "along pushing": (across, -along),
         "their sum: self-play's step": (across, 1 - along),
     }
     angle = math.degrees(math.atan2(across, along))
-    note = f"Between the two gradients {angle:.0f} degrees; pushing is {math.hypot(along, across):.2f} times as long"
-    note += " as matching."
-    return charts.arrows("Where a step leads, in the plane of the two gradients", names, [note])
+    length = math.hypot(along, across)
+    note = (
+        f"Between the two gradients {angle:.0f} degrees; "
+        f"pushing is {length:.2f} times as long as matching."
+    )
+    return arrow_chart("Where a step leads, in the plane of the two gradients", arrows, note)
+
+
+def error_gradient(pipe, x0: Tensor, eps: Tensor, captions: list[str]) -> Tensor:
+    """Return the gradient of the error at t = 400 for the UNet's weights, as one vector."""
+    t = torch.tensor([400])
+    with torch.no_grad():
+        context = pipe.encode_prompts(captions)
+    x_t = add_noise(x0, eps, pipe.scheduler.alphas_cumprod[t])
+    error = per_image_error(pipe.unet(x_t, t, context), eps).sum()
+    gradients = torch.autograd.grad(error, list(pipe.unet.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+# ---- Chapter 7 -----------------------------------------------------------------------------------
+
+DOWN_COLOR = (214, 228, 244)
+MIDDLE_COLOR = (232, 232, 236)
+UP_COLOR = (250, 226, 206)
+DOWN_X = 265  # the middle of the column of down blocks
+UP_X = 735
 
 
 def unet() -> Image.Image:
-    """Chapter 7: the UNet of SD-1.5, traced on the meta device: a box for each level, as wide as it has channels."""
+    """Sketch the UNet of SD-1.5: a box for each block, as wide as it has channels."""
     with torch.device("meta"):
-        network = UNet(original.SD_1["unet"])
-        inputs = torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768)
-    traced = []
-    for block in [*network.down_blocks, network.mid_block, *network.up_blocks]:
-        block.register_forward_hook(
-            lambda block, _, out: traced.append((block, [out] if torch.is_tensor(out) else out))
-        )
-    network(*inputs)
-    sheet, font = Image.new("RGB", (960, 480), viz.PAPER), ImageFont.load_default(13)
-    draw, rows = ImageDraw.Draw(sheet), [70, 155, 240, 325]
-    text = lambda x, y, said, anchor="mm": draw.text((x, y), said, viz.INK, font, anchor)  # noqa: E731
+        network = UNet(SD_1["unet"])
+    all_channels = SD_1["unet"]["block_out_channels"]
+    size = SD_1["unet"]["sample_size"]
+    row_y = [70, 155, 240, 325]
+    middle_y = 420
+    sheet = Image.new("RGB", (960, 480), PAPER)
+    draw = ImageDraw.Draw(sheet)
 
-    def box(x: int, y: int, width: float, title: str, colour) -> None:
-        draw.rectangle([x - width / 2, y - 24, x + width / 2, y + 24], colour, viz.INK)
-        text(x, y, title)
+    write(draw, DOWN_X, 18, "latent, 4 channels, and conv_in")
+    write(draw, UP_X, 18, "conv_out: the noise, 4 channels")
+    for x in (DOWN_X, UP_X):
+        draw.line([(x, 28), (x, row_y[0] - 25)], INK, 2)
 
-    left, right, down, up = 265, 735, (214, 228, 244), (250, 226, 206)
-    for level, y in enumerate(rows):
-        block, outputs = traced[level]
-        size, channels = outputs[0].shape[-1], outputs[0].shape[1]
-        attends = ", transformers" * hasattr(block, "attentions")
-        box(left, y, 150 + channels / 14, f"{len(block.resnets)} blocks{attends}", down)
-        text(15, y, f"{size} x {size}, {channels}", "lm")
-        block, (output,) = traced[-1 - level]
-        width = output.shape[1]
-        box(right, y, 150 + width / 14, f"{len(block.resnets)} blocks{attends}", up)
-        for i in range(3):  # what each block of the way up reads
-            line = y - 12 + 12 * i
-            tip = right - 80 - width / 28
-            draw.line([(left + 80 + channels / 28, line), (tip, line)], viz.PALE, 2)
-            draw.polygon([(tip - 6, line - 4), (tip - 6, line + 4), (tip, line)], viz.INK)
-        text((left + right) / 2, y - 28, "three skips")
-        if level:
-            for x, ends, said in (
-                (left, (rows[level - 1] + 26, y - 28), "half"),
-                (right, (y - 26, rows[level - 1] + 28), "double"),
-            ):
-                draw.line([(x, ends[0]), (x, ends[1])], viz.INK, 2)
-                tip = 5 if ends[1] > ends[0] else -5
-                draw.polygon([(x - 5, ends[1] - tip), (x + 5, ends[1] - tip), (x, ends[1] + tip / 2)], viz.INK)
-                text(x + 10, sum(ends) / 2, said, "lm")
-    y = 420
-    box((left + right) // 2, y, 150 + 1280 / 14, "2 blocks, a transformer", (232, 232, 236))
-    text(15, y, "the middle: 8 x 8, 1280", "lm")
-    draw.line([(left, rows[-1] + 26), (left, y), (378, y)], viz.INK, 2)
-    draw.line([(622, y), (right, y), (right, rows[-1] + 26)], viz.INK, 2)
-    text(left, 18, "latent, 4 channels, and conv_in")
-    text(right, 18, "conv_out: the noise, 4 channels")
-    for x in (left, right):
-        draw.line([(x, 28), (x, rows[0] - 25)], viz.INK, 2)
-    said = "Left: height x width, channels inside. The wider a box, the more channels."
-    text(15, 462, f"{said} Time enters every block, text every transformer.", "lm")
+    for level, y in enumerate(row_y):
+        channels = all_channels[level]
+        side = size // 2**level
+        write(draw, 15, y, f"{side} x {side}, {channels}", "lm")
+        draw_block(draw, DOWN_X, y, channels, describe(network.down_blocks[level]), DOWN_COLOR)
+        draw_block(draw, UP_X, y, channels, describe(network.up_blocks[3 - level]), UP_COLOR)
+        draw_skips(draw, y, channels)
+        if level > 0:
+            above = row_y[level - 1]
+            draw_vertical_arrow(draw, DOWN_X, above + 26, y - 28)
+            write(draw, DOWN_X + 10, (above + y) / 2 - 1, "half", "lm")
+            draw_vertical_arrow(draw, UP_X, y - 26, above + 28)
+            write(draw, UP_X + 10, (above + y) / 2 + 1, "double", "lm")
+
+    middle_x = (DOWN_X + UP_X) // 2
+    write(draw, 15, middle_y, "the middle: 8 x 8, 1280", "lm")
+    draw_block(draw, middle_x, middle_y, 1280, "2 resnets, a transformer", MIDDLE_COLOR)
+    lowest = row_y[-1] + 26
+    draw.line([(DOWN_X, lowest), (DOWN_X, middle_y), (378, middle_y)], INK, 2)
+    draw.line([(622, middle_y), (UP_X, middle_y), (UP_X, lowest)], INK, 2)
+
+    key = (
+        "Left: height x width, channels inside. The wider a box, the more channels. "
+        "Time enters every resnet, text every transformer."
+    )
+    write(draw, 15, 462, key, "lm")
     return sheet
+
+
+def write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, anchor: str = "mm") -> None:
+    draw.text((x, y), text, INK, ImageFont.load_default(13), anchor)
+
+
+def describe(block: torch.nn.Module) -> str:
+    """Return what a UNet's block is made of."""
+    parts = f"{len(block.resnets)} resnets"
+    if hasattr(block, "attentions"):
+        parts += ", transformers"
+    return parts
+
+
+def box_width(channels: int) -> float:
+    return 150 + channels / 14
+
+
+def draw_block(
+    draw: ImageDraw.ImageDraw, x: float, y: float, channels: int, text: str, color: tuple
+) -> None:
+    """Draw a box around (x, y)."""
+    half = box_width(channels) / 2
+    draw.rectangle([x - half, y - 24, x + half, y + 24], color, INK)
+    write(draw, x, y, text)
+
+
+def draw_skips(draw: ImageDraw.ImageDraw, y: float, channels: int) -> None:
+    """Draw three arrows from the down block to the up block at height y."""
+    write(draw, (DOWN_X + UP_X) / 2, y - 28, "three skips")
+    half = box_width(channels) / 2
+    start = DOWN_X + half + 5
+    tip = UP_X - half - 5
+    for arrow_y in (y - 12, y, y + 12):
+        draw.line([(start, arrow_y), (tip, arrow_y)], PALE, 2)
+        draw.polygon([(tip - 6, arrow_y - 4), (tip - 6, arrow_y + 4), (tip, arrow_y)], INK)
+
+
+def draw_vertical_arrow(draw: ImageDraw.ImageDraw, x: float, start: float, end: float) -> None:
+    draw.line([(x, start), (x, end)], INK, 2)
+    forward = math.copysign(5, end - start)
+    back = end - forward
+    draw.polygon([(x - 5, back), (x + 5, back), (x, end + forward / 2)], INK)
+
+
+# ---- Chapter 8 -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def latents() -> Image.Image:
-    """Chapter 8: a picture, the four channels of its latent, the picture that comes back."""
-    sd, images, rows = weights.load(toy.BASE), data.CaptionedImages(toy.CURATED, toy.SIDE), (5, 11)
-    shown = []
-    for row in rows:
-        x = images.image(row)[None]
-        mean, _ = sd.vae.encode(x)
-        back = (sd.vae.decode(mean)[0] / 2 + 0.5).clamp(0, 1)
-        channels = [viz.to_pil((c / 16 + 0.5).expand(3, -1, -1)) for c in mean[0]]
-        shown.append([viz.to_pil(x[0] / 2 + 0.5), *channels, viz.to_pil(back)])
-    titles = ["picture", *(f"channel {i}" for i in range(4)), "and back"]
-    return viz.grid(shown, titles, [images.caption(row) for row in rows], 128)
+    """Show images, the four channels of their latents, and the images decoded from them."""
+    vae = load_pipeline(toy.BASE).vae
+    images, captions = curated([5, 11])
+    rows = []
+    for image in images.split(1):
+        mean, _ = vae.encode(image)
+        decoded = vae.decode(mean)
+        row = [to_pil(image[0] / 2 + 0.5)]
+        for channel in mean[0]:
+            row.append(to_pil((channel / 16 + 0.5).expand(3, -1, -1)))
+        row.append(to_pil(decoded[0] / 2 + 0.5))
+        rows.append(row)
+    channels = [f"channel {i}" for i in range(4)]
+    return grid(rows, ["image", *channels, "decoded"], captions, 128)
+
+
+# ---- Chapter 9 -----------------------------------------------------------------------------------
 
 
 def cost() -> Image.Image:
-    """Chapter 9: operations for one pair at 512 px, counted on the meta device."""
+    """Plot the operations for one pair at 512 px, counted on the meta device."""
     with torch.device("meta"):
-        network = UNet(original.SD_1["unet"])
+        network = UNet(SD_1["unet"])
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768))
-    once = counter.get_total_flops() / 1e12
-    values = {"opponent draws, 50 guided steps": 100 * once, "or, with --sampler dpm++, 20 steps": 40 * once}
-    values |= {"policy, forward and backward": 6 * once, "opponent, forward": 2 * once}
-    return charts.bars("One pair of SD-1.5 at 512 px", values, "TFLOP")
+    forward = counter.get_total_flops() / 1e12
+    # Guidance evaluates the network twice a step. A backward pass costs two forward passes; a pair
+    # is two images.
+    values = {
+        "opponent samples, 50 guided steps": 2 * 50 * forward,
+        "or, with --sampler dpm++, 20 steps": 2 * 20 * forward,
+        "policy, forward and backward": 2 * 3 * forward,
+        "opponent, forward": 2 * forward,
+    }
+    return bar_chart("One pair of SD-1.5 at 512 px", values, "TFLOP")
 
 
-FIGURES: dict[str, Callable[[], Image.Image]] = {
+# ---- The script ----------------------------------------------------------------------------------
+
+FIGURES = {
     "noise_levels": noise_levels,
     "sampling_path": sampling_path,
     "errors": errors,
@@ -247,30 +407,33 @@ FIGURES: dict[str, Callable[[], Image.Image]] = {
     "latents": latents,
     "cost": cost,
 }
-FOUND = run.read_json(ROOT / "tutorial" / "evidence" / "evidence.json")
-EVIDENCE = [f"evidence_{name}" for name, (part, _) in tables.FIGURES.items() if part in FOUND]
-STORY = {"story_grid": "samples/grid.png", "story_curves": "curves.png", "story_results": "results.png"}
-
-
-def figure(name: str) -> Image.Image:
-    if name in STORY:
-        return Image.open(Path(train.main(["--out", str(ROOT / "runs" / "toy")])["out"], STORY[name])).convert("RGB")
-    if name in EVIDENCE:
-        return tables.figure(name.removeprefix("evidence_"), FOUND)
-    return FIGURES[name]()
+# {name: file of the run folder}
+STORY = {
+    "story_grid": "samples/grid.png",
+    "story_curves": "curves.png",
+    "story_results": "results.png",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
+    names = [*FIGURES, *STORY]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    every = [*FIGURES, *EVIDENCE]
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*every, *STORY])}")
-    parser.add_argument("--out", default=str(FOLDER), help="default: tutorial/figures")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(names)}")
+    parser.add_argument("--out", default=str(FOLDER), help="folder (default: tutorial/figures)")
     args = parser.parse_args(argv)
-    for name in args.names or every:
-        if name not in [*every, *STORY]:
-            raise run.InputError(f"{name}: no such figure. There are {', '.join([*every, *STORY])}")
-        viz.save_png(figure(name).quantize(256), Path(args.out) / f"{name}.png")
+    for name in args.names:
+        if name not in names:
+            raise InputError(f"{name}: no such figure. There are {', '.join(names)}")
+
+    for name in args.names or FIGURES:
+        if name in STORY:
+            run_folder = ROOT / "runs" / "toy"
+            train.main(["--out", str(run_folder)])
+            image = Image.open(run_folder / STORY[name]).convert("RGB")
+        else:
+            image = FIGURES[name]()
+        save_png(image.quantize(256), Path(args.out) / f"{name}.png")
 
 
 if __name__ == "__main__":
-    sys.exit(run.script("figures.py", main))
+    sys.exit(run_script("figures.py", main, "finished figures are kept"))

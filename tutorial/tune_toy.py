@@ -1,9 +1,9 @@
-"""How the miniature world's hyper-parameters were chosen: every method gets fifteen trials on the validation prompts.
+"""Choose the miniature world's hyperparameters: fifteen trials a method on the validation prompts.
 
-    python tutorial/tuning.py           about an hour of one CPU core; again, it goes on where it stopped
+    python tutorial/tune_toy.py        (about an hour on one CPU core; again: goes on)
 
-Writes tutorial/evidence/tuning.json and tuning.md. The trial whose last model earns the most reward gives the defaults
-of `train.py --preset toy`. Test prompts are not looked at.
+Writes tutorial/evidence/tuning.json and tuning.md. The trial whose last model earns the most
+reward gives the defaults of `train.py --preset toy`. Test prompts are not used.
 """
 
 import argparse
@@ -18,66 +18,146 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from spin.infra import run  # noqa: E402
+from spin.config import TOY  # noqa: E402
+from spin.infra.cli import provenance, run_script  # noqa: E402
+from spin.infra.files import atomic_write, read_json, write_json  # noqa: E402
+from spin.infra.run import Run  # noqa: E402
 
-FIXED = "--score validation --score-images 2 --grid-prompts 0 --save-every 0 --device cpu".split()
+# flags of train.py that are the same in all trials
+FIXED = [
+    *("--score", "validation"),
+    *("--score-images", "2"),
+    *("--grid-prompts", "0"),
+    *("--save-every", "0"),
+    *("--device", "cpu"),
+]
+
+# {method: flags of train.py for each trial}
+SFT_LRS = (
+    *(1e-6, 2e-6, 3e-6, 5e-6),
+    *(1e-5, 2e-5, 3e-5, 4e-5, 5e-5, 7e-5),
+    *(1e-4, 2e-4, 3e-4, 5e-4),
+    1e-3,
+)
+DPO_LRS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
+DPO_BETAS = (1000, 5000, 20000)
+SPIN_LRS = (2e-6, 5e-6, 1e-5, 2e-5, 5e-5)
+SPIN_BETAS = (2000, 10000, 40000)
 TRIALS = {
-    "sft": [
-        {"sft-lr": lr}
-        for lr in (1e-6, 2e-6, 3e-6, 5e-6, 1e-5, 2e-5, 3e-5, 4e-5, 5e-5, 7e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)
-    ],
-    "dpo": [
-        {"dpo-lr": lr, "dpo-beta": beta} for lr, beta in product((1e-6, 3e-6, 1e-5, 3e-5, 1e-4), (1000, 5000, 20000))
-    ],
-    "spin": [{"lr": lr, "beta": beta} for lr, beta in product((2e-6, 5e-6, 1e-5, 2e-5, 5e-5), (2000, 10000, 40000))],
+    "sft": [{"sft-lr": lr} for lr in SFT_LRS],
+    "dpo": [{"dpo-lr": lr, "dpo-beta": beta} for lr, beta in product(DPO_LRS, DPO_BETAS)],
+    "spin": [{"lr": lr, "beta": beta} for lr, beta in product(SPIN_LRS, SPIN_BETAS)],
 }
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
+    """Run the trials. Return a row for each, as in tuning.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--methods", nargs="+", choices=list(TRIALS), default=list(TRIALS), help="default: all")
-    parser.add_argument("--runs", default="runs/tuning", help="folder for the trials' runs (default: %(default)s)")
-    parser.add_argument("--out", default=str(ROOT / "tutorial/evidence"), help="default: tutorial/evidence")
+    methods = list(TRIALS)
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=methods,
+        default=methods,
+        help="methods to tune; the others' rows are kept (default: all)",
+    )
+    parser.add_argument(
+        "--runs", default="runs/tuning", help="folder for the trials' runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        default=str(ROOT / "tutorial" / "evidence"),
+        help="folder for the table (default: tutorial/evidence)",
+    )
     args = parser.parse_args(argv)
+
     table = Path(args.out, "tuning.json")
-    rows = run.read_json(table)["trials"] if table.exists() else []
-    for method in args.methods:
-        rows = [row for row in rows if row["method"] != method]
-        for flags in TRIALS[method]:
-            out = Path(args.runs, "-".join([method, *(f"{value:g}" for value in flags.values())]))
-            chosen = [text for name, value in flags.items() for text in (f"--{name}", f"{value:g}")]
-            results = train.main(["--loss", method, *chosen, *FIXED, "--out", str(out)])["results"]
-            last = list(results["models"])[-1]
-            row = {"method": method, "model": last, "commit": results["config"]["commit"]} | flags
-            row |= {"training_seconds": round(sum(line["seconds"] for line in run.Run(out).read_log()))}
-            row |= {"reward": results["models"][last]["reward"], "aligned": results["models"][last]["aligned"]}
-            rows.append(row | {"gain": results["differences"][f"{last} - base"]["reward"]})
-    write(Path(args.out), sorted(rows, key=lambda row: list(TRIALS).index(row["method"])))
+    earlier_rows = []
+    if table.exists():
+        earlier_rows = read_json(table)["trials"]
+
+    rows = []
+    for method in TRIALS:
+        if method in args.methods:
+            for flags in TRIALS[method]:
+                rows.append(run_trial(method, flags, Path(args.runs)))
+        else:
+            rows += [row for row in earlier_rows if row["method"] == method]
+
+    hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    about = {
+        "versions": provenance()["versions"],
+        "hardware": hardware,
+        "seed": TOY["seed"],
+        "fixed": FIXED,
+    }
+    write_json(table, {**about, "trials": rows})
+    with atomic_write(Path(args.out, "tuning.md")) as path:
+        path.write_text(format_table(rows, hardware))
     return rows
 
 
-def write(folder: Path, rows: list[dict]) -> None:
-    hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    about = {"versions": run.provenance()["versions"], "hardware": hardware, "seed": train.TOY["seed"], "fixed": FIXED}
-    run.write_json(folder / "tuning.json", about | {"trials": rows})
-    lines = ["| model | setting | reward | gain over theta_0 | all five right | seconds of training |"]
-    lines += ["|---|---|---|---|---|---|"]
+def run_trial(method: str, flags: dict[str, float], runs: Path) -> dict:
+    """Train and score one setting of a method, unless its run is finished. Return its row."""
+    values = [f"{value:g}" for value in flags.values()]
+    folder = runs / "-".join([method, *values])
+    argv = ["--loss", method, *FIXED, "--out", str(folder)]
+    for name, value in zip(flags, values):
+        argv += [f"--{name}", value]
+    train.main(argv)
+
+    results = read_json(folder / "results.json")
+    model = list(results["models"])[-1]
+    training_seconds = sum(line["seconds"] for line in Run(folder).read_log())
+    return {
+        "method": method,
+        "model": model,
+        "commit": results["config"]["commit"],
+        **flags,
+        "training_seconds": round(training_seconds),
+        "reward": results["models"][model]["reward"],
+        "aligned": results["models"][model]["aligned"],
+        "gain": results["differences"][f"{model} - base"]["reward"],
+    }
+
+
+def format_table(rows: list[dict], hardware: str) -> str:
+    """Return tuning.md: a Markdown table with a line for each trial, the best of a method bold."""
+    best_reward = {}
     for row in rows:
-        setting = ", ".join(f"{name} {row[name]:g}" for name in TRIALS[row["method"]][0])
-        best = max(other["reward"]["mean"] for other in rows if other["method"] == row["method"])
-        setting = f"**{setting}**" if row["reward"]["mean"] == best else setting
-        reward = "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**row["reward"])
-        gain = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row["gain"])
-        cells = [row["model"], setting, reward, gain, f"{row['aligned']['mean']:.3f}", str(row["training_seconds"])]
+        reward = row["reward"]["mean"]
+        best_reward[row["method"]] = max(reward, best_reward.get(row["method"], reward))
+
+    lines = [
+        "| model | setting | reward | gain over theta_0 | all five right | seconds of training |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        flags = TRIALS[row["method"]][0]
+        setting = ", ".join(f"{name} {row[name]:g}" for name in flags)
+        if row["reward"]["mean"] == best_reward[row["method"]]:
+            setting = f"**{setting}**"
+        cells = [
+            row["model"],
+            setting,
+            "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**row["reward"]),
+            "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row["gain"]),
+            f"{row['aligned']['mean']:.3f}",
+            str(row["training_seconds"]),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
+
     commits = ", ".join(sorted({row["commit"][:9] for row in rows}))
-    made = f"`python tutorial/tuning.py`, commits {commits}, {hardware}, seed {about['seed']};"
-    note = (
-        "100 validation prompts, 2 pictures each, 95 % bootstrap intervals over prompts. Bold: the best; the default."
-    )
-    with run.whole(folder / "tuning.md") as part:
-        part.write_text("\n".join([*lines, "", made, note, ""]))
+    lines += [
+        "",
+        f"`python tutorial/tune_toy.py`, commits {commits}, {hardware}, seed {TOY['seed']};",
+        "100 validation prompts, 2 images each, 95% bootstrap intervals over prompts. "
+        "Bold: the best; the default.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(run.script("tuning.py", main))
+    advice = "finished trials are kept; the same command goes on"
+    sys.exit(run_script("tune_toy.py", main, advice))

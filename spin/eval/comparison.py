@@ -1,166 +1,380 @@
-"""Models side by side: all draw the same prompts from the same noise, are scored, compared with intervals, told of.
-OUT/images/<model>/guidance-<g>/<prompt>-<image>.png says in itself how it was made, OUT/scores/... of what its scores
-are. What is there, and was made as is now asked, is not made again. OUT/results.json, .md and .png tell of it all."""
+"""Compare models: sample the same prompts from the same noise, score the images, summarize.
+
+    OUT/images/<model>/guidance-<g>/<prompt>-<image>.png    each records how it was made
+    OUT/scores/<model>/guidance-<g>-<scorer>.json           scores, by a hash of scorer and image
+    OUT/results.json, results.md, results.png               the comparison
+
+An image is reused, with its score, if the settings that it records match the requested ones.
+"""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from spin import data, sampler
-from spin.eval import scorers as rewards
-from spin.infra import run
-from spin.eval import stats
-from spin.eval import plots as viz
-from spin.checkpoint import pipeline as weights
+from spin.checkpoint import Pipeline, hash_checkpoint, load_pipeline, locate
+from spin.eval import plots, stats
+from spin.eval.scorers import Scorer
+from spin.infra.errors import InputError
+from spin.infra.files import atomic_write, hash_files, read_json, write_json
+from spin.infra.images import format_parameters, read_image, read_parameters, save_png, to_pil
+from spin.sampler import SamplingOptions, sample_images
 
-SEED, STRIDE = 1_000_000, 1000  # the first picture's of the first prompt; from one prompt's to the next one's
-PLATEAU = 0.05  # points of reward that SFT may move theta_0 and be said to have stood still
-AT_ONCE = 32  # pictures scored at once
+SEED = 1_000_000  # of the first prompt's first image
+STRIDE = 1000  # from a prompt's first seed to the next prompt's
+SCORE_BATCH = 32  # images scored at once
+
+# A claim that SFT plateaus allows it this much reward above or below theta_0.
+PLATEAU = 0.05
+
+# Verdicts on a claim.
+HOLDS = "holds"
+FAILS = "fails"
+UNDECIDED = "undecided"
 
 
-@dataclass
-class Contest:
-    """What every model draws: k pictures of each of N prompts, each seed a function of prompt and picture alone."""
+# ---- Models --------------------------------------------------------------------------------------
 
-    prompts: Sequence[str]
-    k: int
-    seed: int
-    settings: dict  # `sampler.sample`'s, guidance among them
-    out: Path
 
-    def __post_init__(self):
-        """jobs: (prompt, seed) of every picture, N k of them, prompt by prompt; names: of their files."""
-        places = [(i, j) for i in range(len(self.prompts)) for j in range(self.k)]
-        self.jobs = [(self.prompts[i], self.seed + STRIDE * i + j) for i, j in places]
-        self.names = [f"{i:05d}-{j}.png" for i, j in places]
-        pixels = self.settings.get("height")
-        self.at = f"guidance-{self.settings['guidance']:g}" + (f"-{pixels}px" if pixels else "")
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is: a checkpoint, and another one whose UNet replaces its own, if any."""
 
-    def draw(self, model: str, identity: str, player: Callable, at_once: int) -> list[Path]:
-        """A model's N k pictures. identity: a hash of its weights; player(): the model itself, if it is to draw."""
-        paths = [self.out / "images" / model / self.at / name for name in self.names]
-        draw(player, self.jobs, paths, {"Model": model, "Model hash": identity}, self.settings, at_once)
+    model: str
+    unet: str | None = None
+
+    def load(self, device: str) -> Pipeline:
+        return load_pipeline(self.model, device=device, unet=self.unet).freeze()
+
+    def paths(self) -> list[Path]:
+        """Return the one or two checkpoints on this machine. A hub's is downloaded first."""
+        paths = [locate(self.model)]
+        if self.unet is not None:
+            paths.append(locate(self.unet, parts=("unet",)))
         return paths
 
-    def score(self, model: str, paths: list[Path], scorer: rewards.Scorer) -> dict[str, np.ndarray]:
-        """{metric: [N,k]} of those pictures, each kept under a hash of scorer, model, prompt, seed and settings."""
-        keys = [run.hash_files([], [scorer.hash, parameters(path)]) for path in paths]
-        file = self.out / "scores" / model / f"{self.at}-{scorer.name}.json"
-        known = run.read_json(file) if file.exists() else {}
-        known = {key: of for key, of in known.items() if of.keys() >= set(scorer.metrics)}
-        todo = [i for i, key in enumerate(keys) if key not in known]
-        with tqdm(total=len(todo), desc=f"{scorer.name}: {model}", unit="image", disable=not todo) as bar:
-            for at in range(0, len(todo), AT_ONCE):
-                batch = todo[at : at + AT_ONCE]
-                pictures = [data.read_picture(paths[i]) for i in batch]
-                found = scorer.score(pictures, [self.jobs[i][0] for i in batch])
-                if not all(np.isfinite(values).all() for values in found.values()):
-                    raise run.InputError(f"{scorer.name}: a score is not finite; is one of its files broken?")
-                known |= {keys[i]: {m: float(found[m][n]) for m in scorer.metrics} for n, i in enumerate(batch)}
-                run.write_json(file, known)
-                bar.update(len(batch))
-        return {m: np.array([known[key][m] for key in keys]).reshape(-1, self.k) for m in scorer.metrics}
+
+def hash_models(models: dict[str, ModelSource]) -> dict[str, str]:
+    """Return a hash of each model's weights. A checkpoint that several share is read once."""
+    hash_of_path: dict[Path, str] = {}
+    hash_of_model: dict[str, str] = {}
+    for name, source in models.items():
+        hashes = []
+        for path in source.paths():
+            if path not in hash_of_path:
+                hash_of_path[path] = hash_checkpoint(path)
+            hashes.append(hash_of_path[path])
+        hash_of_model[name] = "-".join(hashes)
+    return hash_of_model
 
 
-def draw(player: Callable, jobs: list, paths: list[Path], about: dict, settings: dict, at_once: int = 1) -> None:
-    """Draws (prompt, seed) to its path, unless what is there says that it was drawn with the same settings.
-    about: what else a picture says in its text chunk "parameters", its "Model" for one."""
-    said = {"Steps": settings["steps"], "Sampler": settings["sampler"], "CFG scale": settings["guidance"]}
-    said |= {"Eta": settings.get("eta", 0.0), "Precision": str(settings["autocast"]).removeprefix("torch.")} | about
-
-    def as_asked(prompt: str, seed: int, path: Path) -> bool:
-        return parameters(path).startswith(viz.parameters(prompt, {"Seed": seed} | said) + ", Size: ")
-
-    todo = [(*job, path) for job, path in zip(jobs, paths) if not as_asked(*job, path)]
-    if todo:
-        drawn = sampler.pictures(player(), [(prompt, seed) for prompt, seed, _ in todo], at_once, **settings)
-        for image, (prompt, seed, path) in zip(tqdm(drawn, f"{about['Model']} draws", len(todo), unit="image"), todo):
-            viz.save_png(viz.to_pil(image), path, prompt, {"Seed": seed} | said)
+# ---- Images --------------------------------------------------------------------------------------
 
 
-def hashes(models: dict[str, tuple[str, str | None]]) -> dict[str, str]:
-    """{name: (checkpoint, another one's UNet or None)} -> {name: a hash of its weights}."""
-    hashed = cache(lambda source: weights.checkpoint_hash(weights.locate(source)))  # each checkpoint is read once
-    return {name: "-".join(hashed(source) for source in place if source) for name, place in models.items()}
+@dataclass(frozen=True)
+class ImageRequest:
+    """An image file that is to be sampled. `settings` is what its text chunk states."""
+
+    path: Path
+    prompt: str
+    seed: int
+    options: SamplingOptions
+    model: str
+    model_hash: str | None = None  # None: not stated
+
+    def settings(self) -> dict:
+        settings = {
+            "Seed": self.seed,
+            "Steps": self.options.steps,
+            "Sampler": self.options.sampler,
+            "CFG scale": float(self.options.guidance),
+            "Eta": float(self.options.eta),
+            "Precision": str(self.options.dtype).removeprefix("torch."),
+            "Model": self.model,
+        }
+        if self.model_hash is not None:
+            settings["Model hash"] = self.model_hash
+        return settings
+
+    def is_done(self) -> bool:
+        """Return whether the file is there and states the prompt and settings asked for."""
+        stated = read_parameters(self.path)
+        return stated.startswith(format_parameters(self.prompt, self.settings()) + ", Size: ")
 
 
-def parameters(path: Path) -> str:
-    """What a picture says of how it was made; nothing if it is not there, or no picture."""
-    try:
-        return Image.open(path).info.get("parameters", "")
-    except OSError:
-        return ""
+def missing(requests: Sequence[ImageRequest]) -> list[ImageRequest]:
+    """Return the requests whose image has yet to be sampled."""
+    return [request for request in requests if not request.is_done()]
 
 
-# ---- Tables and verdicts ---------------------------------------------------------------------------------------------
-def compare(title: str, scores: dict[str, dict[str, np.ndarray]], scorers: list, metric: str, config: dict) -> dict:
-    """What results.json holds. scores: {model: {metric: [N]}}, prompt by prompt; metric: the one that counts."""
-    less = [name for scorer in scorers for name in scorer.less_is_better]
-    found = {"less_is_better": less} | stats.compare(scores, less)
-    verdicts = claims(found["differences"], metric)
-    return {"title": title, "metric": metric} | found | {"claims": verdicts, "tables": {}, "config": config}
+def sample_requests(pipe: Pipeline, requests: Sequence[ImageRequest], batch_size: int) -> None:
+    """Sample images that share their sampling options, and write their files."""
+    if not requests:
+        return
+    images = sample_images(
+        pipe,
+        prompts=[request.prompt for request in requests],
+        seeds=[request.seed for request in requests],
+        options=requests[0].options,
+        batch_size=batch_size,
+    )
+    title = f"{requests[0].model}: sampling"
+    for request, image in zip(requests, tqdm(images, title, len(requests), unit="image")):
+        save_png(to_pil(image), request.path, request.prompt, request.settings())
 
 
-def claims(differences: dict[str, dict], metric: str) -> list[dict]:
-    """The paper's claims that these models allow to judge: [{"claim", "verdict", "difference"}].
-    "A beats B" holds if the whole interval of the difference is positive, and fails if it is negative. "SFT plateaus",
-    said of the miniature world's reward, holds if its interval lies within PLATEAU of 0, and fails if it lies beyond.
+@dataclass(frozen=True)
+class Evaluation:
+    """A set of images to sample from every model: `images_per_prompt` for each of N prompts.
+
+    A seed depends on prompt and image alone, so that all models start from the same noise.
     """
-    said = {"spin-1 - sft": "SPIN-1 beats SFT", "spin-2 - dpo": "SPIN-2 beats Diffusion-DPO"}
-    said |= {"sft - base": f"SFT plateaus, staying within {PLATEAU:g} of theta_0"} if metric == "reward" else {}
-    renewed = "A renewed opponent helps: SPIN-{1} beats SPIN-{0}"
-    last = max(map(int, re.findall(r"spin-(\d+)", " ".join(differences))), default=1)
-    said |= {f"spin-{k} - spin-{k - 1}": renewed.format(k - 1, k) for k in range(2, last + 1)}
-    found = []
-    for pair in [pair for pair in said if pair in differences]:
-        gap = {name: differences[pair][metric][name] for name in ("mean", "low", "high", "n")}
-        sign = stats.resolved(gap)
-        if pair == "sft - base" and gap["n"] >= stats.FEW:
-            within = max(abs(gap["low"]), abs(gap["high"])) < PLATEAU
-            sign = 1 if within else -(gap["low"] > PLATEAU or gap["high"] < -PLATEAU)
-        verdict = {1: "holds", 0: "is not resolved", -1: "fails"}[sign]
-        found.append({"claim": said[pair], "verdict": verdict, "difference": gap})
-    return found
+
+    folder: Path
+    prompts: Sequence[str]
+    images_per_prompt: int
+    options: SamplingOptions
+    seed: int = SEED
+
+    def file_stem(self) -> str:
+        """Return the name of its files: guidance-3-32px."""
+        title = f"guidance-{self.options.guidance:g}"
+        if self.options.height is not None:
+            title += f"-{self.options.height}px"
+        return title
+
+    def requests(self, model: str, model_hash: str) -> list[ImageRequest]:
+        """Return the images to be sampled from a model, prompt by prompt."""
+        folder = self.folder / "images" / model / self.file_stem()
+        requests = []
+        for i, prompt in enumerate(self.prompts):
+            for j in range(self.images_per_prompt):
+                path = folder / f"{i:05d}-{j}.png"
+                seed = self.seed + STRIDE * i + j
+                request = ImageRequest(path, prompt, seed, self.options, model, model_hash)
+                requests.append(request)
+        return requests
+
+    def score(self, model: str, model_hash: str, scorer: Scorer) -> dict[str, np.ndarray]:
+        """Return {metric: [N,images_per_prompt]} of a model's images, which have been sampled.
+
+        Scores are stored under a hash of the scorer and of all that the image states.
+        Raises InputError if a score is not finite.
+        """
+        requests = self.requests(model, model_hash)
+        keys = []
+        for request in requests:
+            keys.append(hash_files([], [scorer.hash, read_parameters(request.path)]))
+        path = self.folder / "scores" / model / f"{self.file_stem()}-{scorer.name}.json"
+        known = read_scores(path, scorer.metrics)
+
+        unknown = [i for i, key in enumerate(keys) if key not in known]
+        title = f"{model}: {scorer.name}"
+        bar = tqdm(total=len(unknown), desc=title, unit="image", disable=not unknown)
+        with bar:
+            for start in range(0, len(unknown), SCORE_BATCH):
+                batch = unknown[start : start + SCORE_BATCH]
+                scores = score_images(scorer, [requests[i] for i in batch])
+                for i, scores_of_image in zip(batch, scores):
+                    known[keys[i]] = scores_of_image
+                write_json(path, known)
+                bar.update(len(batch))
+
+        result = {}
+        for metric in scorer.metrics:
+            values = np.array([known[key][metric] for key in keys])
+            result[metric] = values.reshape(len(self.prompts), self.images_per_prompt)
+        return result
 
 
-def write(folder: Path, found: dict) -> None:
-    """results.json, .md and .png."""
-    first, *others = found["models"]
-    gains = {first: dict.fromkeys(found["models"][first], {"mean": 0.0, "low": 0.0, "high": 0.0})}
-    gains |= {name: found["differences"][f"{name} - {first}"] for name in others}
-    gains = {name: {f"{metric}, less {first}'s": of[metric] for metric in of} for name, of in gains.items()}
-    viz.save_png(viz.interval_charts(gains if others else found["models"]), folder / "results.png")
-    with run.whole(folder / "results.md") as part:
-        part.write_text(markdown(found))
-    run.write_json(folder / "results.json", found)  # last: its presence says that the others are there
+def read_scores(path: Path, metrics: Collection[str]) -> dict[str, dict[str, float]]:
+    """Return stored scores {key: {metric: score}}, without those that lack one of `metrics`."""
+    if not path.exists():
+        return {}
+    stored = read_json(path)
+    return {key: scores for key, scores in stored.items() if set(metrics) <= scores.keys()}
 
 
-def markdown(found: dict, brief: bool = False) -> str:
-    """results.md: what results.json says, in tables and plain words. brief: the first table and the verdicts alone."""
-    metric, models, differences = found["metric"], found["models"], found["differences"]
-    sections = {f"# {found['title']}": stats.markdown(models)}
+def score_images(scorer: Scorer, requests: Sequence[ImageRequest]) -> list[dict[str, float]]:
+    """Return {metric: score} for each image. Raises InputError if a score is not finite."""
+    images = [read_image(request.path) for request in requests]
+    scores = scorer.score(images, [request.prompt for request in requests])  # {metric: [N]}
+    for values in scores.values():
+        if not np.isfinite(values).all():
+            raise InputError(f"{scorer.name}: a score is not finite; is one of its files broken?")
+
+    scores_of_images = []
+    for i in range(len(images)):
+        scores_of_images.append({metric: float(scores[metric][i]) for metric in scorer.metrics})
+    return scores_of_images
+
+
+def sample_models(
+    evaluations: Sequence[Evaluation],
+    models: dict[str, ModelSource],
+    hashes: dict[str, str],
+    batch_size: int,
+    device: str,
+) -> None:
+    """Sample every model's missing images. A model that has none missing is not loaded."""
+    for name, source in models.items():
+        todo = [missing(evaluation.requests(name, hashes[name])) for evaluation in evaluations]
+        if any(todo):
+            pipe = source.load(device)
+            for requests in todo:
+                sample_requests(pipe, requests, batch_size)
+            del pipe  # frees its memory before the next model is loaded
+
+
+# ---- The comparison ------------------------------------------------------------------------------
+
+
+def compare(
+    title: str,
+    scores: dict[str, dict[str, np.ndarray]],
+    less_is_better: Collection[str],
+    metric: str,
+    config: dict,
+) -> dict:
+    """Return the content of results.json.
+
+    scores: {model: {metric: [N]}}, the N prompts being the same for all models.
+    less_is_better: the metrics of which a lower score is better.
+    metric: the one that claims are judged by.
+    config: what the results depend on.
+    """
+    compared = stats.compare(scores, less_is_better)
+    return {
+        "title": title,
+        "metric": metric,
+        "less_is_better": list(less_is_better),
+        "models": compared["models"],
+        "differences": compared["differences"],
+        "claims": judge_claims(compared["differences"], metric),
+        "tables": {},
+        "config": config,
+    }
+
+
+def judge_claims(differences: dict[str, dict], metric: str) -> list[dict]:
+    """Return verdicts on those of the paper's claims that these models can test.
+
+    Each is {"claim", "verdict", "difference"}. The claim that one model beats another holds if the
+    whole interval of their difference is above 0, and fails if it is below 0.
+    """
+    claims = {"spin-1 - sft": "SPIN-1 beats SFT", "spin-2 - dpo": "SPIN-2 beats Diffusion-DPO"}
+    if metric == "reward":  # of the miniature world
+        claims["sft - base"] = f"SFT plateaus, staying within {PLATEAU:g} of theta_0"
+    for pair in differences:
+        iterations = re.fullmatch(r"spin-(\d+) - spin-(\d+)", pair)
+        if iterations and int(iterations[1]) == int(iterations[2]) + 1:
+            claims[pair] = f"SPIN-{iterations[1]} beats SPIN-{iterations[2]}"
+
+    judged = []
+    for pair, claim in claims.items():
+        if pair not in differences:
+            continue
+        summary = differences[pair][metric]
+        difference = {key: summary[key] for key in ("mean", "low", "high", "n")}
+        verdict = judge_plateau(difference) if pair == "sft - base" else judge_gain(difference)
+        judged.append({"claim": claim, "verdict": verdict, "difference": difference})
+    return judged
+
+
+def judge_gain(difference: stats.Summary) -> str:
+    verdicts = {1: HOLDS, 0: UNDECIDED, -1: FAILS}
+    return verdicts[stats.significant_sign(difference)]
+
+
+def judge_plateau(difference: stats.Summary) -> str:
+    """Return the verdict on a difference that is claimed to be within PLATEAU of 0."""
+    if difference["n"] < stats.FEW:
+        return UNDECIDED
+    if -PLATEAU < difference["low"] and difference["high"] < PLATEAU:
+        return HOLDS
+    if difference["low"] > PLATEAU or difference["high"] < -PLATEAU:
+        return FAILS
+    return UNDECIDED
+
+
+# ---- The files of a comparison -------------------------------------------------------------------
+
+
+def write_results(folder: Path, results: dict) -> None:
+    """Write results.png and results.md, then results.json, which marks all three as complete."""
+    save_png(results_chart(results), folder / "results.png")
+    with atomic_write(folder / "results.md") as temporary:
+        temporary.write_text(format_markdown(results))
+    write_json(folder / "results.json", results)
+
+
+def results_chart(results: dict) -> Image.Image:
+    """Return a chart of what each model gains over the first one, or of a single model's scores."""
+    first, *others = results["models"]
+    if not others:
+        return plots.interval_charts(results["models"])
+
+    gains: dict[str, dict] = {first: {}}
+    for metric in results["models"][first]:
+        gains[first][f"{metric}, minus {first}'s"] = {"mean": 0.0, "low": 0.0, "high": 0.0}
+    for name in others:
+        difference = results["differences"][f"{name} - {first}"]
+        gains[name] = {f"{metric}, minus {first}'s": gap for metric, gap in difference.items()}
+    return plots.interval_charts(gains)
+
+
+def format_markdown(results: dict, brief: bool = False) -> str:
+    """Return results.md: the tables of results.json, and a line for each claim.
+
+    brief: only the first table and the claims.
+    """
+    parts = [f"# {results['title']}", stats.format_table(results["models"])]
+
     if not brief:
-        medians = {name: {m: summary["median"] for m, summary in of.items()} for name, of in models.items()}
-        sections |= {title: stats.markdown(rows) for title, rows in ({"Medians.": medians} | found["tables"]).items()}
-    if differences and not brief:
-        metrics = list(next(iter(models.values())))
-        sections["Differences, paired by prompt."] = stats.markdown(differences, sign="+")
-        less = {name: " (less is better)" for name in found["less_is_better"]}
-        verdicts = [f"- {name}{less.get(name, '')}: {stats.verdicts(differences, name)}" for name in metrics]
-        sections["Which of them their intervals resolve:"] = "\n".join(verdicts)
-        for name in metrics:
-            title = f"How often a line's model is better than a column's, by {name}; ties count one half."
-            sections[title] = stats.markdown(stats.win_rates(found, name), 2)
-    said = "{claim}: this {verdict}, the difference being {mean:+.3f} [{low:+.3f}, {high:+.3f}]."
-    verdicts = [said.format(**line, **line["difference"]) for line in found["claims"]]
-    if any("renewed" in line["claim"] for line in found["claims"]):
-        verdicts += ["An iteration adds steps as well as an opponent: which of the two helps, this run does not say."]
-    last = [f"What this says of {metric}. " + " ".join(verdicts)] if verdicts else []
-    last += ["Brackets: 95 % bootstrap intervals over the prompts. Another seed of training may say otherwise."]
-    return "\n\n".join([part for section in sections.items() for part in section] + last) + "\n"
+        parts += ["Medians.", stats.format_table(medians(results["models"]))]
+        for title, rows in results["tables"].items():
+            parts += [title, stats.format_table(rows)]
+
+    if not brief and results["differences"]:
+        title = "Differences, paired by prompt. *: significant."
+        if results["less_is_better"]:
+            title += f" Lower is better: {', '.join(results['less_is_better'])}."
+        parts += [title, stats.format_table(marked_differences(results["differences"]))]
+        for metric in next(iter(results["models"].values())):
+            rates = stats.win_rates(results, metric)
+            title = f"How often a row's model beats a column's, by {metric}; a tie counts as half."
+            parts += [title, stats.format_table(rates, digits=2)]
+
+    if results["claims"]:
+        claims = [format_claim(claim, results["metric"]) for claim in results["claims"]]
+        parts.append("\n".join(claims))
+    parts.append("Brackets: 95% bootstrap intervals over the prompts, for this one training seed.")
+    return "\n\n".join(parts) + "\n"
+
+
+def format_claim(claim: dict, metric: str) -> str:
+    difference = stats.format_cell(claim["difference"], sign="+")
+    return f"- {claim['claim']} by {metric}: {claim['verdict']}, {difference}"
+
+
+def medians(models: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """Return {model: {metric: median}}."""
+    table = {}
+    for name, metrics in models.items():
+        table[name] = {metric: summary["median"] for metric, summary in metrics.items()}
+    return table
+
+
+def marked_differences(differences: dict[str, dict]) -> dict[str, dict[str, str]]:
+    """Return the differences as a table's cells, with a * after those that are significant."""
+    table: dict[str, dict[str, str]] = {}
+    for pair, metrics in differences.items():
+        table[pair] = {}
+        for metric, difference in metrics.items():
+            mark = " *" if stats.significant_sign(difference) != 0 else ""
+            table[pair][metric] = stats.format_cell(difference, sign="+") + mark
+    return table

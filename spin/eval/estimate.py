@@ -1,68 +1,126 @@
-"""What a run will take before it begins: a little of each kind of work is measured, times what is left to do."""
+"""Estimate how long a run will take, for `train.py --dry-run`: time a little of each kind of work.
+
+File access and the computation of scores are not counted.
+"""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from spin import pairs, sampler
-from spin.infra import distributed as ranks
-from spin.eval import report
-from spin.infra import run
-from spin.toy import world as toy
+from spin.checkpoint import Pipeline
+from spin.infra import distributed
+from spin.pairs import ENCODE_BATCH, PairLoader
+from spin.sampler import SamplingOptions, sample
+from spin.step import LossStep, cast_weights_
 
-QUICK = 10.0  # seconds; a call that takes less is measured a second time, awake
+# Seconds. A shorter measurement is repeated, because the first call of a kernel is slow.
+MIN_SECONDS = 10.0
+
+SAMPLING_STEPS = 2  # measured per image
 
 
-def estimate(args, this_run: run.Run, sd, images, real, stages: list, players: Callable) -> Iterator[tuple[str, float]]:
-    """(a line of text, seconds) for each kind of work that is left; files and the scores' arithmetic are not counted.
-    real: shards of latents. stages: those to train. players: of args, sd and a stage, makes the module to train."""
-    side = args.resolution // sd.vae.downscale
-    blank = SimpleNamespace(read=lambda name, rows, entries=None: torch.zeros((len(rows), 4, side, side)))
+@dataclass
+class Estimate:
+    """A number of remaining items of one kind, and the seconds that each takes."""
 
-    def encode(n: int) -> Tensor:
-        with torch.no_grad():
-            return sd.vae.encode(torch.zeros((n, 3, args.resolution, args.resolution), device=args.device))[0]
+    name: str
+    count: int
+    seconds_each: float
 
-    def draw(n: int) -> Tensor:
-        return sampler.sample(sd, [""] * n, **pairs.how_to_draw(args) | {"steps": min(2, args.sampler_steps)})
+    @property
+    def seconds(self) -> float:
+        return self.count * self.seconds_each
 
-    def train(n: int) -> Tensor:
-        rows = [i % len(images) for i in range(n)]
-        loss, _ = step(**pairs.read(args, sd, stage.loss, images, blank, blank, rows, (0, 0, 0)))
+    def __str__(self) -> str:
+        total = timedelta(seconds=round(self.seconds))
+        return f"{self.count} {self.name}, {self.seconds_each:.2g} s each: {total}"
+
+
+@torch.no_grad()
+def measure_encoding(vae, count: int, resolution: int, passes: int, device: str) -> Estimate:
+    """Estimate the encoding of `count` images. passes: how often each goes through the VAE."""
+    batch_size = min(ENCODE_BATCH, count)
+    pixels = torch.zeros((batch_size, 3, resolution, resolution), device=device)
+    for _ in range(2):
+        started = time.perf_counter()
+        mean, _ = vae.encode(pixels)
+        seconds = seconds_since(started, mean)
+        if seconds > MIN_SECONDS:
+            break
+    seconds_each = passes * seconds / batch_size / distributed.WORLD_SIZE
+    return Estimate("real images to encode", count, seconds_each)
+
+
+def measure_sampling(
+    name: str, pipe: Pipeline, count: int, options: SamplingOptions, batch_size: int, ranks: int
+) -> Estimate:
+    """Estimate the sampling of `count` images by `ranks` processes."""
+    batch_size = min(batch_size, count)
+    steps = min(SAMPLING_STEPS, options.steps)
+    few_steps = replace(options, steps=steps)
+    for _ in range(2):
+        started = time.perf_counter()
+        latents = sample(pipe, [""] * batch_size, **vars(few_steps))
+        seconds = seconds_since(started, latents)
+        if seconds > MIN_SECONDS:
+            break
+    seconds_each = seconds * options.steps / steps / batch_size / ranks
+    return Estimate(name, count, seconds_each)
+
+
+def measure_training(
+    count: int,
+    loader: PairLoader,
+    micro_batch: int,
+    compiled: bool,
+    checkpoint_activations: bool,
+) -> Estimate:
+    """Estimate the training on `count` pairs.
+
+    loader: whose latents may be blank, see `BlankLatents`. compiled: whether to compile the step.
+    """
+    policy = deepcopy(loader.pipe.unet).requires_grad_(True)
+    policy.checkpoint_activations = checkpoint_activations
+    opponent = deepcopy(loader.pipe.unet)
+    cast_weights_(opponent, loader.dtype)
+    loss_step = LossStep(
+        loader.loss,
+        opponent,
+        beta=1.0,
+        scheduler=loader.pipe.scheduler,
+        device=loader.device,
+        autocast=loader.dtype,
+        compiled=compiled,
+    )
+    micro_batch = min(micro_batch, loader.batch_size)
+    for _ in range(2):
+        started = time.perf_counter()
+        batch = loader.load(iteration=1, step=1, start=0, end=micro_batch)
+        loss, _ = loss_step(policy, batch)
         loss.backward()
-        return loss.detach()
+        seconds = seconds_since(started, loss.detach())
+        if seconds > MIN_SECONDS and not compiled:  # a first compiled call measures the compiler
+            break
+    seconds_each = seconds / micro_batch / distributed.WORLD_SIZE
+    return Estimate(f"pairs for {loader.loss}", count, seconds_each)
 
-    def measured(what: str, count: int, most: int, work: Callable, parts: float = 1.0, share: int = ranks.WORLD):
-        """work(n): one of the `parts` of doing n <= most of `count` things. Each of `share` ranks does as many."""
-        for _ in range(2):
-            began, n = time.perf_counter(), min(most, count)
-            work(n).sum().item()  # waits for the device
-            each = parts * (time.perf_counter() - began) / n / share
-            if each * n * share > QUICK * parts and not args.compile:
-                break
-        return f"{count} {what}, {each:.2g} s each: {timedelta(seconds=round(count * each))}", count * each
 
-    of_two = args.sampler_steps / 2  # `draw` takes two steps of these
-    if count := real.count_missing():
-        passes = (1 + images.pairs) * (1 + bool(args.flip))
-        yield measured("real images to encode", count, pairs.ENCODE_BATCH, encode, passes)
-    self_play = [stage for stage in stages if stage.loss.startswith("spin")]
-    if count := sum(pairs.shards_of(args, this_run, stage, images).count_missing() for stage in self_play):
-        yield measured("images for the opponent to draw", count, args.generation_batch, draw, of_two)
-    for stage in {stage.loss: stage for stage in stages}.values():
-        same = [other for other in stages if other.loss == stage.loss]
-        if left := sum(len(other.batches) - this_run.steps_saved(other.model) for other in same):
-            step = players(args, replace(sd, unet=deepcopy(sd.unet)), stage)
-            yield measured(f"pairs for {stage.loss}", left * args.batch_size, args.micro_batch, train)
-    pictures = len(stages) * args.grid_prompts
-    if args.world and args.score != "none" and not (this_run.folder / "results.json").exists():
-        models = len(stages) + len(report.models_of(args, this_run))
-        pictures += models * args.score_images * len(toy.split()[args.score])
-    if pictures:
-        yield measured("pictures for grids and scores", pictures, args.generation_batch, draw, of_two, share=1)
+def seconds_since(started: float, result: Tensor) -> float:
+    """Return the seconds since `started`, once the device has computed `result`."""
+    result.sum().item()
+    return time.perf_counter() - started
+
+
+class BlankLatents:
+    """Stands for `LatentShards` whose files are not there yet: all zeros."""
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.shape = shape
+
+    def read(self, name: str, rows: Sequence[int]) -> Tensor:
+        return torch.zeros((len(rows), *self.shape))

@@ -1,129 +1,248 @@
-"""Picture grids and line charts, drawn with Pillow."""
+"""Grids of images, line charts and interval charts, drawn with Pillow."""
 
 import math
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
-import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from torch import Tensor
+from PIL import Image, ImageDraw, ImageFont
 
-from spin.infra.run import whole
+INK = (32, 32, 36)
+PALE = (200, 200, 206)
+PAPER = (255, 255, 255)
+COLORS = [(31, 105, 180), (214, 90, 24), (34, 139, 76), (150, 60, 160), (120, 120, 120)]
 
-INK, PALE, PAPER = (32, 32, 36), (200, 200, 206), (255, 255, 255)
-LEFT, TOP, RIGHT, BOTTOM = 76, 34, 14, 30  # pixels around a chart
-COLOURS = [(31, 105, 180), (214, 90, 24), (34, 139, 76), (150, 60, 160), (120, 120, 120)]
-Pictures, Plot = Sequence[Image.Image], dict[str, Sequence[float]]  # a plot: {line name: values over steps 1, 2, ...}
+# pixels between a chart's edges and its axes
+LEFT = 76
+TOP = 34
+RIGHT = 14
+BOTTOM = 30
 
-
-def to_pil(image: Tensor) -> Image.Image:
-    """[3,H,W] in [0,1] -> an 8-bit RGB picture, rounded to the nearest level."""
-    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-
-
-def parameters(prompt: str, settings: dict) -> str:
-    """How a picture was made, as Stable Diffusion programs write it to a PNG. settings: {"Seed": 1, ...}."""
-    others = [f"{name}: {value}" for name, value in settings.items() if name != "Negative prompt"]
-    negative = [f"Negative prompt: {settings['Negative prompt']}"] if settings.get("Negative prompt") else []
-    return "\n".join([prompt, *negative, ", ".join(others)])
+Lines = dict[str, Sequence[float]]  # {line's name: its values at steps 1, 2, ...}
+Point = dict[str, float]  # mean, low, high
 
 
-def save_png(picture: Image.Image, path: Path, prompt: str = "", settings: dict | None = None) -> None:
-    """Whole or not at all. prompt and settings: how it was made, for its text chunk "parameters"."""
-    info = PngImagePlugin.PngInfo()
-    if settings is not None:
-        info.add_itxt("parameters", parameters(prompt, settings | {"Size": f"{picture.width}x{picture.height}"}))
-    with whole(path) as part:
-        picture.save(part, format="PNG", pnginfo=info)
+# ---- Grids of images -----------------------------------------------------------------------------
+
+MARGIN = 190  # pixels to the left of the images, for the captions
+GAP = 6  # pixels between two images
+LINE = 19  # pixels from a line of text to the next
+FONT_SIZE = 15
+CAPTION_WIDTH = 24  # characters a line
 
 
-def grid(rows: Sequence[Pictures], columns: Sequence[str], captions: Sequence[str], cell: int = 192) -> Image.Image:
-    """A table of pictures of `cell` pixels: a title over each column, a caption (a prompt) to the left of each row."""
-    font, gap, margin, line = ImageFont.load_default(15), 6, 190, 19
-    title_height = line + gap if any(columns) else 0
-    sheet = Image.new("RGB", (margin + len(columns) * (cell + gap), title_height + len(rows) * (cell + gap)), PAPER)
+def grid(
+    rows: Sequence[Sequence[Image.Image]],
+    columns: Sequence[str],
+    captions: Sequence[str],
+    cell: int = 192,
+) -> Image.Image:
+    """Return a table of images.
+
+    rows: as many images as there are columns, in each row.
+    columns: the title above each column.
+    captions: the prompt to the left of each row.
+    cell: pixels a side of the square that an image is fitted into.
+    """
+    pitch = cell + GAP
+    header = LINE + GAP if any(columns) else 0
+    font = ImageFont.load_default(FONT_SIZE)
+    sheet = Image.new("RGB", (MARGIN + len(columns) * pitch, header + len(rows) * pitch), PAPER)
     draw = ImageDraw.Draw(sheet)
+
     for j, title in enumerate(columns):
-        draw.text((margin + j * (cell + gap) + cell / 2, 2), title, INK, font, anchor="ma")
-    for i, (pictures, caption) in enumerate(zip(rows, captions, strict=True)):
-        top, lines = title_height + i * (cell + gap), textwrap.wrap(caption, 24)[: cell // line]
-        draw.multiline_text((gap, top + gap), "\n".join(lines), INK, font, spacing=line - 15)
-        for j, picture in enumerate(pictures):
-            scale = cell / max(picture.size)
-            size = tuple(max(1, round(side * scale)) for side in picture.size)
-            shown = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-            sheet.paste(shown, (margin + j * (cell + gap) + (cell - size[0]) // 2, top + (cell - size[1]) // 2))
+        draw.text((MARGIN + j * pitch + cell / 2, 2), title, INK, font, anchor="ma")
+
+    for i, (images, caption) in enumerate(zip(rows, captions, strict=True)):
+        top = header + i * pitch
+        lines = textwrap.wrap(caption, CAPTION_WIDTH)[: cell // LINE]
+        text = "\n".join(lines)
+        draw.multiline_text((GAP, top + GAP), text, INK, font, spacing=LINE - FONT_SIZE)
+        for j, image in enumerate(images):
+            fitted = fit(image, cell)
+            x = MARGIN + j * pitch + (cell - fitted.width) // 2
+            y = top + (cell - fitted.height) // 2
+            sheet.paste(fitted, (x, y))
     return sheet
 
 
-def line_charts(panels: dict[str, Plot], marks: Sequence[int] = (), width: int = 460, height: int = 240) -> Image.Image:
-    """A panel for each title, two a row; at steps in `marks` a vertical line. Values not finite are left out."""
-    return two_a_row([line_chart(title, lines, marks, width, height) for title, lines in panels.items()])
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """Return the image resized so that its longer side is `side` pixels.
+
+    A small image is enlarged by repeating its pixels, not smoothed.
+    """
+    scale = side / max(image.size)
+    width = max(1, round(image.width * scale))
+    height = max(1, round(image.height * scale))
+    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    return image.resize((width, height), method)
 
 
-def interval_charts(models: dict[str, dict[str, dict[str, float]]], width: int = 460, height: int = 240) -> Image.Image:
-    """A panel for each metric, a point with its interval for each model: {model: {metric: mean, low, high}}."""
-    points = {metric: {name: of[metric] for name, of in models.items()} for metric in next(iter(models.values()))}
-    width = max(width, LEFT + RIGHT + len(models) * (8 * max(map(len, models)) + 8))  # for the models' names
-    return two_a_row([interval_chart(metric, of_models, width, height) for metric, of_models in points.items()])
+# ---- Charts --------------------------------------------------------------------------------------
 
 
-def two_a_row(panels: Pictures) -> Image.Image:
-    (width, height), columns = panels[0].size, min(2, len(panels))
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(panels) / columns) * height), PAPER)
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (i % columns * width, i // columns * height))
-    return sheet
+@dataclass
+class Axes:
+    """A chart's panel, and where a value lies on it: `low` to `high` from its bottom to its top."""
+
+    panel: Image.Image
+    draw: ImageDraw.ImageDraw
+    font: ImageFont.FreeTypeFont
+    low: float
+    high: float
+
+    @property
+    def left(self) -> int:
+        return LEFT
+
+    @property
+    def right(self) -> int:
+        return self.panel.width - RIGHT
+
+    @property
+    def bottom(self) -> int:
+        return self.panel.height - BOTTOM
+
+    def x(self, fraction: float) -> float:
+        """Return the pixel column at a fraction of the way from left to right."""
+        return self.left + fraction * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        """Return the pixel row of a value."""
+        return self.bottom - (value - self.low) / (self.high - self.low) * (self.bottom - TOP)
 
 
-def axes(title: str, values: Sequence[float], width: int, height: int):
-    """A panel with round numbers up its side, around `values`: the panel, its draw, its font, and y -> its height."""
-    panel, font = Image.new("RGB", (width, height), PAPER), ImageFont.load_default(13)
-    draw = ImageDraw.Draw(panel)
-    low, high = min(values, default=0.0), max(values, default=0.0)
-    pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    low, high = low - pad, high + pad
-    level = lambda y: height - BOTTOM - (y - low) / (high - low) * (height - BOTTOM - TOP)  # noqa: E731
-    draw.text((LEFT, 6), title, INK, font)
-    apart = next(m * 10.0**e for e in range(-99, 99) for m in (1, 2, 5) if m * 10.0**e >= (high - low) / 5)
-    for y in (apart * k for k in range(math.ceil(low / apart), math.floor(high / apart) + 1)):
-        draw.line([(LEFT, level(y)), (width - RIGHT, level(y))], PALE)
-        draw.text((LEFT - 6, level(y)), f"{y:.4g}", INK, font, anchor="rm")
-    return panel, draw, font, level
+def make_axes(title: str, values: Sequence[float], width: int, height: int) -> Axes:
+    """Return a panel with a title, and round numbers at its left that cover `values`."""
+    lowest = min(values, default=0.0)
+    highest = max(values, default=0.0)
+    padding = (highest - lowest) * 0.05 or abs(highest) * 0.05 or 1.0
+    panel = Image.new("RGB", (width, height), PAPER)
+    axes = Axes(
+        panel,
+        ImageDraw.Draw(panel),
+        ImageFont.load_default(13),
+        low=lowest - padding,
+        high=highest + padding,
+    )
+    axes.draw.text((axes.left, 6), title, INK, axes.font)
+
+    spacing = tick_spacing(axes.high - axes.low)
+    first = math.ceil(axes.low / spacing)
+    last = math.floor(axes.high / spacing)
+    for k in range(first, last + 1):
+        value = k * spacing
+        y = axes.y(value)
+        axes.draw.line([(axes.left, y), (axes.right, y)], PALE)
+        axes.draw.text((axes.left - 6, y), f"{value:.4g}", INK, axes.font, anchor="rm")
+    return axes
 
 
-def line_chart(title: str, lines: Plot, marks: Sequence[int], width: int, height: int) -> Image.Image:
-    finite = [y for values in lines.values() for y in values if math.isfinite(y)]
-    panel, draw, font, level = axes(title, finite, width, height)
-    count, legend = max(2, *(len(values) for values in lines.values())), width - RIGHT
-    across = lambda step: LEFT + (step - 1) / (count - 1) * (width - RIGHT - LEFT)  # noqa: E731
+def tick_spacing(span: float) -> float:
+    """Return the smallest of 1, 2 and 5 times a power of 10 that is at least a fifth of `span`."""
+    power = 10.0 ** math.floor(math.log10(span / 5))
+    for multiple in (1, 2, 5):
+        if multiple * power >= span / 5:
+            return multiple * power
+    return 10 * power
+
+
+def line_charts(
+    panels: dict[str, Lines], marks: Sequence[int] = (), width: int = 460, height: int = 240
+) -> Image.Image:
+    """Return a panel for each title, two a row, with a vertical line at each step in `marks`."""
+    return two_a_row(
+        [line_chart(title, lines, marks, width, height) for title, lines in panels.items()]
+    )
+
+
+def line_chart(
+    title: str, lines: Lines, marks: Sequence[int], width: int, height: int
+) -> Image.Image:
+    """Return a panel with lines over steps 1, 2, .... Values that are not finite are left out.
+
+    Raises ValueError if there are more lines than COLORS.
+    """
+    if len(lines) > len(COLORS):
+        raise ValueError(f"{title}: {len(lines)} lines, but there are {len(COLORS)} colors")
+
+    finite = []
+    for values in lines.values():
+        finite += [value for value in values if math.isfinite(value)]
+    axes = make_axes(title, finite, width, height)
+    last_step = max(2, *(len(values) for values in lines.values()))
+
     for mark in marks:
-        draw.line([(across(mark), height - BOTTOM), (across(mark), TOP)], PALE)
-    draw.text((LEFT, height - BOTTOM + 6), "step 1", INK, font)
-    draw.text((width - RIGHT, height - BOTTOM + 6), str(count), INK, font, anchor="ra")
-    for (name, values), colour in reversed(list(zip(lines.items(), COLOURS))):
-        points = [(across(step), level(y)) for step, y in enumerate(values, start=1) if math.isfinite(y)]
-        draw.line(points, colour, 2)
+        x = axes.x((mark - 1) / (last_step - 1))
+        axes.draw.line([(x, axes.bottom), (x, TOP)], PALE)
+    below = axes.bottom + 6
+    axes.draw.text((axes.left, below), "step 1", INK, axes.font)
+    axes.draw.text((axes.right, below), str(last_step), INK, axes.font, anchor="ra")
+
+    # The first line is drawn last, over the others; the legend grows from right to left.
+    legend_end = axes.right
+    colored = list(zip(lines.items(), COLORS))
+    for (name, values), color in reversed(colored):
+        points = []
+        for step, value in enumerate(values, start=1):
+            if math.isfinite(value):
+                points.append((axes.x((step - 1) / (last_step - 1)), axes.y(value)))
+        axes.draw.line(points, color, 2)
         if len(points) == 1:
-            draw.circle(points[0], 2, colour)
+            axes.draw.circle(points[0], 2, color)
         if len(lines) > 1:
-            draw.text((legend, 6), name, colour, font, anchor="ra")
-            legend -= font.getlength(name) + 14
-    return panel
+            axes.draw.text((legend_end, 6), name, color, axes.font, anchor="ra")
+            legend_end -= axes.font.getlength(name) + 14
+    return axes.panel
 
 
-def interval_chart(title: str, points: dict[str, dict[str, float]], width: int, height: int) -> Image.Image:
-    ends = [point[end] for point in points.values() for end in ("low", "high")]
-    panel, draw, font, level = axes(f"{title}, mean and 95 % interval", ends, width, height)
+def interval_charts(
+    models: dict[str, dict[str, Point]], width: int = 460, height: int = 240
+) -> Image.Image:
+    """Return a panel for each metric, with each model's mean and interval.
+
+    models: {model: {metric: mean, low, high}}.
+    width: of a panel, which is wider if the models' names need it.
+    """
+    longest = max(len(name) for name in models)
+    width = max(width, LEFT + RIGHT + len(models) * (8 * longest + 8))
+    panels = []
+    for metric in next(iter(models.values())):
+        points = {name: metrics[metric] for name, metrics in models.items()}
+        panels.append(interval_chart(metric, points, width, height))
+    return two_a_row(panels)
+
+
+def interval_chart(title: str, points: dict[str, Point], width: int, height: int) -> Image.Image:
+    """Return a panel with each model's mean, its interval, and a bar from 0 if 0 is in sight."""
+    lows = [point["low"] for point in points.values()]
+    highs = [point["high"] for point in points.values()]
+    axes = make_axes(f"{title}, mean and 95% interval", lows + highs, width, height)
+    zero_shows = min(lows + highs) <= 0 <= max(lows + highs)
+
     for i, (name, point) in enumerate(points.items()):
-        x = LEFT + (i + 0.5) * (width - RIGHT - LEFT) / len(points)
-        mean, low, high = (level(point[key]) for key in ("mean", "low", "high"))
-        if min(ends) <= 0 <= max(ends):
-            draw.rectangle([x - 18, min(level(0), mean), x + 18, max(level(0), mean)], PALE)
-        draw.line([(x, low), (x, high)], COLOURS[0], 3)
+        x = axes.x((i + 0.5) / len(points))
+        mean = axes.y(point["mean"])
+        low = axes.y(point["low"])
+        high = axes.y(point["high"])
+        if zero_shows:
+            zero = axes.y(0)
+            axes.draw.rectangle([x - 18, min(zero, mean), x + 18, max(zero, mean)], PALE)
+        axes.draw.line([(x, low), (x, high)], COLORS[0], 3)
         for end in (low, high):
-            draw.line([(x - 6, end), (x + 6, end)], COLOURS[0], 2)
-        draw.circle((x, mean), 5, COLOURS[1])
-        draw.text((x, height - BOTTOM + 8), name, INK, font, anchor="ma")
-    return panel
+            axes.draw.line([(x - 6, end), (x + 6, end)], COLORS[0], 2)
+        axes.draw.circle((x, mean), 5, COLORS[1])
+        axes.draw.text((x, axes.bottom + 8), name, INK, axes.font, anchor="ma")
+    return axes.panel
+
+
+def two_a_row(panels: Sequence[Image.Image]) -> Image.Image:
+    """Return panels of equal size on one sheet, two a row."""
+    width, height = panels[0].size
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), PAPER)
+    for i, panel in enumerate(panels):
+        row, column = divmod(i, columns)
+        sheet.paste(panel, (column * width, row * height))
+    return sheet

@@ -1,80 +1,180 @@
-"""What came of a run: the pictures its models draw, the curves of its log, the miniature world's scores.
-args: train.py's flags. player: gives the model of a name, "base", "sft", "spin-1", ..., ready to draw."""
+"""The visible results of a run: images sampled from its models, training curves and scores."""
 
-from collections.abc import Callable
-from functools import partial
-from itertools import islice
+from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
 
-from spin import pairs
-from spin.eval import comparison as judge
-from spin.eval import scorers as rewards
-from spin.infra import run
-from spin.toy import world as toy
-from spin.eval import plots as viz
+from spin.checkpoint import Pipeline
+from spin.eval import comparison, plots
+from spin.eval.comparison import Evaluation, ImageRequest, ModelSource
+from spin.eval.scorers import load_scorer
+from spin.infra.files import read_json
+from spin.infra.images import read_image, save_png
+from spin.infra.run import Run
+from spin.sampler import SamplingOptions
 
-GRID_SEED = 0  # of the first picture of every model in samples/
+GRID_SEED = 0  # of the first image of every model in samples/
 
-
-def models_of(args, this_run: run.Run) -> dict[str, tuple[str, str | None]]:
-    """{name: (checkpoint, another one's UNet in its place or None)} of those that are there; the baselines first."""
-    names = ["sft", "dpo", *(f"spin-{k}" for k in range(1, args.iterations + 1))]
-    places = {name: this_run.checkpoint(name) for name in names}
-    promoted = {name: (args.model, str(place)) for name, place in places.items() if place.exists()}
-    return {"base": (args.model, args.unet)} | promoted
-
-
-def draw_samples(args, this_run: run.Run, player: Callable, images, now: tuple[str, object] | None = None) -> None:
-    """samples/<model>/: what each model draws for a few prompts, at fixed seeds; samples/grid.png: a column a model.
-    The prompts are the data's first, or on the miniature world of those to be scored, with the ideal picture last.
-    now: name and model of one that is at hand, perhaps still in training; its pictures stay in the grid."""
-    scenes = toy.split()["test" if args.score == "none" else args.score][: args.grid_prompts] if args.world else []
-    captions = dict.fromkeys(images.caption(row) for row in range(min(len(images), 1000)))
-    prompts = [scene.caption for scene in scenes] or list(islice(captions, args.grid_prompts))
-    folder, columns = this_run.folder / "samples", {}
-    in_training = [path.name for path in folder.glob("*-step-*") if len(list(path.glob("*.png"))) == len(prompts)]
-    for name in dict.fromkeys([*models_of(args, this_run), *sorted({*in_training, *(now or ())[:1]})]):
-        paths = [folder / name / f"{i}.png" for i in range(len(prompts))]
-        jobs = [(prompt, GRID_SEED + i) for i, prompt in enumerate(prompts)]
-        at_hand = (lambda: now[1]) if now and name == now[0] else partial(player, name)
-        judge.draw(at_hand, jobs, paths, {"Model": name}, pairs.how_to_draw(args))
-        columns[name] = [Image.open(path) for path in paths]
-    if scenes:
-        columns["ideal"] = [toy.to_pil(toy.ideal(scene)) for scene in scenes]
-    if prompts:
-        sheet = viz.grid(list(zip(*columns.values())), list(columns), prompts, 128 if scenes else 192)
-        viz.save_png(sheet, folder / "grid.png")
+# What curves.png shows of the log: {panel's title: the keys of its lines}.
+CURVES = {
+    "loss": ["loss"],
+    "margin": ["margin"],
+    "implicit accuracy": ["implicit_accuracy"],
+    "policy's error - opponent's error": ["delta_data", "delta_gen"],
+}
 
 
-def draw_curves(this_run: run.Run) -> None:
-    """curves.png: what the log says, over the steps of self-play's iterations and of each baseline."""
-    log = this_run.read_log()
-    panels, ends = {}, []
-    for who in ("spin", "sft", "dpo"):
-        lines = [line for line in log if line["model"].startswith(who)]
-        ends += [i for i, (line, after) in enumerate(zip(lines, lines[1:]), start=1) if after["step"] == 1]
-        titles = {name.replace("_", " "): [name] for name in ("loss", "margin", "implicit_accuracy")}
-        titles["policy's error - opponent's error"] = ["delta_data", "delta_gen"]
-        for title, names in titles.items() if lines else ():
-            if names[0] in lines[0]:
-                panels[f"{who}: {title}"] = {name: [line[name] for line in lines] for name in names}
-    viz.save_png(viz.line_charts(panels, sorted(set(ends))), this_run.folder / "curves.png")
+def models_of_run(
+    run: Run, model: str, unet: str | None, iterations: int
+) -> dict[str, ModelSource]:
+    """Return the models of a run that are there: "base", then "sft", "dpo", "spin-1", ...
+
+    model, unet: theta_0. Every other model has theta_0's parts and its own UNet.
+    """
+    models = {"base": ModelSource(model, unet)}
+    names = ["sft", "dpo", *(f"spin-{k}" for k in range(1, iterations + 1))]
+    for name in names:
+        if run.has(name):
+            models[name] = ModelSource(model, str(run.checkpoint(name)))
+    return models
 
 
-def judge_models(args, this_run: run.Run, player: Callable) -> dict:
-    """The miniature world's exact score of every model, on prompts that fine-tuning never saw: results.json, .md, .png.
-    All draw from the same noise, at the guidance that the opponents' images were drawn with; pictures and scores are
-    kept in evaluation/, where evaluate.py finds them."""
-    if not (this_run.folder / "results.json").exists():
-        prompts, scorer = [scene.caption for scene in toy.split()[args.score]], rewards.load("toy")
-        settings, folder = pairs.how_to_draw(args), this_run.folder / "evaluation"
-        contest = judge.Contest(prompts, args.score_images, judge.SEED, settings, folder)
-        hashes, scores = judge.hashes(models_of(args, this_run)), {}
-        for name in hashes:
-            drawn = contest.draw(name, hashes[name], partial(player, name), args.generation_batch)
-            scores[name] = {metric: v.mean(1) for metric, v in contest.score(name, drawn, scorer).items()}
-        title = f"{len(prompts)} {args.score} prompts, {args.score_images} pictures each, guidance {args.guidance:g}"
-        config = run.read_json(this_run.folder / "config.json")
-        judge.write(this_run.folder, judge.compare(title, scores, [scorer], scorer.judged_by, config))
-    return run.read_json(this_run.folder / "results.json")
+# ---- Samples -------------------------------------------------------------------------------------
+
+
+class SampleGrid:
+    """Images of a few prompts at fixed seeds: <folder>/<model>/<i>.png, and grid.png with all.
+
+    prompts: a row of the grid each; without any, there are no files.
+    ideal_images: the images that the prompts describe, if they are known, for the last column.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prompts: Sequence[str],
+        options: SamplingOptions,
+        ideal_images: Sequence[Image.Image] | None = None,
+    ):
+        self.folder = folder
+        self.prompts = prompts
+        self.options = options
+        self.ideal_images = ideal_images
+
+    def requests(self, name: str) -> list[ImageRequest]:
+        """Return a model's column, from top to bottom."""
+        requests = []
+        for i, prompt in enumerate(self.prompts):
+            path = self.folder / name / f"{i}.png"
+            requests.append(ImageRequest(path, prompt, GRID_SEED + i, self.options, name))
+        return requests
+
+    def add(self, name: str, pipe: Pipeline) -> None:
+        """Sample what is missing of a model's column."""
+        missing = comparison.missing(self.requests(name))
+        comparison.sample_requests(pipe, missing, batch_size=1)
+
+    def is_complete(self, name: str) -> bool:
+        return not comparison.missing(self.requests(name))
+
+    def draw(self, names: Sequence[str]) -> None:
+        """Write grid.png: the columns of these models, then of models in training, then the ideal.
+
+        Models in training are in folders <model>-step-<step>. An incomplete column is left out.
+        """
+        if not self.prompts:
+            return
+        in_training = sorted(path.name for path in self.folder.glob("*-step-*"))
+        titles = [name for name in [*names, *in_training] if self.is_complete(name)]
+        columns = []
+        for title in titles:
+            columns.append([read_image(request.path) for request in self.requests(title)])
+        cell = 192
+        if self.ideal_images is not None:
+            titles.append("ideal")
+            columns.append(list(self.ideal_images))
+            cell = 128  # four times the 32 pixels of the miniature world
+        rows = list(zip(*columns, strict=True))
+        save_png(plots.grid(rows, titles, self.prompts, cell), self.folder / "grid.png")
+
+
+def update_samples(grid: SampleGrid, models: dict[str, ModelSource], device: str) -> None:
+    """Sample every model whose column is incomplete, then draw grid.png."""
+    for name, source in models.items():
+        if not grid.is_complete(name):
+            grid.add(name, source.load(device))
+    grid.draw(list(models))
+
+
+# ---- Curves --------------------------------------------------------------------------------------
+
+
+def draw_curves(run: Run) -> None:
+    """Write curves.png: the log over the steps of self-play and of each baseline.
+
+    A vertical line marks the end of an iteration.
+    """
+    log = run.read_log()
+    panels: dict[str, plots.Lines] = {}
+    ends: set[int] = set()
+    for method in ("spin", "sft", "dpo"):
+        lines = [line for line in log if line["model"].startswith(method)]
+        if not lines:
+            continue
+        for title, keys in CURVES.items():
+            if keys[0] in lines[0]:  # SFT has only a loss
+                panels[f"{method}: {title}"] = curves_of(lines, keys)
+        for i in range(1, len(lines)):
+            if lines[i]["step"] == 1:
+                ends.add(i)
+    if panels:
+        save_png(plots.line_charts(panels, sorted(ends)), run.folder / "curves.png")
+
+
+def curves_of(lines: Sequence[dict], keys: Sequence[str]) -> plots.Lines:
+    """Return {key: its value in each line of the log}."""
+    curves = {}
+    for key in keys:
+        curves[key] = [line[key] for line in lines]
+    return curves
+
+
+# ---- Scores --------------------------------------------------------------------------------------
+
+
+def score_models(
+    run: Run,
+    models: dict[str, ModelSource],
+    prompts: Sequence[str],
+    images_per_prompt: int,
+    options: SamplingOptions,
+    batch_size: int,
+    title: str,
+    device: str,
+) -> dict:
+    """Score models by the miniature world's score, and return what results.json holds.
+
+    A prompt's score is the mean over its images. Images and scores are stored in evaluation/,
+    where evaluate.py looks for them. If results.json exists, nothing is sampled or scored.
+    """
+    path = run.folder / "results.json"
+    if path.exists():
+        return read_json(path)
+
+    evaluation = Evaluation(run.folder / "evaluation", prompts, images_per_prompt, options)
+    hashes = comparison.hash_models(models)
+    comparison.sample_models([evaluation], models, hashes, batch_size, device)
+
+    scorer = load_scorer("toy")
+    scores = {}
+    for name in models:
+        of_images = evaluation.score(name, hashes[name], scorer)  # {metric: [N,images_per_prompt]}
+        scores[name] = {metric: values.mean(axis=1) for metric, values in of_images.items()}
+
+    config = read_json(run.folder / "config.json")
+    results = comparison.compare(
+        title, scores, scorer.less_is_better, scorer.primary_metric, config
+    )
+    comparison.write_results(run.folder, results)
+    return read_json(path)

@@ -1,7 +1,7 @@
-"""Bootstrap intervals, paired differences and win rates of scores: NumPy arrays, no model."""
+"""Bootstrap intervals, paired differences and win rates of scores. NumPy only; no model."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import lru_cache
 from itertools import combinations
 from statistics import NormalDist
@@ -9,97 +9,164 @@ from statistics import NormalDist
 import numpy as np
 
 RESAMPLES = 10_000
-FEW = 10  # prompts: from fewer nothing is concluded
-Summary = dict[str, float]
+FEW = 10  # a difference over fewer prompts is never called significant
+Summary = dict[str, float]  # mean, low, high, n
 
 
 def interval(values: np.ndarray, level: float = 0.95, seed: int = 0) -> Summary:
-    """mean, low, high, n of values [N]: an interval for the mean over what the N stand for. The percentile bootstrap's,
-    resampled RESAMPLES times, widened as Student's t is over the normal, which N values call for. Where all N agree it
-    has no width, its weakness for shares near 0 or 1. ValueError for no values."""
+    """Return the mean of values [N] and a confidence interval for it: mean, low, high and n.
+
+    The interval is for the mean of the population that the values are a sample of: a percentile
+    bootstrap, widened by `small_sample_factor`, within the range of the values.
+    If all values are equal, its width is 0, which is too narrow for rates near 0 or 1.
+    Raises ValueError if there are no values.
+    """
     values = np.asarray(values, dtype=float)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"an interval needs a list of at least one number, not shape {values.shape}")
-    low, high = np.quantile(shares(len(values), seed) @ values, [(1 - level) / 2, (1 + level) / 2])
-    z, freedom = NormalDist().inv_cdf((1 + level) / 2), max(1, len(values) - 1)
-    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)  # Student's, about
-    wider = t / z * np.sqrt(1 + 1 / freedom)
-    low, high = values.mean() + wider * (np.array([low, high]) - values.mean())
-    found = np.clip([values.mean(), low, high], values.min(), values.max())  # which widening may leave
-    return dict(zip(("mean", "low", "high"), found.tolist())) | {"n": len(values)}
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(
+            f"an interval needs a list of at least one number, not shape {values.shape}"
+        )
+
+    mean = values.mean()
+    resampled_means = resample_weights(len(values), seed) @ values
+    ends = np.quantile(resampled_means, [(1 - level) / 2, (1 + level) / 2])
+    widened = mean + small_sample_factor(len(values), level) * (ends - mean)
+    clipped = np.clip([mean, *widened], values.min(), values.max())
+    mean, low, high = clipped.tolist()
+    return {"mean": mean, "low": low, "high": high, "n": len(values)}
 
 
 @lru_cache(maxsize=4)
-def shares(count: int, seed: int) -> np.ndarray:
-    """[RESAMPLES,count]: the share that each of `count` values has in each resample."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+def resample_weights(count: int, seed: int) -> np.ndarray:
+    """Return [RESAMPLES,count]: the weight of each of `count` values in each resample's mean."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+
+
+def small_sample_factor(count: int, level: float) -> float:
+    """Return the factor by which a bootstrap interval of `count` values is too narrow.
+
+    The bootstrap's variance divides by N instead of N - 1, and its quantiles are the normal's
+    instead of Student's t, which is expanded here as in Abramowitz and Stegun, 26.7.5.
+    """
+    degrees = max(1, count - 1)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    first_order = (z**3 + z) / (4 * degrees)
+    second_order = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    t = z + first_order + second_order
+    return t / z * np.sqrt(1 + 1 / degrees)
 
 
 def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """1 where a > b, 0 where a < b, one half where they tie."""
+    """Return 1 where a > b, 0 where a < b, and 1/2 where they tie."""
     return 0.5 * (1 + np.sign(np.asarray(a) - np.asarray(b)))
 
 
-def best_of(scores: dict[str, np.ndarray], judged_by: Sequence[str]) -> dict[str, np.ndarray]:
-    """{metric: [N,k]} -> {metric: [N]}: of a prompt's k pictures the one with most on the plain average of `judged_by`.
-    The first of those that tie. That average is a metric of its own, "average", where it is one of several."""
-    average = np.mean([scores[metric] for metric in judged_by], axis=0)
-    scores = {"average": average} | scores if len(judged_by) > 1 else scores
-    return {metric: np.take_along_axis(v, average.argmax(1)[:, None], 1)[:, 0] for metric, v in scores.items()}
+def best_of(scores: dict[str, np.ndarray], metrics: list[str]) -> dict[str, np.ndarray]:
+    """Return each prompt's scores for the best of its k images: {metric: [N,k]} -> {metric: [N]}.
 
-
-def compare(scores: dict[str, dict[str, np.ndarray]], less_is_better: Collection[str] = ()) -> dict[str, dict]:
-    """{model: {metric: [N]}}, prompt i being the same for all -> {"models": ..., "differences": ...}.
-    models: {model: {metric: interval, with "median"}}. differences, paired by prompt, of every two, the later minus the
-    earlier: {"b - a": {metric: interval, with "win_rate": interval of how often b is better}}; better is more, or less.
+    The best image has the highest plain average of `metrics`; the first of those that tie.
+    If there are several `metrics`, that average is returned as another metric, "average".
     """
-    told = lambda v: interval(v) | {"median": float(np.median(v))}  # noqa: E731
-    models = {name: {metric: told(v) for metric, v in of.items()} for name, of in scores.items()}
+    average = np.mean([scores[metric] for metric in metrics], axis=0)  # [N,k]
+    candidates = dict(scores)
+    if len(metrics) > 1:
+        candidates = {"average": average, **scores}
+
+    best = average.argmax(axis=1)
+    rows = np.arange(len(best))
+    return {metric: values[rows, best] for metric, values in candidates.items()}
+
+
+def compare(
+    scores: dict[str, dict[str, np.ndarray]], less_is_better: Collection[str] = ()
+) -> dict[str, dict]:
+    """Summarize and compare models: {model: {metric: [N]}}, with the same N prompts for all.
+
+    Return {"models", "differences"}:
+
+    models: {model: {metric: its interval and "median"}}.
+    differences: {"b - a": {metric: its interval and "win_rate"}}, paired by prompt, for every
+        model b and each model a before it. win_rate: the interval of how often b is better.
+
+    less_is_better: the metrics of which a lower score wins.
+    """
+    models: dict[str, dict] = {}
+    for name, values_of_metric in scores.items():
+        models[name] = {}
+        for metric, values in values_of_metric.items():
+            models[name][metric] = {**interval(values), "median": float(np.median(values))}
+
     differences: dict[str, dict] = {}
     for a, b in combinations(scores, 2):
-        of = differences[f"{b} - {a}"] = {}
+        pair = {}
         for metric in scores[a]:
-            x, y = scores[b][metric], scores[a][metric]
-            won = wins(y, x) if metric in less_is_better else wins(x, y)
-            of[metric] = interval(x - y) | {"win_rate": interval(won)}
+            difference = scores[b][metric] - scores[a][metric]
+            won = wins(difference, 0)
+            if metric in less_is_better:
+                won = 1 - won
+            pair[metric] = {**interval(difference), "win_rate": interval(won)}
+        differences[f"{b} - {a}"] = pair
     return {"models": models, "differences": differences}
 
 
 def win_rates(compared: dict, metric: str) -> dict[str, dict[str, Summary | str]]:
-    """{a: {b: how often a is better than b}}, every model against every other, from what `compare` found."""
-    rates: dict[str, dict[str, Summary | str]] = {a: dict.fromkeys(compared["models"], "") for a in compared["models"]}
-    for name, of in compared["differences"].items():
-        (b, a), won = name.split(" - "), of[metric]["win_rate"]
-        rates[b][a] = won
-        rates[a][b] = {"mean": 1 - won["mean"], "low": 1 - won["high"], "high": 1 - won["low"]}
+    """Return {a: {b: how often a is better than b}} from what `compare` returned; "" for b = a."""
+    names = list(compared["models"])
+    rates: dict[str, dict[str, Summary | str]] = {name: dict.fromkeys(names, "") for name in names}
+    for pair, metrics in compared["differences"].items():
+        b, a = pair.split(" - ")
+        rate = metrics[metric]["win_rate"]
+        rates[b][a] = rate
+        rates[a][b] = {
+            "mean": 1 - rate["mean"],
+            "low": 1 - rate["high"],
+            "high": 1 - rate["low"],
+        }
     return rates
 
 
-def resolved(difference: Summary) -> int:
-    """1 if the interval lies above 0, -1 if below, 0 if it holds 0, or is of fewer than FEW: not resolved."""
-    return 0 if difference["n"] < FEW else int(difference["low"] > 0) - int(difference["high"] < 0)
+def significant_sign(difference: Summary) -> int:
+    """Return 1 or -1 if a difference is significantly above or below 0, and 0 if neither.
+
+    It is significant if its interval excludes 0 and is over at least FEW prompts.
+    """
+    if difference["n"] < FEW:
+        return 0
+    if difference["low"] > 0:
+        return 1
+    if difference["high"] < 0:
+        return -1
+    return 0
 
 
-def verdicts(differences: dict[str, dict], metric: str) -> str:
-    """Which models' means differ, in words."""
-    signs = {name: resolved(of[metric]) for name, of in differences.items()}
-    said = [name.replace(" - ", " > " if sign > 0 else " < ") for name, sign in signs.items() if sign]
-    open_ones = [name.replace(" - ", " and ") for name, sign in signs.items() if not sign]
-    return f"resolved: {', '.join(said) or 'none'}; not resolved: {', '.join(open_ones) or 'none'}"
+def format_cell(value: Summary | float | str, digits: int = 3, sign: str = "") -> str:
+    """Return a table's cell: `mean [low, high]`, a number, or a text as it is.
+
+    An interval has more than `digits` decimals if two digits of its width need them.
+    sign: "+" shows the sign of positive numbers too.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        return f"{value:{sign}.{digits}f}"
+
+    width = value["high"] - value["low"]
+    if width > 1e-9:
+        digits = max(digits, 1 - math.floor(math.log10(width)))
+    mean = f"{value['mean']:{sign}.{digits}f}"
+    low = f"{value['low']:{sign}.{digits}f}"
+    high = f"{value['high']:{sign}.{digits}f}"
+    return f"{mean} [{low}, {high}]"
 
 
-def markdown(rows: dict[str, dict[str, Summary | float | str]], digits: int = 3, sign: str = "") -> str:
-    """A table: a line for each of `rows`, a column for each metric, `mean [low, high]`. sign: "+" shows it."""
-
-    def cell(value: Summary | float | str) -> str:
-        if isinstance(value, dict):
-            width = value["high"] - value["low"]  # of which two digits are shown, where `digits` would not
-            places = max(digits, 1 - math.floor(math.log10(width))) if width > 1e-9 else digits
-            mean, low, high = (f"{value[key]:{sign}.{places}f}" for key in ("mean", "low", "high"))
-            return f"{mean} [{low}, {high}]"
-        return value if isinstance(value, str) else f"{value:{sign}.{digits}f}"
-
-    metrics = list(next(iter(rows.values())))
-    lines = [["", *metrics], ["---", *["---:"] * len(metrics)]]
-    lines += [[name, *(cell(of[metric]) for metric in metrics)] for name, of in rows.items()]
+def format_table(
+    rows: dict[str, dict[str, Summary | float | str]], digits: int = 3, sign: str = ""
+) -> str:
+    """Return a Markdown table: a line for each of `rows`, a column for each key of its values."""
+    columns = list(next(iter(rows.values())))
+    lines = [["", *columns], ["---", *["---:"] * len(columns)]]
+    for name, row in rows.items():
+        cells = [format_cell(row[column], digits, sign) for column in columns]
+        lines.append([name, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

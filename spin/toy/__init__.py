@@ -1,0 +1,38 @@
+"""The miniature world: captioned images of one shape each, an exact score, a base checkpoint.
+
+scenes.py: the scenes and their captions. pictures.py: the images of the data sets. score.py: what
+an image shows, and how well. base/: the model that self-play starts from, made by
+tutorial/pretrain_toy.py.
+"""
+
+from pathlib import Path
+
+from spin.toy.pictures import (
+    CURATED_SHA256,
+    curated_image,
+    curated_set,
+    hash_curated_set,
+    write_curated_set,
+)
+from spin.toy.scenes import SCENES, SIDE, Scene, ideal_image, split, to_pil
+from spin.toy.score import LESS_IS_BETTER, METRICS, score
+
+BASE = Path(__file__).parent / "base"
+
+__all__ = [
+    "BASE",
+    "CURATED_SHA256",
+    "LESS_IS_BETTER",
+    "METRICS",
+    "SCENES",
+    "SIDE",
+    "Scene",
+    "curated_image",
+    "curated_set",
+    "hash_curated_set",
+    "ideal_image",
+    "score",
+    "split",
+    "to_pil",
+    "write_curated_set",
+]

@@ -1,102 +1,203 @@
-"""How the miniature world's pictures were drawn: the curated set in spin/toy/set, and what its base was pretrained on.
+"""The images of the miniature world's data sets, and the curated set as a folder.
 
-    python tutorial/drawing.py FOLDER        draws the curated set again, the same to the last pixel
+There are three ways to paint a scene:
 
-Three ways to draw a scene: `curated`, a little jittered; `web`, as pretraining sees it: jittered, cluttered, washed out
-and carelessly captioned; `loser`, a web picture with wrong attributes, the rejected image of Diffusion-DPO.
+    curated    a little jittered: what fine-tuning learns from
+    web        jittered, cluttered, washed out, with a careless caption: what pretraining sees
+    loser      a web image with wrong attributes: the rejected image of Diffusion-DPO
 """
 
+import hashlib
 import json
-import sys
-from dataclasses import fields, replace
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from spin.infra.errors import InputError
+from spin.infra.files import read_text
+from spin.infra.images import read_image
+from spin.toy.scenes import (
+    ATTRIBUTES,
+    COLORS,
+    PLACES,
+    SIDE,
+    SIZES,
+    Scene,
+    paint,
+    shape_mask,
+    split,
+    to_pil,
+)
 
-from spin.infra import run  # noqa: E402
-from spin.toy.world import COLOURS, PLACES, SCENES, SIDE, SIZES, VALUES, Scene, coverage, paint, split, to_pil  # noqa: E402
+# hash_curated_set of the folder that write_curated_set writes
+CURATED_SHA256 = "80bb12ca49a072fbf7c29b470c6523899d81bb891ec64716337380f7f804d457"
 
 
-def about(scene: Scene, sd: float, rng: np.random.Generator) -> list[np.ndarray]:
-    return [np.array(COLOURS[name]) + rng.normal(0, sd, 3) for name in (scene.colour, scene.background)]
+# ---- three ways to paint a scene -----------------------------------------------------------------
 
 
-def curated(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene with a little jitter of colour (sd .015) and place (.4 px)."""
-    colour, background = about(scene, 0.015, rng)
-    mask = coverage(scene.shape, SIZES[scene.size], PLACES[scene.place] + rng.normal(0, 0.4, 2))
-    return np.clip(paint(mask, colour, background), 0, 1)
+def jittered_colors(scene: Scene, sd: float, rng: np.random.Generator) -> tuple:
+    """Return the scene's color and background, Gaussian noise of this sd added to each channel."""
+    color = np.array(COLORS[scene.color]) + rng.normal(0, sd, 3)
+    background = np.array(COLORS[scene.background]) + rng.normal(0, sd, 3)
+    return color, background
 
 
-def web(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The scene drawn carelessly; how much so, u in .15 to 1, is a matter of luck and the same for all its defects.
+def curated_image(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Return the scene with a little jitter: sd 0.015 of colors, 0.4 pixels of place."""
+    color, background = jittered_colors(scene, 0.015, rng)
+    center = PLACES[scene.place] + rng.normal(0, 0.4, 2)
+    mask = shape_mask(scene.shape, SIZES[scene.size], center)
+    return np.clip(paint(mask, color, background), 0, 1)
 
-    But for a little noise, sd .015, which every picture has.
+
+def web_image(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Return the scene as a careless painter paints it.
+
+    One random carelessness from 0.15 to 1 scales all defects but the last: jitter, clutter,
+    blotches, fading. The last, a little noise of sd 0.015, is in every image.
     """
-    u = rng.uniform(0.15, 1)
-    colour, background = about(scene, 0.08 * u, rng)
-    centre = PLACES[scene.place] + rng.normal(0, 1.8 * u, 2)
-    radius = SIZES[scene.size] * (1 + rng.normal(0, 0.12 * u))
-    picture = paint(coverage(scene.shape, radius, centre, rng.normal(0, 0.35 * u)), colour, background)
-    for _ in range(rng.poisson(u)):  # clutter
-        blob = coverage("circle", rng.uniform(0.8, 2.2), rng.uniform(0, SIDE, 2))
-        picture = paint(blob, rng.uniform(0, 1, 3), (0, 0, 0)) + (1 - blob[..., None]) * picture
-    blotches = rng.normal(0, 0.025 * u, (SIDE // 4, SIDE // 4, 3))
-    picture = picture + blotches.repeat(4, 0).repeat(4, 1)
-    fade = rng.uniform(0, 0.6 * u)
-    picture = (1 - fade) * picture + fade * 0.55  # washed out
-    return np.clip(picture + rng.normal(0, 0.015, picture.shape), 0, 1).astype(np.float32)
+    carelessness = rng.uniform(0.15, 1)
+
+    color, background = jittered_colors(scene, 0.08 * carelessness, rng)
+    center = PLACES[scene.place] + rng.normal(0, 1.8 * carelessness, 2)
+    radius = SIZES[scene.size] * (1 + rng.normal(0, 0.12 * carelessness))
+    angle = rng.normal(0, 0.35 * carelessness)
+    image = paint(shape_mask(scene.shape, radius, center, angle), color, background)
+
+    for _ in range(rng.poisson(carelessness)):  # clutter: small circles of any color
+        circle = shape_mask("circle", rng.uniform(0.8, 2.2), rng.uniform(0, SIDE, 2))
+        circle_color = rng.uniform(0, 1, 3)
+        image = paint(circle, circle_color, (0, 0, 0)) + (1 - circle[..., None]) * image
+
+    blotches = rng.normal(0, 0.025 * carelessness, (SIDE // 4, SIDE // 4, 3))
+    image = image + blotches.repeat(4, 0).repeat(4, 1)  # each blotch is 4 x 4 pixels
+
+    fading = rng.uniform(0, 0.6 * carelessness)
+    image = (1 - fading) * image + fading * 0.55  # towards a light gray
+
+    noise = rng.normal(0, 0.015, image.shape)
+    return np.clip(image + noise, 0, 1).astype(np.float32)
 
 
-def mistaken(scene: Scene, rng: np.random.Generator, chance: float = 0.12) -> Scene:
-    """Each attribute is wrong with this chance; colour and background stay different."""
-    for field in fields(Scene):
-        if rng.random() < chance:
-            taken = (getattr(scene, field.name), scene.colour if field.name == "background" else None)
-            taken += (scene.background,) if field.name == "colour" else ()
-            others = [value for value in VALUES[field.name] if value not in taken]
-            scene = replace(scene, **{field.name: others[rng.integers(len(others))]})
-    return scene
+def loser_image(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Return a rejected image for DPO: a web image of the scene, often with wrong attributes."""
+    return web_image(with_mistakes(scene, 0.12, rng), rng)
 
 
-def loser(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """[32,32,3], what DPO is told to avoid for this scene's caption: a web picture, its attributes often wrong."""
-    return web(mistaken(scene, rng), rng)
+def with_mistakes(scene: Scene, probability: float, rng: np.random.Generator) -> Scene:
+    """Return the scene, each attribute replaced by a wrong value with this probability.
 
-
-def curated_set(seed: int = 0) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(caption, picture, rejected picture) of each scene of "train"."""
-    rngs = [np.random.default_rng([seed, i]) for i in range(len(SCENES))]
-    return [(scene.caption, curated(scene, rng), loser(scene, rng)) for scene, rng in zip(split()["train"], rngs)]
+    Color and background stay different.
+    """
+    result = scene
+    for name, values in ATTRIBUTES.items():
+        if rng.random() < probability:
+            excluded = [getattr(result, name)]
+            if name in ("color", "background"):
+                excluded = [result.color, result.background]
+            wrong_values = [value for value in values if value not in excluded]
+            choice = rng.integers(len(wrong_values))
+            result = replace(result, **{name: wrong_values[choice]})
+    return result
 
 
 def careless_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Each attribute wrong in 8 of 100 captions, missing (but never the shape) in 20."""
-    told = mistaken(scene, rng, 0.08)
-    drop = [field.name for field in fields(Scene) if field.name != "shape" and rng.random() < 0.2]
-    return replace(told, **dict.fromkeys(drop)).caption
+    """Return a caption in which each attribute is wrong with probability 0.08, missing with 0.2.
+
+    The shape is never missing.
+    """
+    described = with_mistakes(scene, 0.08, rng)
+    for name in ATTRIBUTES:
+        if name != "shape" and rng.random() < 0.2:
+            described = replace(described, **{name: None})
+    return described.caption
 
 
-def write_curated(folder: Path) -> None:
-    """The curated set as train.py reads it: PNGs, for each a rejected one in rejected/, and metadata.jsonl."""
-    (folder / "rejected").mkdir(parents=True)
+# ---- the curated set -----------------------------------------------------------------------------
+
+
+def curated_set() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield (caption, image, rejected image) of each of the 600 scenes of "train"."""
+    for row, scene in enumerate(split()["train"]):
+        rng = np.random.default_rng([0, row])
+        image = curated_image(scene, rng)
+        rejected = loser_image(scene, rng)
+        yield scene.caption, image, rejected
+
+
+def curated_metadata() -> list[dict]:
+    """Return the rows of the curated set's metadata.jsonl."""
     rows = []
-    for i, (caption, picture, rejected) in enumerate(curated_set()):
-        row = {"file_name": f"{i:03d}.png", "text": caption, "rejected_file_name": f"rejected/{i:03d}.png"}
-        to_pil(picture).save(folder / row["file_name"])
+    for row, scene in enumerate(split()["train"]):
+        name = f"{row:03d}.png"
+        rows.append(
+            {"file_name": name, "text": scene.caption, "rejected_file_name": f"rejected/{name}"}
+        )
+    return rows
+
+
+def write_curated_set(folder: Path) -> None:
+    """Write the curated set as a data set like any other: PNGs and metadata.jsonl.
+
+    A folder that is there already is kept. Several processes may call this at once: each writes a
+    temporary folder of its own, and the first to finish renames it into place.
+    Raises InputError if the folder is there but incomplete.
+    """
+    if not folder.exists():
+        temporary = folder.with_name(f".{folder.name}.{uuid4().hex}.part")
+        try:
+            write_files(temporary)
+            temporary.rename(folder)
+        except OSError as error:
+            if not folder.exists():  # else another process was faster
+                raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    check_curated_set(folder)
+
+
+def write_files(folder: Path) -> None:
+    """Write all files of the curated set to a folder that is not there yet."""
+    rejected_folder = folder / "rejected"
+    rejected_folder.mkdir(parents=True)
+    metadata = curated_metadata()
+    for row, (_, image, rejected) in zip(metadata, curated_set(), strict=True):
+        to_pil(image).save(folder / row["file_name"])
         to_pil(rejected).save(folder / row["rejected_file_name"])
-        rows.append(json.dumps(row))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    lines = [json.dumps(row) + "\n" for row in metadata]
+    (folder / "metadata.jsonl").write_text("".join(lines))
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1 or Path(argv[0]).exists():
-        raise run.InputError("give one folder that does not exist yet")
-    write_curated(Path(argv[0]))
+def check_curated_set(folder: Path) -> None:
+    """Raise InputError if a file of the curated set is missing from `folder`."""
+    names = ["metadata.jsonl"]
+    for row in curated_metadata():
+        names.append(row["file_name"])
+        names.append(row["rejected_file_name"])
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder}: {missing[0]} is missing from the curated set; delete this folder, "
+            "and it will be written again"
+        )
 
 
-if __name__ == "__main__":
-    sys.exit(run.script("drawing.py", main))
+def hash_curated_set(folder: Path) -> str:
+    """Return SHA-256 over the captions and the decoded pixels of a curated set's files.
+
+    The pixels are uint8 RGB, row by row. The files themselves are not hashed, because how PNGs are
+    compressed depends on Pillow's version.
+    """
+    digest = hashlib.sha256()
+    for line in read_text(folder / "metadata.jsonl").splitlines():
+        row = json.loads(line)
+        digest.update(row["text"].encode())
+        for name in (row["file_name"], row["rejected_file_name"]):
+            pixels = np.asarray(read_image(folder / name))
+            digest.update(pixels.tobytes())
+    return digest.hexdigest()

@@ -1,39 +1,52 @@
-"""Intervals that cover what they should, pairing, win rates, and the verdicts drawn from them."""
+"""Intervals that cover what they should, pairing, win rates, significance, tables."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spin.eval import comparison as judge
 from spin.eval import stats
-from spin.eval import plots as viz
-from spin.eval.stats import compare, interval, resolved, wins
+from spin.eval.stats import compare, interval, significant_sign, wins
 
 seeds = st.integers(0, 2**32)
 
 
-def sample(seed: int, count: int = 40) -> np.ndarray:
+def exponential(seed: int, count: int = 40) -> np.ndarray:
     return np.random.default_rng(seed).exponential(size=count)
+
+
+# ---- Intervals -----------------------------------------------------------------------------------
 
 
 @given(seeds)
 def test_an_interval_holds_the_mean_and_ignores_the_order(seed):
-    values = sample(seed)
+    values = exponential(seed)
     found = interval(values)
     assert found["mean"] == pytest.approx(values.mean()) and found["n"] == 40
     assert found["low"] < found["mean"] < found["high"]
-    assert interval(values * 3 + 1)["low"] == pytest.approx(3 * found["low"] + 1)
+
     wider = interval(values, level=0.99)
     assert wider["low"] < found["low"] and wider["high"] > found["high"]
-    other = interval(np.random.default_rng(seed).permutation(values))
-    assert other["low"] == pytest.approx(found["low"], abs=0.03) and other["mean"] == pytest.approx(found["mean"])
+
+    shuffled = interval(np.random.default_rng(seed).permutation(values))
+    assert shuffled["low"] == pytest.approx(found["low"], abs=0.03)
+    assert shuffled["mean"] == pytest.approx(found["mean"])
+
+
+@given(seeds)
+def test_an_interval_scales_and_shifts_with_its_values(seed):
+    values = exponential(seed)
+    found = interval(values)
+    moved = interval(values * 3 + 1)
+    for key in ("mean", "low", "high"):
+        assert moved[key] == pytest.approx(3 * found[key] + 1)
 
 
 @pytest.mark.parametrize("value", [1.0, 0.3, 0.1 + 0.2, 7.66])
 @pytest.mark.parametrize("count", [1, 7, 100, 200])
 def test_equal_values_have_an_interval_without_width(value, count):
-    assert interval(np.full(count, value)) == {"mean": value, "low": value, "high": value, "n": count}
+    expected = {"mean": value, "low": value, "high": value, "n": count}
+    assert interval(np.full(count, value)) == expected
 
 
 def test_an_interval_is_that_of_a_normal_mean():
@@ -45,13 +58,27 @@ def test_an_interval_is_that_of_a_normal_mean():
 
 
 def test_ninety_five_of_a_hundred_intervals_cover():
-    covered = [f["low"] < 1 < f["high"] for f in (interval(sample(seed, 200)) for seed in range(400))]
+    covered = []
+    for seed in range(400):
+        found = interval(exponential(seed, 200))
+        covered.append(found["low"] < 1 < found["high"])
     assert 0.91 < np.mean(covered) < 0.975  # the mean of 400 has a standard deviation of 0.011
 
 
-def test_no_values_are_refused():
+@pytest.mark.parametrize("count, t", [(10, 2.2622), (30, 2.0452), (100, 1.9842)])
+def test_few_values_widen_an_interval_as_students_t_does(count, t):
+    """t: the 97.5 % quantile of Student's t with count - 1 degrees of freedom, from a table."""
+    expected = t / 1.95996 * np.sqrt(count / (count - 1))
+    assert stats.small_sample_factor(count, 0.95) == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("values", [[], [[1.0, 2.0]]])
+def test_what_is_no_list_of_values_is_refused(values):
     with pytest.raises(ValueError, match="at least one"):
-        interval(np.array([]))
+        interval(np.array(values))
+
+
+# ---- Comparisons ---------------------------------------------------------------------------------
 
 
 @given(seeds)
@@ -62,155 +89,140 @@ def test_win_rates_of_both_sides_make_one(seed):
 
 
 def test_differences_are_paired():
-    """Two models that agree but for 0.1 on prompts that differ widely: resolved only because pairs are compared."""
-    hard = 10 * sample(0, 50)
+    """Two models differ by 0.1 on prompts that differ widely: only pairing makes it significant."""
+    hard = 10 * exponential(0, 50)
     noise = 0.01 * np.random.default_rng(1).standard_normal(50)
     result = compare({"base": {"reward": hard}, "new": {"reward": hard + 0.1 + noise}})
-    low, high = result["models"]["base"]["reward"]["low"], result["models"]["base"]["reward"]["high"]
-    assert low < result["models"]["new"]["reward"]["mean"] < high
+
+    base = result["models"]["base"]["reward"]
+    assert base["low"] < result["models"]["new"]["reward"]["mean"] < base["high"]
+    assert base["median"] == pytest.approx(np.median(hard))
+
     difference = result["differences"]["new - base"]["reward"]
-    assert difference["mean"] == pytest.approx(0.1, abs=0.01) and resolved(difference) == 1
+    assert difference["mean"] == pytest.approx(0.1, abs=0.01)
     assert difference["win_rate"]["mean"] == 1
-    assert resolved(compare({"a": {"r": hard}, "b": {"r": hard - 1}})["differences"]["b - a"]["r"]) == -1
+    assert significant_sign(difference) == 1
 
 
-@pytest.mark.parametrize("count", [10, 30, 100])
-def test_equal_models_are_resolved_at_no_more_than_the_nominal_rate(count):
-    values = np.random.default_rng(count).standard_normal((2, 3000, count))
-    found = np.mean([resolved(interval(a - b)) != 0 for a, b in zip(*values)])
-    assert 0.03 < found < 0.05 + 2.5 * np.sqrt(0.05 * 0.95 / 3000)
-
-
-def test_nothing_is_concluded_from_a_few_prompts():
-    few = compare({"a": {"r": np.zeros(9)}, "b": {"r": np.ones(9)}})["differences"]["b - a"]["r"]
-    assert few["low"] == few["high"] == 1 and resolved(few) == 0
-    still = compare({name: {"reward": np.zeros(9)} for name in ("base", "sft")})["differences"]
-    assert [line["verdict"] for line in judge.claims(still, "reward")] == ["is not resolved"]
-    assert resolved(compare({"a": {"r": np.zeros(10)}, "b": {"r": np.ones(10)}})["differences"]["b - a"]["r"]) == 1
-
-
-def rewards(**means: float) -> dict[str, dict[str, np.ndarray]]:
-    spread = 0.01 * np.random.default_rng(0).standard_normal((len(means), 60))
-    return {n.replace("_", "-"): {"reward": m + noise} for (n, m), noise in zip(means.items(), spread)}
-
-
-def differences(**means: float) -> dict[str, dict]:
-    return compare(rewards(**means))["differences"]
-
-
-STORY = {"base": 7.0, "sft": 7.01, "dpo": 7.02, "spin_1": 7.1, "spin_2": 7.2, "spin_3": 7.3}
-
-
-@pytest.mark.parametrize(
-    "changed, verdicts",
-    [
-        ({}, ["holds"] * 5),
-        ({"sft": 7.12}, ["fails", "holds", "fails", "holds", "holds"]),
-        ({"sft": 6.5}, ["holds", "holds", "fails", "holds", "holds"]),  # ruined: that is no plateau
-        ({"sft": 7.05}, ["holds", "holds", "is not resolved", "holds", "holds"]),
-        ({"dpo": 7.2}, ["holds", "is not resolved", "holds", "holds", "holds"]),
-        ({"spin_3": 7.15}, ["holds", "holds", "holds", "holds", "fails"]),
-    ],
-)
-def test_claims(changed, verdicts):
-    assert [found["verdict"] for found in judge.claims(differences(**STORY | changed), "reward")] == verdicts
-
-
-def test_claims_need_their_models():
-    found = judge.claims(differences(base=7.0, sft=7.0, spin_1=6.5), "reward")
-    assert [(line["claim"], line["verdict"]) for line in found] == [
-        ("SPIN-1 beats SFT", "fails"),
-        ("SFT plateaus, staying within 0.05 of theta_0", "holds"),
-    ]
-    assert judge.claims(differences(base=7.0), "reward") == []
-    plateau = [
-        found for found in judge.claims(differences(base=7.0, sft=7.0), "reward") if "plateaus" in found["claim"]
-    ]
-    assert plateau and not judge.claims(
-        compare({"base": {"hps": np.ones(3)}, "sft": {"hps": np.ones(3)}})["differences"], "hps"
-    )
+def test_every_model_is_compared_with_each_one_before_it():
+    scores = {name: {"r": np.array([value])} for name, value in [("a", 1), ("b", 3), ("c", 7)]}
+    differences = compare(scores)["differences"]
+    means = {pair: metrics["r"]["mean"] for pair, metrics in differences.items()}
+    assert means == {"b - a": 2, "c - a": 6, "c - b": 4}
 
 
 def test_less_is_better_where_one_says_so():
-    a, b = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.5, 1.5, 2.5, 5.0])
-    [found] = compare({"a": {"x": a, "y": a}, "b": {"x": b, "y": b}}, less_is_better=["y"])["differences"].values()
-    assert found["x"]["win_rate"]["mean"] == 0.25 and found["y"]["win_rate"]["mean"] == 0.75
+    a = np.array([1.0, 2.0, 3.0, 4.0])
+    b = np.array([0.5, 1.5, 2.5, 5.0])
+    result = compare({"a": {"x": a, "y": a}, "b": {"x": b, "y": b}}, less_is_better=["y"])
+    found = result["differences"]["b - a"]
+    assert found["x"]["win_rate"]["mean"] == 0.25
+    assert found["y"]["win_rate"]["mean"] == 0.75
     assert found["x"]["mean"] == found["y"]["mean"] == -0.125
-
-
-def test_the_report_says_what_the_numbers_say(tmp_path):
-    found = judge.compare("a title", rewards(**STORY), [], "reward", {"seed": 3})
-    judge.write(tmp_path, found | {"tables": {"more": {"a": {"b": 1.0}}}})
-    text = (tmp_path / "results.md").read_text()
-    assert text.startswith("# a title\n") and "\n\nmore\n\n|  | b |\n" in text
-    assert "SPIN-1 beats SFT: this holds, the difference being +0.0" in text
-    [line] = [line for line in text.splitlines() if line.startswith("| spin-3 - base ")]
-    assert "| +0.2991 [+0.295" in line, "two digits of the interval's width are shown"
-    [line] = [line for line in text.splitlines() if line.startswith("| spin-3 |") and "1.00 [1.00, 1.00]" in line]
-    assert line == "| spin-3 | 1.00 [1.00, 1.00]" + " | 1.00 [1.00, 1.00]" * 4 + " |  |"
-    assert "- reward: resolved: sft > base, dpo > base, " in text
-    assert (tmp_path / "results.png").stat().st_size > 1000
-    brief = judge.markdown(found, brief=True)
-    assert "spin-3 - base" not in brief and "SPIN-1 beats SFT" in brief and "more" not in brief
-    assert stats.markdown({"m": {"r": interval(np.full(4, 2.0))}}, 1).splitlines()[-1] == "| m | 2.0 [2.0, 2.0] |"
-
-
-@given(seeds, st.integers(1, 6), st.integers(1, 3))
-def test_the_best_of_k(seed, k, metrics):
-    rng = np.random.default_rng(seed)
-    scores = {f"m{i}": rng.standard_normal((20, k)) for i in range(metrics)}
-    before = {name: values.copy() for name, values in scores.items()}
-    found = stats.best_of(scores, list(scores))
-    for n in range(20):
-        averages = [np.mean([of[n, j] for of in scores.values()]) for j in range(k)]
-        for name, values in scores.items():
-            assert found[name][n] == values[n, int(np.argmax(averages))]
-        assert metrics == 1 or found["average"][n] == pytest.approx(max(averages))
-    assert ("average" in found) == (metrics > 1)
-    assert all(np.array_equal(before[name], values) for name, values in scores.items())
-    order = rng.permutation(20)
-    shuffled = stats.best_of({name: values[order] for name, values in scores.items()}, list(scores))
-    assert all(np.array_equal(shuffled[name], found[name][order]) for name in found)
-    only = stats.best_of(scores, ["m0"])
-    assert np.array_equal(only["m0"], scores["m0"].max(1)) and "average" not in only
 
 
 @given(seeds)
 def test_two_models_win_rates_add_up_to_one(seed):
     rng = np.random.default_rng(seed)
-    scores = {name: {"r": rng.integers(0, 5, 30) / 4, "less": rng.integers(0, 5, 30) / 4} for name in "abc"}
-    found = compare(scores, less_is_better=["less"])
+    scores = {}
+    for name in "abc":
+        scores[name] = {"r": rng.integers(0, 5, 30) / 4, "less": rng.integers(0, 5, 30) / 4}
+    compared = compare(scores, less_is_better=["less"])
+
     for metric, sign in (("r", 1), ("less", -1)):
-        rates = stats.win_rates(found, metric)
-        for one in "abc":
-            assert rates[one][one] == ""
-            for other in set("abc") - {one}:
-                there, back = rates[one][other], rates[other][one]
-                assert there["mean"] + back["mean"] == pytest.approx(1) == there["low"] + back["high"]
-                assert there["low"] <= there["mean"] <= there["high"]
-                won = wins(sign * scores[one][metric], sign * scores[other][metric])
-                assert there["mean"] == pytest.approx(won.mean())
+        rates = stats.win_rates(compared, metric)
+        for a, b in [("a", "b"), ("a", "c"), ("b", "c"), ("c", "a")]:
+            there = rates[a][b]
+            back = rates[b][a]
+            assert there["mean"] + back["mean"] == pytest.approx(1)
+            assert there["low"] + back["high"] == pytest.approx(1)
+            assert there["low"] <= there["mean"] <= there["high"]
+            won = wins(sign * scores[a][metric], sign * scores[b][metric])
+            assert there["mean"] == pytest.approx(won.mean())
+        assert rates["a"]["a"] == rates["b"]["b"] == rates["c"]["c"] == ""
+
+
+@given(seeds)
+def test_the_order_of_prompts_does_not_matter(seed):
+    rng = np.random.default_rng(seed)
+    scores = {name: {"r": rng.integers(0, 5, 30) / 4} for name in "ab"}
     order = rng.permutation(30)
-    again = compare({name: {m: v[order] for m, v in of.items()} for name, of in scores.items()}, ["less"])
-    for name, of in found["differences"].items():
-        for metric, summary in of.items():
-            assert again["differences"][name][metric]["mean"] == pytest.approx(summary["mean"])
-            assert again["differences"][name][metric]["win_rate"]["mean"] == pytest.approx(summary["win_rate"]["mean"])
+    shuffled = {name: {"r": metrics["r"][order]} for name, metrics in scores.items()}
+    expected = compare(scores)["differences"]["b - a"]["r"]
+    found = compare(shuffled)["differences"]["b - a"]["r"]
+    assert found["mean"] == pytest.approx(expected["mean"])
+    assert found["win_rate"]["mean"] == pytest.approx(expected["win_rate"]["mean"])
 
 
-def test_verdicts_in_words():
-    rng = np.random.default_rng(0)
-    scores = {"a": {"r": rng.standard_normal(50)}}
-    scores |= {"b": {"r": scores["a"]["r"] + 1}, "c": {"r": scores["a"]["r"] + rng.standard_normal(50)}}
-    said = stats.verdicts(compare(scores)["differences"], "r")
-    assert said == "resolved: b > a, c < b; not resolved: c and a"
+# ---- Significance --------------------------------------------------------------------------------
 
 
-def test_the_chart_puts_points_and_intervals_in_their_places():
-    points = {"low": {"mean": 1.0, "low": 0.5, "high": 1.2}, "high": {"mean": 3.0, "low": 2.9, "high": 3.6}}
-    chart = np.asarray(viz.interval_chart("reward", points, 460, 240))
-    left, right = chart[:, 76:261], chart[:, 261:]
-    dots = [np.argwhere((half == viz.COLOURS[1]).all(2))[:, 0].mean() for half in (left, right)]
-    bars = [np.ptp(np.argwhere((half == viz.COLOURS[0]).all(2))[:, 0]) for half in (left, right)]
-    assert dots[0] - dots[1] == pytest.approx(2 / (3.1 * 1.1) * 176, abs=2), "pixels for 2.0 on an axis of 3.1, padded"
-    assert bars[0] == pytest.approx(bars[1], abs=3) and bars[0] == pytest.approx(0.7 / (3.1 * 1.1) * 176, abs=3)
+@pytest.mark.parametrize(
+    "low, high, n, sign",
+    [(0.1, 0.2, 10, 1), (-0.2, -0.1, 10, -1), (-0.1, 0.1, 10, 0), (0, 1, 10, 0), (1, 1, 9, 0)],
+)
+def test_a_difference_is_significant_if_its_interval_excludes_zero(low, high, n, sign):
+    """And if it is over at least ten prompts."""
+    assert significant_sign({"mean": (low + high) / 2, "low": low, "high": high, "n": n}) == sign
+
+
+@pytest.mark.parametrize("count", [10, 30, 100])
+def test_equal_models_differ_significantly_at_no_more_than_the_nominal_rate(count):
+    a, b = np.random.default_rng(count).standard_normal((2, 3000, count))
+    signs = [significant_sign(interval(difference)) for difference in a - b]
+    rate = np.mean(np.array(signs) != 0)
+    assert 0.03 < rate < 0.05 + 2.5 * np.sqrt(0.05 * 0.95 / 3000)
+
+
+# ---- The best of k -------------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(1, 6), st.integers(1, 3))
+def test_the_best_of_k(seed, k, num_metrics):
+    rng = np.random.default_rng(seed)
+    scores = {f"m{i}": rng.standard_normal((20, k)) for i in range(num_metrics)}
+    before = {metric: values.copy() for metric, values in scores.items()}
+    found = stats.best_of(scores, list(scores))
+
+    average = sum(scores.values()) / num_metrics  # [20,k]
+    best = average.argmax(axis=1)
+    for metric, values in scores.items():
+        assert np.array_equal(found[metric], values[range(20), best])
+        assert np.array_equal(values, before[metric])
+    assert ("average" in found) == (num_metrics > 1)
+    if num_metrics > 1:
+        np.testing.assert_allclose(found["average"], average.max(axis=1))
+
+
+@given(seeds, st.integers(1, 6))
+def test_the_best_of_k_by_one_metric_of_several(seed, k):
+    rng = np.random.default_rng(seed)
+    scores = {"by": rng.standard_normal((20, k)), "other": rng.standard_normal((20, k))}
+    found = stats.best_of(scores, ["by"])
+    assert np.array_equal(found["by"], scores["by"].max(axis=1))
+    assert set(found) == {"by", "other"}
+
+
+def test_the_first_of_equal_images_is_the_best():
+    found = stats.best_of({"by": np.ones((1, 3)), "tag": np.array([[7, 8, 9]])}, ["by"])
+    assert found["tag"].tolist() == [7]
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def test_a_table_has_a_line_for_each_row():
+    rows = {"a": {"x": 1.0, "y": "text"}, "b": {"x": interval(np.full(4, 2.0)), "y": -0.5}}
+    assert stats.format_table(rows, digits=1, sign="+").splitlines() == [
+        "|  | x | y |",
+        "| --- | ---: | ---: |",
+        "| a | +1.0 | text |",
+        "| b | +2.0 [+2.0, +2.0] | -0.5 |",
+    ]
+
+
+def test_a_cell_shows_two_digits_of_an_intervals_width():
+    narrow = {"mean": 0.29912, "low": 0.29541, "high": 0.30271}
+    assert stats.format_cell(narrow) == "0.2991 [0.2954, 0.3027]"
+    wide = {"mean": 29.912, "low": -29.541, "high": 30.271}
+    assert stats.format_cell(wide) == "29.912 [-29.541, 30.271]"

@@ -1,4 +1,4 @@
-"""Checkpoints as they are in the wild: single original files, pickles, hub ids; and what is refused.
+"""Single files in the original layout, pickles, hub ids, and files that are something else.
 
 The name tables were compared once, name by name, with diffusers' own conversion of SD-1.x and 2.x.
 """
@@ -7,175 +7,254 @@ import pickle
 import shutil
 import sys
 import types
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-import helpers
 import torch
+from helpers import MANIFEST
 from safetensors.torch import load_file, save_file
-from test_folders import UNET, assert_same, states
 
 import sample
 import train
-from spin.checkpoint import single_file as original
-from spin.checkpoint import pipeline as weights
-from spin.infra.run import InputError
+from spin.checkpoint import (
+    Pipeline,
+    hash_checkpoint,
+    load_pipeline,
+    load_unet,
+    save_single_file,
+    single_file,
+)
+from spin.checkpoint.configs import SD_1, SD_2
+from spin.infra.errors import InputError
 from spin.scheduler import Scheduler
-from spin.unet import UNet
-from spin.vae import AutoencoderKL
+
+
+@dataclass
+class Example:
+    """A tiny model and the single file that it was saved to."""
+
+    tag: str  # "tiny" (as SD-1.x) or "tiny2" (as SD-2.x)
+    pipe: Pipeline
+    path: Path
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_folder, tiny2_folder, tmp_path_factory) -> dict[str, Example]:
+    examples = {}
+    for tag, folder in (("tiny", tiny_folder), ("tiny2", tiny2_folder)):
+        path = tmp_path_factory.mktemp(tag) / "model.safetensors"
+        pipe = load_pipeline(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            expect_sizes(patch, tag)
+            save_single_file(pipe, path)
+        examples[tag] = Example(tag, pipe, path)
+    return examples
 
 
 @pytest.fixture(params=["tiny", "tiny2"])
-def model(request, monkeypatch) -> weights.StableDiffusion:
-    """The tiny checkpoints, and their configs in place of those that files of SD-1.x and 2.x are taken to have."""
-    folder = request.getfixturevalue("tiny_folder" if request.param == "tiny" else "tiny2_folder")
-    config = helpers.MANIFEST[f"{request.param}.config"]
-    for kind in ("SD_1", "SD_2"):
-        monkeypatch.setattr(original, kind, config | {"scheduler": getattr(original, kind)["scheduler"]})
-    return weights.load(folder)
+def example(request, examples, monkeypatch) -> Example:
+    """One of the two, while files are taken to have its sizes. Copy what you change."""
+    expect_sizes(monkeypatch, request.param)
+    return examples[request.param]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def expect_sizes(monkeypatch: pytest.MonkeyPatch, tag: str) -> None:
+    """Make single files have the tiny model's configs in place of Stable Diffusion's."""
+    for name, published in (("SD_1", SD_1), ("SD_2", SD_2)):
+        config = dict(MANIFEST[f"{tag}.config"])
+        config["scheduler"] = published["scheduler"]
+        monkeypatch.setattr(single_file, name, config)
+
+
+# -----------------------------------------------------------------------------
 # the original layout
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_single_file_and_back_is_bit_equal(model, dtype, tmp_path):
-    sd = weights.StableDiffusion(
-        model.unet.to(dtype), model.vae.to(dtype), model.text_encoder.to(dtype), model.scheduler
-    )
-    weights.save_single(sd, tmp_path / "model.safetensors")
-    back = weights.load(tmp_path / "model.safetensors", dtype)
-    ours, theirs = states(sd), states(back)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert back.scheduler.prediction_type == sd.scheduler.prediction_type
-    assert back.text_encoder.tokenizer.pad_token == sd.text_encoder.tokenizer.pad_token
-    if dtype == torch.float32:
-        assert_same(sd, back)
+def test_a_saved_file_is_loaded_to_the_bit(example, assert_same_pipelines):
+    loaded = load_pipeline(example.path)
+    assert_same_pipelines(loaded, example.pipe)
+    pad_token = example.pipe.text_encoder.tokenizer.pad_token
+    assert loaded.text_encoder.tokenizer.pad_token == pad_token
 
 
-def test_a_training_checkpoint(model, tmp_path):
-    """A pickle with averaged weights, the schedule, position ids, a step count, and layers that SD-2.x does not use."""
-    weights.save_single(model, tmp_path / "model.safetensors")
-    tensors = load_file(tmp_path / "model.safetensors")
-    other = {name.replace("model.diffusion_model.", "model_ema.diffusion_model"): t + 1 for name, t in tensors.items()}
-    other = {name: tensor for name, tensor in other.items() if name.startswith("model_ema")}
-    other |= {"betas": torch.zeros(1000), "model_ema.decay": torch.tensor(0.9999)}
-    if any(name.startswith(original.TEXT_1) for name in tensors):
-        other[original.TEXT_1 + "embeddings.position_ids"] = torch.arange(77)[None]
+def test_half_precision_is_kept(example, tmp_path, assert_same_weights):
+    halves = load_pipeline(example.path, torch.float16)
+    save_single_file(halves, tmp_path / "model.safetensors")
+    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()}
+    assert dtypes == {torch.float16}
+    assert_same_weights(load_pipeline(tmp_path / "model.safetensors", torch.float16), halves)
+
+
+def test_other_tensors_of_a_training_checkpoint_are_not_read(
+    example, tmp_path, assert_same_weights
+):
+    tensors = load_file(example.path)
+    for name, tensor in load_file(example.path).items():
+        if name.startswith("model.diffusion_model."):
+            averaged = name.replace("model.diffusion_model.", "model_ema.diffusion_model")
+            tensors[averaged] = tensor + 1
+    tensors["model_ema.decay"] = torch.tensor(0.9999)
+    tensors["betas"] = torch.zeros(1000)
+    if example.tag == "tiny":
+        position_ids = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+        tensors[position_ids] = torch.arange(77)[None]
     else:
-        other |= {original.TEXT_2 + "transformer.resblocks.23.ln_1.weight": torch.zeros(3)}
-        other |= {original.TEXT_2 + "logit_scale": torch.zeros(())}
-    torch.save({"state_dict": tensors | other, "global_step": 470000}, tmp_path / "model.ckpt")
-    read = weights.load(tmp_path / "model.ckpt")
-    assert all(torch.equal(tensor, states(model)[name]) for name, tensor in states(read).items())
-    assert weights.checkpoint_hash(tmp_path / "model.ckpt") != weights.checkpoint_hash(tmp_path / "model.safetensors")
+        tensors["cond_stage_model.model.transformer.resblocks.23.ln_1.weight"] = torch.zeros(3)
+        tensors["cond_stage_model.model.logit_scale"] = torch.zeros(())
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": tensors, "global_step": 470000}, path)
+    assert_same_weights(load_pipeline(path), example.pipe)
+    assert hash_checkpoint(path) != hash_checkpoint(example.path)
 
 
-def test_a_file_says_what_its_network_predicts(model, tmp_path):
-    """SD-2.x at 512 px predicts noise; a file that does not say so is taken for one that predicts v."""
-    if model.scheduler.prediction_type == "v_prediction":
-        noise = Scheduler(model.scheduler.config | {"prediction_type": "epsilon"})
-        weights.save_single(replace(model, scheduler=noise), tmp_path / "model.safetensors")
-        assert weights.load(tmp_path / "model.safetensors").scheduler.prediction_type == "epsilon"
-        save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "silent.safetensors")
-        assert weights.load(tmp_path / "silent.safetensors").scheduler.prediction_type == "v_prediction"
+def test_a_file_says_what_its_network_predicts(examples, monkeypatch, tmp_path):
+    """SD-2.x at 512 px predicts noise. A file that does not say so is taken for one of 768 px."""
+    expect_sizes(monkeypatch, "tiny2")
+    pipe = examples["tiny2"].pipe
+    config = dict(pipe.scheduler.config)
+    config["prediction_type"] = "epsilon"
+    path = tmp_path / "model.safetensors"
+    save_single_file(replace(pipe, scheduler=Scheduler(config)), path)
+    assert load_pipeline(path).scheduler.prediction_type == "epsilon"
+
+    tensors = load_file(path)
+    save_file(tensors, path)  # without metadata
+    assert load_pipeline(path).scheduler.prediction_type == "v_prediction"
+
+    save_file(tensors, path, {"modelspec.prediction_type": "vague"})
+    with pytest.raises(InputError, match="vague"):
+        load_pipeline(path)
 
 
-def test_a_checkpoint_of_pytorch_lightning(model, tmp_path, monkeypatch):
-    """The published .ckpt files name one of its classes, as the key of a callback's state; and keys may be numbers."""
-    weights.save_single(model, tmp_path / "model.safetensors")
-    name = "pytorch_lightning.callbacks.model_checkpoint"
-    callback = type("ModelCheckpoint", (), {"__module__": name})
+def test_a_checkpoint_of_pytorch_lightning(example, tmp_path, monkeypatch, assert_same_weights):
+    """Published .ckpt files name one of its classes, as the key of a callback's state.
+
+    Keys may be numbers, too.
+    """
+    module_name = "pytorch_lightning.callbacks.model_checkpoint"
+    callback = type("ModelCheckpoint", (), {"__module__": module_name})
+    module = types.ModuleType(module_name)
+    module.ModelCheckpoint = callback
+    tensors = load_file(example.path)
+    tensors[7] = torch.zeros(1)
+    content = {"state_dict": tensors, "callbacks": {callback: {"monitor": "loss"}}}
     with monkeypatch.context() as patch:
-        for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
-            patch.setitem(sys.modules, part, types.ModuleType(part))
-        sys.modules[name].ModelCheckpoint = callback
-        tensors = load_file(tmp_path / "model.safetensors") | {7: torch.zeros(1)}
-        torch.save({"state_dict": tensors, "callbacks": {callback: {"monitor": "loss"}}}, tmp_path / "model.ckpt")
-    assert name not in sys.modules
-    read = weights.load(tmp_path / "model.ckpt")
-    assert all(torch.equal(tensor, states(model)[name]) for name, tensor in states(read).items())
+        patch.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
+        patch.setitem(sys.modules, "pytorch_lightning.callbacks", types.ModuleType("callbacks"))
+        patch.setitem(sys.modules, module_name, module)
+        torch.save(content, tmp_path / "model.ckpt")
+    assert module_name not in sys.modules
+    assert_same_weights(load_pipeline(tmp_path / "model.ckpt"), example.pipe)
 
 
-@pytest.mark.parametrize("kind", [original.SD_1, original.SD_2], ids=["SD-1.x", "SD-2.x"])
-def test_the_name_table_is_a_bijection_at_full_size(kind):
-    with torch.device("meta"):
-        unet, vae = UNet(kind["unet"]).state_dict(), AutoencoderKL(kind["vae"]).state_dict()
-    for network, state in (("unet", unet), ("vae", vae)):
-        table = original.names(network, list(state), kind[network])
-        assert len(table) == len(set(table.values())) == {"unet": 686, "vae": 248}[network]
-        there = original.to_original(network, state, kind[network])
-        back = original.from_original(network, there, list(state), kind[network])
-        assert {name: t.shape for name, t in back.items()} == {name: t.shape for name, t in state.items()}
+@pytest.mark.parametrize("configs", [SD_1, SD_2], ids=["SD-1.x", "SD-2.x"])
+def test_the_unets_names_are_a_bijection_at_full_size(configs):
+    names = single_file.original_unet_names(configs["unet"])
+    assert len(names) == len(set(names.values())) == 686
     published = {
-        "time_embed.0.weight": "time_embedding.linear_1.weight",
-        "input_blocks.0.0.bias": "conv_in.bias",
-        "input_blocks.2.1.proj_in.weight": "down_blocks.0.attentions.1.proj_in.weight",
-        "input_blocks.3.0.op.weight": "down_blocks.0.downsamplers.0.conv.weight",
-        "input_blocks.4.0.skip_connection.weight": "down_blocks.1.resnets.0.conv_shortcut.weight",
-        "input_blocks.11.0.out_layers.3.bias": "down_blocks.3.resnets.1.conv2.bias",
-        "middle_block.1.transformer_blocks.0.attn2.to_k.weight":
-            "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
-        "middle_block.2.emb_layers.1.weight": "mid_block.resnets.1.time_emb_proj.weight",
-        "output_blocks.2.1.conv.weight": "up_blocks.0.upsamplers.0.conv.weight",
-        "output_blocks.5.2.conv.weight": "up_blocks.1.upsamplers.0.conv.weight",
-        "output_blocks.11.1.norm.weight": "up_blocks.3.attentions.2.norm.weight",
-        "out.2.weight": "conv_out.weight",
-    }  # fmt: skip
-    table = original.names("unet", list(unet), kind["unet"])
-    assert {there: table[ours] for there, ours in published.items()} == {n: original.UNET + n for n in published}
+        "time_embedding.linear_1.weight": "time_embed.0.weight",
+        "conv_in.bias": "input_blocks.0.0.bias",
+        "down_blocks.0.attentions.1.proj_in.weight": "input_blocks.2.1.proj_in.weight",
+        "down_blocks.0.downsamplers.0.conv.weight": "input_blocks.3.0.op.weight",
+        "down_blocks.1.resnets.0.conv_shortcut.weight": "input_blocks.4.0.skip_connection.weight",
+        "down_blocks.3.resnets.1.conv2.bias": "input_blocks.11.0.out_layers.3.bias",
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": (
+            "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+        ),
+        "mid_block.resnets.1.time_emb_proj.weight": "middle_block.2.emb_layers.1.weight",
+        "up_blocks.0.upsamplers.0.conv.weight": "output_blocks.2.1.conv.weight",
+        "up_blocks.1.upsamplers.0.conv.weight": "output_blocks.5.2.conv.weight",
+        "up_blocks.3.attentions.2.norm.weight": "output_blocks.11.1.norm.weight",
+        "conv_out.weight": "out.2.weight",
+    }
+    for ours, original in published.items():
+        assert names[ours] == "model.diffusion_model." + original
+
+
+@pytest.mark.parametrize("configs", [SD_1, SD_2], ids=["SD-1.x", "SD-2.x"])
+def test_the_vaes_names_are_a_bijection_at_full_size(configs):
+    names = single_file.original_vae_names(configs["vae"])
+    assert len(names) == len(set(names.values())) == 248
     published = {
-        "encoder.down.1.block.0.nin_shortcut.weight": "encoder.down_blocks.1.resnets.0.conv_shortcut.weight",
-        "encoder.down.2.downsample.conv.bias": "encoder.down_blocks.2.downsamplers.0.conv.bias",
-        "encoder.mid.attn_1.q.weight": "encoder.mid_block.attentions.0.to_q.weight",
-        "decoder.mid.attn_1.proj_out.weight": "decoder.mid_block.attentions.0.to_out.0.weight",
-        "decoder.mid.block_2.conv1.weight": "decoder.mid_block.resnets.1.conv1.weight",
-        "decoder.up.3.block.2.norm1.weight": "decoder.up_blocks.0.resnets.2.norm1.weight",
-        "decoder.up.1.upsample.conv.weight": "decoder.up_blocks.2.upsamplers.0.conv.weight",
-        "decoder.norm_out.bias": "decoder.conv_norm_out.bias",
+        "encoder.down_blocks.1.resnets.0.conv_shortcut.weight": (
+            "encoder.down.1.block.0.nin_shortcut.weight"
+        ),
+        "encoder.down_blocks.2.downsamplers.0.conv.bias": "encoder.down.2.downsample.conv.bias",
+        "encoder.mid_block.attentions.0.to_q.weight": "encoder.mid.attn_1.q.weight",
+        "decoder.mid_block.attentions.0.to_out.0.weight": "decoder.mid.attn_1.proj_out.weight",
+        "decoder.mid_block.resnets.1.conv1.weight": "decoder.mid.block_2.conv1.weight",
+        "decoder.up_blocks.0.resnets.2.norm1.weight": "decoder.up.3.block.2.norm1.weight",
+        "decoder.up_blocks.2.upsamplers.0.conv.weight": "decoder.up.1.upsample.conv.weight",
+        "decoder.conv_norm_out.bias": "decoder.norm_out.bias",
         "quant_conv.weight": "quant_conv.weight",
     }
-    table = original.names("vae", list(vae), kind["vae"])
-    assert {there: table[ours] for there, ours in published.items()} == {n: original.VAE + n for n in published}
-    assert original.to_original("vae", vae, kind["vae"])[original.VAE + "encoder.mid.attn_1.q.weight"].ndim == 4
+    for ours, original in published.items():
+        assert names[ours] == "first_stage_model." + original
 
 
-def test_a_files_unet_in_another_model_and_sample_py(model, tiny_folder, tmp_path, capsys):
+def test_the_attention_of_a_files_vae_is_made_of_convolutions(example):
+    tensors = load_file(example.path)
+    linear = example.pipe.vae.encoder.mid_block.attentions[0].to_q
+    convolution = tensors["first_stage_model.encoder.mid.attn_1.q.weight"]
+    assert torch.equal(convolution, linear.weight[:, :, None, None])
+    assert torch.equal(tensors["first_stage_model.encoder.mid.attn_1.q.bias"], linear.bias)
+
+
+def test_the_unet_of_a_file_in_another_model(examples, tiny_folder, monkeypatch, tmp_path):
+    expect_sizes(monkeypatch, "tiny")
+    pipe = load_pipeline(examples["tiny"].path).freeze()
+    pipe.unet.conv_in.bias += 1
+    path = tmp_path / "changed.safetensors"
+    save_single_file(pipe, path)
+    bias = pipe.unet.conv_in.bias
+    assert torch.equal(load_unet(path).conv_in.bias, bias)
+    assert torch.equal(load_pipeline(tiny_folder, unet=path).unet.conv_in.bias, bias)
+    assert torch.equal(load_pipeline(path, unet=tiny_folder).unet.conv_in.bias + 1, bias)
+
+
+def test_sample_py_saves_a_single_file(
+    tiny_folder, pipe, tmp_path, monkeypatch, assert_same_weights
+):
+    expect_sizes(monkeypatch, "tiny")
     out = tmp_path / "single" / "model.safetensors"
-    out.parent.mkdir()
-    with torch.no_grad():
-        model.unet.conv_in.bias += 1
-    weights.save(model, tmp_path / "changed")
-    sample.main(["--model", str(tmp_path / "changed"), "--save-single", str(out), "--out", str(tmp_path / "none")])
-    assert torch.equal(weights.load_unet(out).conv_in.bias, model.unet.conv_in.bias)
-    if model.scheduler.prediction_type == "epsilon":
-        both = weights.load(tiny_folder, unet=out)
-        assert torch.equal(both.unet.conv_in.bias, model.unet.conv_in.bias)
-        assert torch.equal(weights.load(out, unet=tiny_folder).unet.conv_in.bias + 1, model.unet.conv_in.bias)
+    flags = ["--model", str(tiny_folder), "--save-single", str(out), "--device", "cpu"]
+    sample.main([*flags, "--out", str(tmp_path / "images")])
+    assert_same_weights(load_pipeline(out), pipe)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_train_py_starts_from_a_single_file(examples, image_folder, tmp_path, monkeypatch):
+    expect_sizes(monkeypatch, "tiny")
+    flags = "--resolution 64 --iterations 1 --steps 1 --batch-size 1 --sampler-steps 2"
+    flags += " --grid-prompts 0 --device cpu"
+    paths = ["--model", str(examples["tiny"].path), "--data", str(image_folder)]
+    train.main([*paths, "--out", str(tmp_path / "run"), *flags.split()])
+    load_unet(tmp_path / "run/iter1/checkpoint")
+
+
+# -----------------------------------------------------------------------------
 # pickles
 
 
-def as_bin(folder: Path) -> None:
-    """The folder's weights as older versions of diffusers and transformers stored them."""
-    for path in folder.rglob("*.safetensors"):
-        name = "pytorch_model.bin" if path.parent.name == "text_encoder" else "diffusion_pytorch_model.bin"
+@pytest.fixture
+def folder_of_pickles(model_copy) -> Path:
+    """A folder as older versions of diffusers and transformers wrote it."""
+    for path in model_copy.rglob("*.safetensors"):
+        is_text = path.parent.name == "text_encoder"
+        name = "pytorch_model.bin" if is_text else "diffusion_pytorch_model.bin"
         torch.save(load_file(path), path.with_name(name))
         path.unlink()
+    return model_copy
 
 
-def test_bin_files(tiny_folder, sd, tmp_path):
-    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-    as_bin(folder)
-    assert_same(weights.load(folder), sd)
+def test_bin_files(folder_of_pickles, pipe, assert_same_pipelines):
+    assert_same_pipelines(load_pipeline(folder_of_pickles), pipe)
 
 
 class Harmful:
+    """An object whose pickle creates a file when it is read."""
+
     def __init__(self, proof: Path):
         self.proof = proof
 
@@ -183,118 +262,139 @@ class Harmful:
         return Path.touch, (self.proof,)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(save, tmp_path):
-    proof, path = tmp_path / "it ran", tmp_path / "model.ckpt"
-    save({"state_dict": Harmful(proof)}, path)
-    with pytest.raises(InputError, match="model.ckpt: .*not read. A .safetensors file is safe"):
-        weights.load(path)
+@pytest.mark.parametrize("format", ["torch.save", "pickle"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(format, tmp_path):
+    proof = tmp_path / "it ran"
+    path = tmp_path / "model.ckpt"
+    content = {"state_dict": Harmful(proof)}
+    if format == "torch.save":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError, match="model.ckpt: .*not loaded. Use a .safetensors file"):
+        load_pipeline(path)
     assert not proof.exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # the hub
 
 
-def test_a_hub_id(tiny_folder, sd, tmp_path, monkeypatch):
-    asked = []
+class FakeHub:
+    """Takes the place of huggingface_hub.snapshot_download and keeps what it is asked for."""
 
-    def download(repository: str, allow_patterns: list[str]) -> str:
-        asked.append((repository, allow_patterns))
-        return str(tiny_folder)
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.repositories = []
+        self.patterns = []
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    def snapshot_download(self, repository: str, allow_patterns: list[str]) -> str:
+        self.repositories.append(repository)
+        self.patterns.append(list(allow_patterns))
+        return str(self.folder)
+
+    def asked_for(self, file: str) -> list[bool]:
+        """Return for each call whether its patterns match a file."""
+        answers = []
+        for patterns in self.patterns:
+            answers.append(any(fnmatch(file, pattern) for pattern in patterns))
+        return answers
+
+
+def test_a_model_from_the_hub(tiny_folder, pipe, tmp_path, monkeypatch, assert_same_pipelines):
+    hub = FakeHub(tiny_folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
     monkeypatch.chdir(tmp_path)
-    assert_same(weights.load("org/name"), sd)
-    weights.load_unet("UCLA-AGI/SPIN-Diffusion-iter1")
-    assert {repository for repository, _ in asked} == {"org/name", "UCLA-AGI/SPIN-Diffusion-iter1"}
-    whole, unet = asked[0][1], asked[-1][1]
-    assert "vae/diffusion_pytorch_model.safetensors" in whole and "tokenizer/*.txt" in whole
-    assert all(pattern.startswith("unet/") for pattern in unet) and not any(
-        "fp16" in each or "bin" in each for each in whole
-    )
+    assert_same_pipelines(load_pipeline("org/name"), pipe)
+    assert hub.repositories == ["org/name"]
+    assert hub.asked_for("vae/diffusion_pytorch_model.safetensors") == [True]
+    assert hub.asked_for("tokenizer/merges.txt") == [True]
+    assert hub.asked_for("unet/diffusion_pytorch_model.fp16.safetensors") == [False]
+    assert hub.asked_for("unet/diffusion_pytorch_model.bin") == [False]
 
 
-def test_bin_files_are_downloaded_where_there_are_no_others(tiny_folder, tmp_path, monkeypatch):
-    folder, asked = Path(shutil.copytree(tiny_folder, tmp_path / "hub")), []
-    as_bin(folder)
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda _, allow_patterns: asked.append(allow_patterns) or folder
-    )
-    weights.load_unet("org/name")
-    wanted = ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors"]
-    for name in wanted:
-        assert [any(fnmatch(name, pattern) for pattern in patterns) for patterns in asked] == [False, True]
+def test_a_unet_from_the_hub(tiny_folder, tmp_path, monkeypatch):
+    hub = FakeHub(tiny_folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    load_unet("UCLA-AGI/SPIN-Diffusion-iter1")
+    assert hub.repositories == ["UCLA-AGI/SPIN-Diffusion-iter1"]
+    [patterns] = hub.patterns
+    assert all(pattern.startswith("unet/") for pattern in patterns)
 
 
-@pytest.mark.parametrize("source", ["org/name", "no-such-folder", "no/such/folder", "./models/name", "model.ckpt"])
-def test_what_is_neither_here_nor_there(source, tmp_path, monkeypatch):
-    def offline(*_, **__):
+def test_bin_files_are_downloaded_if_there_are_no_others(folder_of_pickles, monkeypatch):
+    hub = FakeHub(folder_of_pickles)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    load_unet("org/name")
+    for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"):
+        assert hub.asked_for(f"unet/{name}") == [False, True]
+
+
+@pytest.mark.parametrize(
+    "source", ["org/name", "no-such-folder", "no/such/folder", "./models/name", "model.ckpt"]
+)
+def test_a_source_that_is_nowhere_is_refused(source, tmp_path, monkeypatch):
+    def raise_offline(*args, **kwargs):
         raise ConnectionError("no network\nand a long story")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", raise_offline)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError) as refusal:
-        weights.load(source)
-    assert str(refusal.value).startswith(source) and "\n" not in str(refusal.value)
+    with pytest.raises(InputError) as error:
+        load_pipeline(source)
+    assert str(error.value).startswith(source)
+    assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is something else
+# -----------------------------------------------------------------------------
+# files that are something else
 
-
-FOREIGN = {
+FOREIGN = {  # what the message says -> the name of a tensor
     "SDXL": "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias",
     "SD-3": "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight",
     "FLUX": "double_blocks.0.img_attn.norm.key_norm.scale",
     "LoRA": "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight",
-    "LoRA weights": "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora.up.weight",
+    "LoRA weights": "unet.down_blocks.0.attentions.0.to_q.lora.up.weight",
     "textual inversion": "emb_params",
-    "whole Stable Diffusion; a network alone": "encoder.conv_in.weight",
+    "complete Stable Diffusion; put a network alone": "encoder.conv_in.weight",
     "ControlNet": "control_model.input_blocks.0.0.weight",
 }
 
 
-@pytest.mark.parametrize("what", FOREIGN)
-def test_other_models_are_named(what, tmp_path):
-    save_file({FOREIGN[what]: torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=f"model.safetensors: no .*{what}"):
-        weights.load(tmp_path / "model.safetensors")
+@pytest.mark.parametrize("model", FOREIGN)
+def test_other_models_are_named(model, tmp_path):
+    save_file({FOREIGN[model]: torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=f"model.safetensors: not .*{model}"):
+        load_pipeline(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt", "model.txt"])
-@pytest.mark.parametrize("content", [b"hello, I am a text file", b"", bytes(3000)], ids=["text", "empty", "zeros"])
-def test_files_that_hold_no_tensors(name, content, tmp_path):
+@pytest.mark.parametrize(
+    "content", [b"hello, I am a text file", b"", bytes(3000)], ids=["text", "empty", "zeros"]
+)
+def test_files_without_tensors_are_refused(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"{name}: "):
-        weights.load(tmp_path / name)
+        load_pipeline(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
-def test_truncated_files(name, model, tmp_path):
-    weights.save_single(model, tmp_path / "model.safetensors")
+def test_truncated_files_are_refused(name, example, tmp_path):
+    path = tmp_path / name
     if name == "model.ckpt":
-        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / name)
-    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-5000])
-    with pytest.raises(InputError, match=f"{name}: cut short"):
-        weights.load(tmp_path / name)
+        torch.save(load_file(example.path), path)
+    else:
+        shutil.copy(example.path, path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(InputError, match=f"{name}: truncated"):
+        load_pipeline(path)
 
 
-def test_a_file_of_another_size_is_refused(sd, tmp_path, monkeypatch):
-    """A file has no config: tensors that are not SD-1.x's are told by their shapes. And none such is written."""
-    with monkeypatch.context() as patch:
-        patch.setattr(original, "SD_1", helpers.MANIFEST["tiny.config"])
-        weights.save_single(sd, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="other.safetensors: a single file says no sizes"):
-        weights.save_single(sd, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match="model.safetensors: its tensors are not those of its config: .*another shape"):
-        weights.load(tmp_path / "model.safetensors")
-
-
-def test_train_starts_from_a_single_file(sd, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(original, "SD_1", helpers.MANIFEST["tiny.config"] | {"scheduler": original.SD_1["scheduler"]})
-    weights.save_single(sd, tmp_path / "model.safetensors")
-    flags = "--resolution 64 --iterations 1 --steps 1 --batch-size 1 --sampler-steps 2 --grid-prompts 0 --device cpu"
-    given = ["--model", str(tmp_path / "model.safetensors"), "--data", str(pictures), "--out", str(tmp_path / "run")]
-    train.main([*given, *flags.split()])
-    assert (tmp_path / "run/iter1/checkpoint" / UNET).exists()
+def test_a_file_of_another_size_is_refused(examples, tmp_path):
+    """A file has no config: the shapes of its tensors show that they are not SD-1.x's."""
+    message = "model.safetensors: its tensors do not match its config: .*another shape"
+    with pytest.raises(InputError, match=message):
+        load_pipeline(examples["tiny"].path)
+    with pytest.raises(InputError, match="other.safetensors: a single file states no sizes"):
+        save_single_file(examples["tiny"].pipe, tmp_path / "other.safetensors")

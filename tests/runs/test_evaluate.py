@@ -1,8 +1,7 @@
-"""evaluate.py on the miniature world and on a tiny Stable Diffusion with every scorer in miniature."""
+"""evaluate.py on the miniature world, and on a tiny Stable Diffusion with tiny scorers."""
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,280 +11,416 @@ from PIL import Image
 import evaluate
 import sample
 import train
-from spin import data, sampler
-from spin.eval import comparison as judge
-from spin.eval import scorers as rewards
-from spin.infra import run
-from spin.toy import world as toy
-from spin.eval import plots as viz
-from spin.infra.run import InputError
+from spin import toy
+from spin.data import read_prompts
+from spin.eval import comparison
+from spin.eval.comparison import SEED, STRIDE, ModelSource
+from spin.eval.scorers import ToyScorer, load_scorer
+from spin.infra.errors import InputError
+from spin.infra.files import hash_files
 
-SINGLE = "One picture a prompt: the mean over all."
-FEW = "--num-prompts 10 --num-images 2 --batch-size 20 --device cpu".split()
+FEW = ["--num-prompts", "10", "--num-images", "2", "--batch-size", "20", "--device", "cpu"]
+IMAGES = "images/{}/guidance-3-32px"
 
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "toy"
-    flags = "--loss spin --steps 2 --iterations 1 --score none --grid-prompts 0 --device cpu --out".split()
-    train.main([*flags, str(out)])
+    flags = "--loss spin --steps 2 --iterations 1 --num-prompts 32 --sampler-steps 5 --device cpu"
+    train.main([*flags.split(), "--score", "none", "--grid-prompts", "0", "--out", str(out)])
     return out
 
 
 @pytest.fixture(scope="module")
 def evaluated(toy_run) -> tuple[Path, dict]:
+    """Return the folder with images, scores and results, and the results."""
     return toy_run / "evaluation", evaluate.main([str(toy_run), *FEW])
 
 
-def stamps(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.png") if path.parent != folder}
+@pytest.fixture
+def copied(evaluated, tmp_path) -> Path:
+    """Return a copy of the evaluation's folder, to be changed."""
+    return shutil.copytree(evaluated[0], tmp_path / "evaluation")
 
 
 @pytest.fixture
-def counted(monkeypatch) -> list:
-    """The jobs that are drawn from now on."""
-    drawn, real = [], sampler.pictures
+def sampled(monkeypatch) -> list[str]:
+    """Return a list that will hold the prompts that are sampled from now on."""
+    prompts_sampled = []
+    sample_images = comparison.sample_images
 
-    def pictures(sd, jobs, *args, **settings):
-        drawn.extend(jobs)
-        return real(sd, jobs, *args, **settings)
+    def counting(pipe, prompts, *args, **kwargs):
+        prompts_sampled.extend(prompts)
+        return sample_images(pipe, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(sampler, "pictures", pictures)
-    return drawn
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the miniature world
+    monkeypatch.setattr(comparison, "sample_images", counting)
+    return prompts_sampled
 
 
-def test_what_a_run_is_told_of(evaluated):
-    out, found = evaluated
-    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(found))
-    assert list(found["models"]) == ["base", "spin-1"] and found["metric"] == "reward"
-    for of in found["models"].values():
-        assert list(of) == list(toy.METRICS)
-        assert all(s["low"] <= s["mean"] <= s["high"] and s["n"] == 10 and "median" in s for s in of.values())
-    for name, of in found["tables"][SINGLE].items():
-        assert of["reward"]["mean"] < found["models"][name]["reward"]["mean"], "the best of two is better than one"
-    [(name, of)] = found["differences"].items()
-    gap = found["models"]["spin-1"]["reward"]["mean"] - found["models"]["base"]["reward"]["mean"]
-    assert name == "spin-1 - base" and of["reward"]["mean"] == pytest.approx(gap, abs=1e-9)
-    config = found["config"]
-    assert config["guidance"] == [3] and config["steps"] == 20 and config["sampler"] == "ddim" and config["count"] == 10
-    assert (
-        set(config["hashes"]) == {"base", "spin-1"}
-        and config["scorer_hashes"]["toy"]
-        and len(config["prompts_hash"]) == 16
-    )
-    assert config["commit"] and config["versions"]["torch"] and config["seed"] == judge.SEED
+@pytest.fixture
+def scored(monkeypatch) -> list[str]:
+    """Return a list that will hold the prompts of the images that are scored from now on."""
+    prompts_scored = []
+    score = toy.score
+
+    def counting(images, prompts):
+        prompts_scored.extend(prompts)
+        return score(images, prompts)
+
+    monkeypatch.setattr(toy, "score", counting)
+    return prompts_scored
+
+
+def times_of_images(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (folder / "images").rglob("*.png")}
+
+
+def levels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path), dtype=int)
+
+
+def caption(prompt: int) -> str:
+    return toy.split()["test"][prompt].caption
+
+
+
+# ---- The miniature world -------------------------------------------------------------------------
+
+
+def test_the_results_of_a_run(evaluated):
+    out, results = evaluated
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert list(results["models"]) == ["base", "spin-1"] and results["metric"] == "reward"
+    for model, metrics in results["models"].items():
+        assert list(metrics) == list(toy.METRICS)
+        for summary in metrics.values():
+            assert summary["low"] <= summary["mean"] <= summary["high"]
+            assert summary["n"] == 10 and "median" in summary
+        single = results["tables"][evaluate.SINGLE_TITLE][model]["reward"]["mean"]
+        assert single < metrics["reward"]["mean"], "the best of two is better than one"
+
+    base = results["models"]["base"]["reward"]["mean"]
+    spin_1 = results["models"]["spin-1"]["reward"]["mean"]
+    difference = results["differences"]["spin-1 - base"]["reward"]["mean"]
+    assert difference == pytest.approx(spin_1 - base, abs=1e-9)
+
+
+def test_the_results_say_what_they_depend_on(evaluated):
+    config = evaluated[1]["config"]
+    assert config["guidance"] == [3] and config["steps"] == 5 and config["sampler"] == "ddim"
+    assert config["count"] == 10 and config["seed"] == SEED
+    assert set(config["hashes"]) == {"base", "spin-1"} and config["scorer_hashes"]["toy"]
+    assert len(config["prompts_hash"]) == 16
+    assert config["commit"] and config["versions"]["torch"]
+
+
+def test_the_files_of_the_results(evaluated):
+    out = evaluated[0]
     text = (out / "results.md").read_text()
-    assert text.startswith("# 10 prompts, the best of 2 pictures each, guidance 3\n")
-    assert "| spin-1 - base |" in text and "- reward: resolved: " in text and "Medians." in text
+    assert text.startswith("# 10 prompts, the best of 2 images each, guidance 3\n")
+    assert "| spin-1 - base |" in text and "Medians." in text
     assert Image.open(out / "results.png").width == 920
     assert Image.open(out / "grid.png").size == (190 + 2 * 198, 25 + 6 * 198)
 
 
-def test_every_picture_says_how_it_was_made_and_sample_draws_it_again(evaluated, toy_run, tmp_path):
-    out, found = evaluated
-    paths = {name: sorted((out / "images" / name).rglob("*.png")) for name in ("base", "spin-1")}
-    assert all(len(of) == 20 for of in paths.values())
-    seeds = []
-    for name, of in paths.items():
-        for path in of:
+def test_every_image_states_how_it_was_made(evaluated):
+    out, results = evaluated
+    seeds = {}
+    for model in ("base", "spin-1"):
+        paths = sorted((out / IMAGES.format(model)).iterdir())
+        assert len(paths) == 20
+        seeds[model] = []
+        for path in paths:
             prompt, line = Image.open(path).text["parameters"].splitlines()
+            assert prompt == caption(int(path.name[:5]))
             settings = dict(pair.split(": ") for pair in line.split(", "))
-            assert prompt == toy.split()["test"][int(path.name[:5])].caption
-            assert settings["Steps"] == "20" and settings["CFG scale"] == "3.0" and settings["Size"] == "32x32"
-            assert settings["Eta"] == "0.0" and settings["Precision"] == "float32"
-            assert settings["Model"] == name and settings["Model hash"] == found["config"]["hashes"][name]
-            seeds.append(int(settings["Seed"]))
-    assert len(set(seeds[:20])) == 20 and seeds[:20] == seeds[20:], "every model draws from the same noise"
-    prompt = toy.split()["test"][3].caption
-    model = str(toy_run / "iter1/checkpoint")
-    flags = ["--seed", str(judge.SEED + 3 * judge.STRIDE + 1), "--steps", "20", "--guidance", "3", "--device", "cpu"]
-    [again] = sample.main(["--model", model, "--prompt", prompt, *flags, "--out", str(tmp_path)])
-    theirs, ours = (np.asarray(Image.open(p), int) for p in (again, out / "images/spin-1/guidance-3-32px/00003-1.png"))
-    assert np.abs(theirs - ours).max() <= 1
+            seeds[model].append(int(settings.pop("Seed")))
+            assert settings == {
+                "Steps": "5",
+                "Sampler": "ddim",
+                "CFG scale": "3.0",
+                "Eta": "0.0",
+                "Precision": "float32",
+                "Model": model,
+                "Model hash": results["config"]["hashes"][model],
+                "Size": "32x32",
+            }
+    assert seeds["base"] == seeds["spin-1"], "every model starts from the same noise"
+    assert len(set(seeds["base"])) == 20
 
 
-def test_nothing_is_done_twice(evaluated, toy_run, counted, monkeypatch):
-    out, found = evaluated
-    before = stamps(out)
-    scored, real = [], toy.score
-    monkeypatch.setattr(toy, "score", lambda images, prompts: scored.extend(prompts) or real(images, prompts))
-    assert evaluate.main([str(toy_run), *FEW])["models"] == found["models"]
-    assert stamps(out) == before and not counted and not scored
-    path = out / "images/base/guidance-3-32px/00004-1.png"
-    pixels = np.asarray(Image.open(path))
-    path.unlink()
-    assert evaluate.main([str(toy_run), *FEW])["models"] == found["models"]
-    assert len(counted) == 1 and not scored, "the same picture has the same score"
-    assert np.abs(np.asarray(Image.open(path), int) - pixels).max() <= 1
-    more = evaluate.main([str(toy_run), *FEW, "--num-images", "3"])
-    assert len(counted) == len(scored) + 1 == 1 + 20 and more["models"]["base"]["reward"]["n"] == 10
-
-
-def test_what_was_made_otherwise_is_made_again(evaluated, toy_run, counted, tmp_path):
-    folder = tmp_path / "evaluation"
-    shutil.copytree(evaluated[0], folder)
-    evaluate.main([str(toy_run), *FEW, "--steps", "5", "--out", str(folder)])
-    assert len(counted) == 40
-    text = Image.open(folder / "images/base/guidance-3-32px/00004-1.png").text["parameters"]
-    assert "Steps: 5, " in text
-    counted.clear()
-    shutil.copytree(toy_run / "iter1/checkpoint", tmp_path / "model")
-    command = ["--models", f"base={toy.BASE}", f"spin-1={tmp_path / 'model'}", "--metrics", "toy", *FEW]
-    command += ["--steps", "5", "--guidance", "3", "--resolution", "32", "--out", str(folder)]
-    first = evaluate.main(command)
-    assert len(counted) == 20, "the base's are there; the run's model had the base's other parts, and another hash"
-    shutil.copy(toy.BASE / "unet/diffusion_pytorch_model.safetensors", tmp_path / "model/unet")
-    second = evaluate.main(command)
-    assert len(counted) == 40 and first["models"]["base"] == second["models"]["base"] == second["models"]["spin-1"]
-    counted.clear()
-    unet = ["--models", f"base={toy.BASE}", f"x={toy_run / 'iter1/checkpoint/unet'}", *command[3:], *FEW]
-    with_unet = evaluate.main(unet)
-    assert len(counted) == 20 and with_unet["models"]["x"] != first["models"]["base"]
-    assert (
-        evaluate.main(["--models", f"base={toy.BASE}", f"x={toy.BASE}", *unet[3:]])["models"]["x"]
-        == first["models"]["base"]
+def test_sample_makes_such_an_image_again(evaluated, toy_run, tmp_path):
+    [again] = sample.main(
+        ["--model", str(toy_run / "iter1/checkpoint"), "--prompt", caption(3)]
+        + ["--seed", str(SEED + 3 * STRIDE + 1), "--steps", "5", "--guidance", "3"]
+        + ["--device", "cpu", "--out", str(tmp_path)]
     )
-    assert len(counted) == 40, "a hash that begins as another does is another"
-    evaluate.main([*command, "--eta", "0.5"])
-    assert len(counted) == 80
+    original = evaluated[0] / IMAGES.format("spin-1") / "00003-1.png"
+    assert np.abs(levels(again) - levels(original)).max() <= 1
 
 
-def test_damaged_files_are_made_again(evaluated, toy_run, counted, tmp_path):
-    folder = tmp_path / "evaluation"
-    shutil.copytree(evaluated[0], folder)
-    (folder / "images/base/guidance-3-32px/00004-1.png").write_bytes(b"no picture")
-    [scores] = folder.glob("scores/base/*32px-toy.json")
-    known = json.loads(scores.read_text())
-    scores.write_text(json.dumps(known | {key: {"aligned": 1.0} for key in list(known)[:3]}))
-    found = evaluate.main([str(toy_run), *FEW, "--out", str(folder)])
-    assert len(counted) == 1 and found["models"]["spin-1"] == evaluated[1]["models"]["spin-1"]
-    assert set(json.loads(scores.read_text())) >= set(known)
-    path = folder / "images/base/guidance-3-32px/00000-0.png"
+def test_the_sweep_takes_each_model_at_its_best(evaluated, toy_run, copied):
+    results = evaluate.main([str(toy_run), *FEW, "--guidance", "3", "1", "--out", str(copied)])
+    sweep = results["tables"][evaluate.SWEEP_TITLE.format("reward")]
+    for model, row in sweep.items():
+        assert list(row) == ["best at", "3", "1"]
+        best = "1" if row["1"]["mean"] > row["3"]["mean"] else "3"
+        assert row["best at"] == best == f"{results['config']['best_guidance'][model]:g}"
+        assert results["models"][model]["reward"]["mean"] == row[best]["mean"]
+        assert row["3"]["mean"] == evaluated[1]["models"][model]["reward"]["mean"]
+    assert "The reward over guidance." in (copied / "results.md").read_text()
+
+
+# ---- What is reused, and what is not -------------------------------------------------------------
+
+
+def test_nothing_is_done_twice(evaluated, toy_run, copied, sampled, scored):
+    command = [str(toy_run), *FEW, "--out", str(copied)]
+    before = times_of_images(copied)
+    assert evaluate.main(command)["models"] == evaluated[1]["models"]
+    assert times_of_images(copied) == before and not sampled and not scored
+
+
+def test_a_missing_image_is_sampled_again_and_has_its_score(
+    evaluated, toy_run, copied, sampled, scored
+):
+    path = copied / IMAGES.format("base") / "00004-1.png"
+    before = levels(path)
+    path.unlink()
+    results = evaluate.main([str(toy_run), *FEW, "--out", str(copied)])
+    assert results["models"] == evaluated[1]["models"]
+    assert sampled == [caption(4)] and not scored
+    assert np.abs(levels(path) - before).max() <= 1
+
+
+def test_more_images_are_added(toy_run, copied, sampled, scored):
+    results = evaluate.main([str(toy_run), *FEW, "--num-images", "3", "--out", str(copied)])
+    assert len(sampled) == len(scored) == 20
+    assert results["models"]["base"]["reward"]["n"] == 10
+
+
+@pytest.mark.parametrize("flag, stated", [("--steps=4", "Steps: 4, "), ("--eta=0.5", "Eta: 0.5, ")])
+def test_other_settings_are_sampled_anew(flag, stated, toy_run, copied, sampled):
+    evaluate.main([str(toy_run), *FEW, flag, "--out", str(copied)])
+    assert len(sampled) == 40
+    path = copied / IMAGES.format("base") / "00004-1.png"
+    assert stated in Image.open(path).text["parameters"]
+
+
+def test_images_are_of_a_models_weights_not_of_its_name(evaluated, toy_run, copied, sampled):
+    folder = copied.parent / "model"
+    shutil.copytree(toy_run / "iter1/checkpoint", folder)
+    command = ["--models", f"base={toy.BASE}", f"spin-1={folder}", "--metrics", "toy", *FEW]
+    command += ["--steps", "5", "--guidance", "3", "--resolution", "32", "--out", str(copied)]
+    results = evaluate.main(command)
+    assert results["models"]["base"] == evaluated[1]["models"]["base"]
+    assert len(sampled) == 20, "the base's are reused; this model has one checkpoint, not two"
+
+    sampled.clear()
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(toy.BASE / unet, folder / unet)
+    results = evaluate.main(command)
+    assert len(sampled) == 20
+    assert results["models"]["spin-1"] == results["models"]["base"]
+
+
+def test_a_unet_alone_borrows_the_rest(evaluated, toy_run, copied, sampled):
+    unet = toy_run / "iter1/checkpoint/unet"
+    command = ["--models", f"base={toy.BASE}", f"x={unet}", "--metrics", "toy", *FEW]
+    command += ["--steps", "5", "--guidance", "3", "--resolution", "32", "--out", str(copied)]
+    results = evaluate.main(command)
+    assert len(sampled) == 20
+    expected = evaluated[1]["models"]["spin-1"]["reward"]
+    assert results["models"]["x"]["reward"] == pytest.approx(expected, abs=1e-6)
+
+    sampled.clear()
+    command[2] = f"x={toy.BASE}"
+    results = evaluate.main(command)
+    assert len(sampled) == 20, "a hash that begins as another does is another"
+    assert results["models"]["x"] == results["models"]["base"]
+
+
+def test_damaged_files_are_made_again(evaluated, toy_run, copied, sampled):
+    (copied / IMAGES.format("base") / "00004-1.png").write_bytes(b"no image")
+    path = copied / "scores/base/guidance-3-32px-toy.json"
+    scores = json.loads(path.read_text())
+    for key in list(scores)[:3]:
+        scores[key] = {"aligned": 1.0}  # as an earlier version may have stored
+    path.write_text(json.dumps(scores))
+    results = evaluate.main([str(toy_run), *FEW, "--out", str(copied)])
+    assert len(sampled) == 1
+    for metric, summary in evaluated[1]["models"]["base"].items():
+        assert results["models"]["base"][metric] == pytest.approx(summary, abs=0.02)
+    assert set(json.loads(path.read_text())) == set(scores)
+
+
+def test_a_truncated_image_is_refused_by_name(toy_run, copied):
+    path = copied / IMAGES.format("base") / "00000-0.png"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match=r"guidance-3-32px/00000-0\.png: not a readable image"):
-        evaluate.main([str(toy_run), *FEW, "--out", str(folder)])
+        evaluate.main([str(toy_run), *FEW, "--out", str(copied)])
 
 
-def test_another_scorer_scores_anew(evaluated, toy_run, monkeypatch, tmp_path):
-    folder = tmp_path / "evaluation"
-    shutil.copytree(evaluated[0], folder)
-    scorer = rewards.load("toy")
-    other = replace(
-        scorer, hash="another", score=lambda pictures, prompts: {m: np.ones(len(prompts)) for m in scorer.metrics}
-    )
-    monkeypatch.setattr(rewards, "load", lambda *args: other)
-    found = evaluate.main([str(toy_run), *FEW, "--out", str(folder)])
-    assert found["models"]["base"]["reward"]["mean"] == 1
-    broken = replace(
-        other, hash="broken", score=lambda pictures, prompts: {m: np.full(len(prompts), np.nan) for m in scorer.metrics}
-    )
-    monkeypatch.setattr(rewards, "load", lambda *args: broken)
+class ConstantScorer(ToyScorer):
+    """Scores every image the same."""
+
+    def __init__(self, value: float):
+        self.value = value
+        self.hash = f"constant {value}"
+
+    def score(self, images, prompts):
+        return {metric: np.full(len(prompts), self.value) for metric in self.metrics}
+
+
+def test_another_scorer_scores_anew(toy_run, copied, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_scorer", lambda *args: ConstantScorer(1.0))
+    results = evaluate.main([str(toy_run), *FEW, "--out", str(copied)])
+    assert results["models"]["base"]["reward"]["mean"] == 1
+
+    monkeypatch.setattr(evaluate, "load_scorer", lambda *args: ConstantScorer(np.nan))
     with pytest.raises(InputError, match="toy: a score is not finite"):
-        evaluate.main([str(toy_run), *FEW, "--out", str(folder)])
+        evaluate.main([str(toy_run), *FEW, "--out", str(copied)])
 
 
-def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(evaluated, toy_run, monkeypatch, tmp_path):
-    real, left = viz.save_png, [7]
+def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(
+    evaluated, toy_run, monkeypatch, tmp_path
+):
+    save_png = comparison.save_png
+    saved = []
 
-    def interrupted(*args):
-        if not left[0]:
+    def interrupted(image, path, *args):
+        if len(saved) == 7:
             raise KeyboardInterrupt
-        left[0] -= 1
-        real(*args)
+        saved.append(path)
+        save_png(image, path, *args)
 
-    monkeypatch.setattr(viz, "save_png", interrupted)
-    command = [str(toy_run), *FEW, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(comparison, "save_png", interrupted)
+    command = [str(toy_run), *FEW, "--out", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(command)
-    assert len(stamps(tmp_path / "out")) == 7
+    assert len(times_of_images(tmp_path)) == 7
+
     monkeypatch.undo()
-    found = evaluate.main(command)
-    for name, of in evaluated[1]["models"].items():
-        for metric, summary in of.items():
-            assert found["models"][name][metric] == pytest.approx(summary, abs=0.02), "batches of other sizes round"
+    results = evaluate.main(command)
+    for model, metrics in evaluated[1]["models"].items():
+        for metric, summary in metrics.items():
+            found = results["models"][model][metric]
+            assert found == pytest.approx(summary, abs=0.02), "batches of other sizes round"
 
 
-def test_the_sweep_takes_each_model_at_its_best(evaluated, toy_run):
-    found = evaluate.main([str(toy_run), *FEW, "--guidance", "3", "1"])
-    sweep = found["tables"][evaluate.SWEEP.format("reward")]
-    for name, of in sweep.items():
-        assert list(of) == ["best at", "3", "1"]
-        best = max(("1", "3"), key=lambda g: of[g]["mean"])
-        assert f"{found['config']['best_guidance'][name]:g}" == best == of["best at"]
-        assert found["models"][name]["reward"]["mean"] == of[best]["mean"]
-        assert of["3"]["mean"] == evaluated[1]["models"][name]["reward"]["mean"]
-    assert "The reward over guidance." in (evaluated[0] / "results.md").read_text()
+# ---- Paths ---------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the paper's metrics, in miniature
+def test_a_run_is_read_from_another_folder(evaluated, toy_run, tmp_path, monkeypatch, sampled):
+    """And a ~ is the home folder, also where the shell does not expand it."""
+    monkeypatch.setenv("HOME", str(toy_run.parent))
+    monkeypatch.chdir(tmp_path)
+    results = evaluate.main(["~/toy", *FEW, "--out=~/toy/evaluation"])
+    assert results["models"] == evaluated[1]["models"] and not sampled
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_an_earlier_version_finds_the_base_that_has_moved(
+    evaluated, toy_run, tmp_path, sampled
+):
+    shutil.copytree(toy_run, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["model"] = "/somewhere/spin/toy_base"
+    config["link"] = "logistic"  # a flag that it had
+    path.write_text(json.dumps(config))
+    results = evaluate.main([str(tmp_path / "run"), *FEW])
+    assert results["models"] == evaluated[1]["models"] and not sampled
+
+
+def test_only_the_base_of_the_miniature_world_may_have_moved():
+    config = {"model": "/somewhere/model", "world": False}
+    assert evaluate.base_of_run(config) == "/somewhere/model"
+
+
+def test_names_of_models(monkeypatch):
+    base = str(toy.BASE)
+    assert evaluate.name_models([base]) == {"base": ModelSource(base)}
+    models = evaluate.name_models([f"a={base}", f"b={base}/unet"])
+    assert models["b"] == ModelSource(base, unet=f"{base}/unet")
+    assert list(evaluate.name_models([f"{base}/../base", f"..={base}"])) == ["base", "model"]
+    with pytest.raises(InputError, match="two models are named base; rename one of them: base-2="):
+        evaluate.name_models([base, base])
+    monkeypatch.setenv("HOME", str(toy.BASE.parent))
+    assert evaluate.name_models(["a=~/base"]) == {"a": ModelSource(base)}
+
+
+# ---- The paper's metrics, in miniature -----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    rows = [{"prompt": "a red circle"}, {"text": "a cat on the moon"}, {"caption": "oil painting of a horse"}]
+    rows = [
+        {"prompt": "a red circle"},
+        {"text": "a cat on the moon"},
+        {"caption": "oil painting of a horse"},
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def test_the_papers_metrics(tiny_folder, tiny2_folder, prompts, scorers, small_scorers, tmp_path, capsys):
+METRICS = ["pickscore", "hps", "aesthetic", "clip", "imagereward"]
+
+
+def test_the_papers_metrics(
+    tiny_folder, tiny2_folder, prompts, scorers, small_scorers, tmp_path, capsys
+):
     (tmp_path / "iter3").mkdir()
-    shutil.copytree(tiny_folder / "unet", tmp_path / "iter3/unet")  # a UNet alone, as the authors published theirs
-    metrics = ["pickscore", "hps", "aesthetic", "clip", "imagereward"]
-    command = ["--models", f"first={tiny_folder}", str(tiny2_folder), str(tmp_path / "iter3/unet"), "--paper"]
-    command += ["--prompts", str(prompts), "--metrics", *metrics, "--scorers", str(scorers), "--num-images", "3"]
-    command += [
-        "--steps",
-        "2",
-        "--guidance",
-        "2",
-        "--resolution",
-        "64",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    found = evaluate.main(command)
-    assert list(found["models"]) == ["first", "model", "iter3"] and found["metric"] == "average"
-    assert list(found["models"]["first"]) == ["average", *metrics]
-    assert found["models"]["first"] == found["models"]["iter3"], "the same weights draw the same pictures"
-    assert found["differences"]["iter3 - first"]["average"]["win_rate"]["mean"] == 0.5
-    for of in found["models"].values():
-        assert of["average"]["mean"] == pytest.approx(np.mean([of[m]["mean"] for m in metrics]), abs=1e-4)
-    assert set(found["config"]["scorer_hashes"]) == set(metrics)
-    assert found["config"]["scorers"] == str(scorers)
-    assert found["config"]["prompts_hash"] == run.hash_files([prompts], data.read_prompts(prompts))
+    unet = tmp_path / "iter3" / "unet"
+    shutil.copytree(tiny_folder / "unet", unet)  # alone, as the authors published theirs
+    results = evaluate.main(
+        ["--models", f"first={tiny_folder}", str(tiny2_folder), str(unet), "--paper"]
+        + ["--prompts", str(prompts), "--metrics", *METRICS, "--scorers", str(scorers)]
+        + ["--num-images", "3", "--steps", "2", "--guidance", "2", "--resolution", "64"]
+        + ["--device", "cpu", "--out", str(tmp_path / "out")]
+    )
+    models = results["models"]
+    assert list(models) == ["first", "model", "iter3"] and results["metric"] == "average"
+    assert list(models["first"]) == ["average", *METRICS]
+    assert models["first"] == models["iter3"], "the same weights sample the same images"
+    assert results["differences"]["iter3 - first"]["average"]["win_rate"]["mean"] == 0.5
+    for metrics in models.values():
+        mean = np.mean([metrics[metric]["mean"] for metric in METRICS])
+        assert metrics["average"]["mean"] == pytest.approx(mean, abs=1e-4)
 
-    # one model's scores, by hand
-    images = sorted((tmp_path / "out/images/model").rglob("*.png"))
-    asked = [Image.open(path).text["parameters"].splitlines()[0] for path in images]
-    assert asked[::3] == ["a red circle", "a cat on the moon", "oil painting of a horse"] and asked[0] == asked[2]
-    pictures = [Image.open(path) for path in images]
-    by_hand = {m: rewards.load(m, scorers).score(pictures, asked)[m].reshape(3, 3) for m in metrics}
-    picked = np.mean(list(by_hand.values()), axis=0).argmax(1)
-    for m in metrics:
-        values = by_hand[m][np.arange(3), picked]
-        assert found["models"]["model"][m]["mean"] == pytest.approx(values.mean(), abs=1e-4)
-        assert found["models"]["model"][m]["median"] == pytest.approx(np.median(values), abs=1e-4)
-        assert found["tables"][SINGLE]["model"][m]["mean"] == pytest.approx(by_hand[m].mean(), abs=1e-4)
+    config = results["config"]
+    assert set(config["scorer_hashes"]) == set(METRICS) and config["scorers"] == str(scorers)
+    assert config["prompts_hash"] == hash_files([prompts], read_prompts(prompts))
     printed = capsys.readouterr().out
-    assert "Published, not measured here" in printed and "| SPIN-3 | 22.00 | 6.25 | 91.6 % | 70.2 % |" in printed
+    assert "Published, not measured here" in printed
+    assert "| SPIN-3 | 22.00 | 6.25 | 91.6 % | 70.2 % |" in printed
+    check_by_hand(results, tmp_path / "out/images/model", scorers)
 
 
-def test_names_of_models():
-    assert evaluate.named([str(toy.BASE)]) == {"toy_base": (str(toy.BASE), None)}
-    assert evaluate.named([f"a={toy.BASE}", f"b={toy.BASE / 'unet'}"])["b"] == (str(toy.BASE), f"{toy.BASE / 'unet'}")
-    assert list(evaluate.named([f"{toy.BASE}/../toy_base", f"..={toy.BASE}"])) == ["toy_base", "model"]
-    with pytest.raises(InputError, match="two are called toy_base; give one another name: toy_base-2="):
-        evaluate.named([str(toy.BASE), str(toy.BASE)])
+def check_by_hand(results: dict, folder: Path, scorers: Path) -> None:
+    """Score a model's images again, and pick the best of each prompt's three."""
+    paths = sorted(folder.rglob("*.png"))
+    stated = [Image.open(path).text["parameters"].splitlines()[0] for path in paths]
+    assert stated[::3] == ["a red circle", "a cat on the moon", "oil painting of a horse"]
+    assert stated[0] == stated[1] == stated[2]
+
+    images = [Image.open(path) for path in paths]
+    scores = {}
+    for metric in METRICS:
+        scorer = load_scorer(metric, scorers)
+        scores[metric] = scorer.score(images, stated)[metric].reshape(3, 3)
+    best = np.mean(list(scores.values()), axis=0).argmax(axis=1)
+    for metric in METRICS:
+        values = scores[metric][range(3), best]
+        found = results["models"]["model"][metric]
+        assert found["mean"] == pytest.approx(values.mean(), abs=1e-4)
+        assert found["median"] == pytest.approx(np.median(values), abs=1e-4)
+        single = results["tables"][evaluate.SINGLE_TITLE]["model"][metric]["mean"]
+        assert single == pytest.approx(scores[metric].mean(), abs=1e-4)
 
 
-def test_a_prompt_of_another_world(toy_run, prompts, tmp_path):
-    with pytest.raises(InputError, match="toy scores 32 x 32 pixels by captions of its world: 'a red circle'"):
+def test_a_prompt_of_another_world_is_refused(toy_run, prompts, tmp_path):
+    reason = "toy needs 32 x 32 pixels and captions of its world: 'a red circle'"
+    with pytest.raises(InputError, match=reason):
         evaluate.main([str(toy_run), *FEW, "--prompts", str(prompts), "--out", str(tmp_path)])

@@ -1,113 +1,220 @@
-"""The scripts as a user runs them: pictures, and one clear line with exit status 2 for what cannot be done."""
+"""The scripts as a user runs them: images, and one clear line for what cannot be done."""
 
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import evaluate
 import sample
-from spin.infra import run
+import train
+from spin import toy
+from spin.infra.cli import run_script
+from spin.infra.interrupt import Interrupted
 
 ROOT = Path(__file__).parent.parent.parent
+MAIN = {"train.py": train.main, "sample.py": sample.main, "evaluate.py": evaluate.main}
 
 
-def test_sample_writes_pictures_and_a_grid(tiny_folder, tmp_path):
+def run(script: str, arguments: list[str], monkeypatch) -> int:
+    """Run a script in this process and return its exit status."""
+    monkeypatch.setattr(sys, "argv", [script])  # argparse's messages begin with it
+    try:
+        return run_script(script, partial(MAIN[script], arguments), advice="")
+    except SystemExit as ending:
+        return ending.code
+
+
+# ---- Images --------------------------------------------------------------------------------------
+
+
+def test_sample_writes_an_image_for_each_prompt_and_seed_and_a_grid(tiny_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
-    command = f"--model {tiny_folder} --prompts {prompts} --num-images 2 --seed 5 --steps 2 --height 64 --width 72"
-    paths = sample.main([*command.split(), "--batch-size", "3", "--device", "cpu", "--out", str(tmp_path / "out")])
+    out = tmp_path / "out"
+    flags = "--num-images 2 --seed 5 --steps 2 --height 64 --width 72 --batch-size 3 --device cpu"
+    files = ["--model", str(tiny_folder), "--prompts", str(prompts), "--out", str(out)]
+    paths = sample.main([*files, *flags.split()])
     assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png", "00003.png"]
-    assert all(Image.open(path).size == (72, 64) for path in paths)
-    text = Image.open(paths[3]).text["parameters"]
-    assert text.splitlines()[0] == "a blue square"
-    settings = text.splitlines()[1].split(", ")
-    assert {"Steps: 2", "Seed: 6", "CFG scale: 7.5", "Sampler: ddim", "Size: 72x64"} <= set(settings)
-    assert Image.open(tmp_path / "out/grid.png").width > 2 * 192
+    for path in paths:
+        assert Image.open(path).size == (72, 64)
+
+    prompt, settings = Image.open(paths[3]).text["parameters"].splitlines()
+    assert prompt == "a blue square"
+    stated = {"Steps: 2", "Seed: 6", "CFG scale: 7.5", "Sampler: ddim", "Size: 72x64"}
+    assert stated <= set(settings.split(", "))
+    assert Image.open(out / "grid.png").width > 2 * 192
 
 
-def test_a_single_image_has_no_grid(tiny_folder, tmp_path):
-    command = f"--model {tiny_folder} --prompt a --steps 1 --height 64 --width 64 --device cpu --out {tmp_path}"
+def test_a_single_image_has_no_grid(tmp_path):
+    command = f"--model {toy.BASE} --prompt a --steps 1 --device cpu --out {tmp_path}"
     assert len(sample.main(command.split())) == 1
     assert not (tmp_path / "grid.png").exists()
 
 
-WRONG = {
-    "train.py --nonsense 1": "unrecognized arguments: --nonsense 1",
-    "train.py --model {tiny}": "needs both --model and --data",
-    "train.py --preset paper --data {pictures}": "needs both --model and --data",
-    "train.py --loss spin --sft-lr 1": "--sft-lr: --loss spin has --lr and --beta instead",
-    "train.py --loss dpo --beta 3": "--beta: --loss dpo has --dpo-lr and --dpo-beta instead",
-    "train.py --loss spin-trajectory --noise independent": "for a path drawn by ddim",
-    "train.py --loss spin-trajectory --sampler ddpm": "for a path drawn by ddim",
-    "train.py --loss dpo --link hinge": "not for --loss dpo",
-    "train.py --loss sft --noise independent": "not for --loss sft",
-    "train.py --resolution 64": "needs 32 pixels a side",
-    "train.py --loss sft --beta 3": "--beta: --loss sft has --sft-lr instead",
-    "train.py --model {tiny} --data {pictures} --loss dpo": "12 of 12 rows cannot be used; ",
-    "train.py --model {tiny} --data {pictures} --opponent-dtype bfloat16 --device cpu": "only with --dtype bfloat16",
-    "train.py --model {tiny} --data {tiny}": "metadata.jsonl: no such file",
-    "train.py --model {pictures} --data {pictures}": "unet/config.json: no such file",
-    "train.py --model {tiny} --data {pictures} --nonsense 1": "unrecognized arguments: --nonsense 1",
-    "train.py --model {tiny} --data {pictures} --steps 0": "invalid int from 1 on value: '0'",
-    "train.py --model {tiny} --data {pictures} --lr nan": "invalid float from 0 on value: 'nan'",
-    "train.py --model {tiny} --data {pictures} --flip 2": "invalid float from 0 to 1 value: '2'",
-    "train.py --model {tiny} --data {pictures} --iterations 1 --lr 1 2": "--lr: 2 values for 1 iterations",
-    "train.py --model {tiny} --data {pictures} --device meta": "--device meta: cannot be used here",
-    "sample.py --model {tiny} --prompt a --guidance inf": "invalid float from 0 on value: 'inf'",
-    "sample.py --model {tiny} --prompt a --seed 99999999999999999999": "invalid int from 0 to",
-    "sample.py --model {tiny} --prompt a --out {pictures}/metadata.jsonl/x": "error: [Errno 20] Not a directory",
-    "train.py --model {tiny} --data {pictures} --resolution 60 --device cpu": "--resolution 60: must be a multiple",
-    "train.py --model {tiny} --data {pictures} --device nonsense": "--device nonsense: cannot be used here",
-    "train.py --model {tiny} --data {pictures} --sampler-steps 1000 --device cpu": "1000 sampling steps",
-    "sample.py --model {tiny}": "nothing to draw: give --prompt or --prompts",
-    "sample.py --model {tiny} --prompts missing.txt": "missing.txt: no such file",
-    "sample.py --model {tiny} --save-single model.ckpt": "model.ckpt: the name must end in .safetensors",
-    "sample.py --model nowhere --prompt a": "nowhere: no such folder",
-    "sample.py --model {tiny} --prompt a --height 60 --device cpu": "must be multiples of 8",
-    "sample.py --model {tiny} --prompt a --steps 2000 --device cpu": "2000 sampling steps",
-    "evaluate.py": "give a run folder, or --models",
-    "evaluate.py nowhere": "nowhere/config.json: no such file",
-    "evaluate.py nowhere --models {tiny}": "give a run folder, or --models",
-    "evaluate.py {tiny}/unet": "unet: not a run of train.py",
-    "evaluate.py --models {tiny}": "--prompts: needed, but for the miniature world",
-    "evaluate.py --models {tiny} --prompts {empty}": "empty.txt: holds no prompts",
-    "evaluate.py --models {tiny} --prompts missing.jsonl": "missing.jsonl: no such file",
-    "evaluate.py --models {tiny} no/where --metrics toy": "no/where: no such folder here, and not to be had",
-    "evaluate.py --models {tiny} nowhere --metrics toy": "nowhere: no such folder or file",
-    "evaluate.py --models {tiny} {tiny} --metrics toy": "two are called model; give one another name: model-2={tiny}",
-    "evaluate.py --models {tiny} --prompts {empty} --metrics beauty": "invalid choice: 'beauty' (choose from",
-    "evaluate.py --models {tiny} --prompts {one} --metrics hps": "hps needs HPS_v2_compressed.pt: say --scorers",
-    "evaluate.py --models {tiny} --prompts {one} --scorers s": "put it at s/PickScore_v1/model.safetensors",
+# ---- Mistakes ------------------------------------------------------------------------------------
+
+# {arguments: what the line says}, for each script; names in braces are paths
+WRONG_TRAIN = {
+    "--nonsense 1": "unrecognized arguments: --nonsense 1",
+    "--model {model}": "needs both --model and --data",
+    "--preset paper --data {images}": "needs both --model and --data",
+    "--loss ipo": "argument --loss: invalid choice: 'ipo'",
+    "--sampler euler": "argument --sampler: invalid choice: 'euler'",
+    "--loss spin --sft-lr 1": "--sft-lr: --loss spin does not use it; give --lr and --beta",
+    "--loss dpo --beta 3": "--beta: --loss dpo does not use it; give --dpo-lr and --dpo-beta",
+    "--loss sft --beta 3": "--beta: --loss sft does not use it; give --sft-lr",
+    "--loss sft --noise independent": "--noise: has no effect with --loss sft",
+    "--resolution 64": "needs 32 x 32 pixels",
+    "--model {model} --data {images} --steps 0": "invalid int >= 1 value: '0'",
+    "--model {model} --data {images} --lr nan": "invalid float >= 0 value: 'nan'",
+    "--model {model} --data {images} --flip 2": "invalid float >= 0 and <= 1 value: '2'",
+    "--model {model} --data {images} --iterations 1 --lr 1 2": "--lr: 2 values for 1 iterations",
+    "--model {model} --data {images} --device meta": "--device meta: cannot be used here",
+    "--model {model} --data {images} --device abacus": "--device abacus: cannot be used here",
+    "--model {model} --data {images} --loss dpo --device cpu": "12 of 12 rows cannot be used; ",
+    "--model {model} --data {model} --device cpu": "metadata.jsonl: no such file",
+    "--model {images} --data {images} --device cpu": "unet/config.json: no such file",
+    "--model {model} --data {images} --resolution 30 --device cpu": (
+        "--resolution 30: must be a multiple of 4"
+    ),
+    "--model {model} --data {images} --sampler-steps 1000 --device cpu": "1000 sampling steps",
+}
+WRONG_SAMPLE = {
+    "--model {model}": "nothing to sample: give --prompt or --prompts",
+    "--model {model} --prompt a --sampler euler": "argument --sampler: invalid choice: 'euler'",
+    "--model {model} --prompt a --guidance inf": "invalid float >= 0 value: 'inf'",
+    "--model {model} --prompt a --seed 99999999999999999999": "invalid int >= 0 and <=",
+    "--model {model} --prompt a --out {images}/metadata.jsonl/x": "[Errno 20] Not a directory",
+    "--model {model} --prompts missing.txt": "missing.txt: no such file",
+    "--model {model} --save-single model.ckpt": "model.ckpt: the name must end in .safetensors",
+    "--model nowhere --prompt a": "nowhere: no such folder",
+    "--model {model} --prompt a --height 30 --device cpu": "must be multiples of 4",
+    "--model {model} --prompt a --steps 2000 --device cpu": "2000 sampling steps",
+}
+WRONG_EVALUATE = {
+    "": "give a run folder, or --models",
+    "nowhere": "nowhere/config.json: no such file",
+    "nowhere --models {model}": "give a run folder, or --models",
+    "{model}/unet": "unet: not a run of train.py",
+    "--models {model}": "--prompts: required, except in the miniature world",
+    "--models {model} --prompts {empty}": "empty.txt: holds no prompts",
+    "--models {model} --prompts missing.jsonl": "missing.jsonl: no such file",
+    "--models {model} no/where --metrics toy": "no/where: no such folder here, and not available",
+    "--models {model} nowhere --metrics toy": "nowhere: no such folder or file",
+    "--models {model} {model} --metrics toy": (
+        "two models are named base; rename one of them: base-2={model}"
+    ),
+    "--models {model} --prompts {prompts} --metrics beauty": "invalid choice: 'beauty'",
+    "--models {model} --prompts {prompts} --metrics hps": (
+        "hps needs HPS_v2_compressed.pt: use --scorers"
+    ),
+    "--models {model} --prompts {prompts} --scorers s": (
+        "put it at s/PickScore_v1/model.safetensors"
+    ),
 }
 
 
-@pytest.mark.parametrize("command, expected", WRONG.items())
-def test_a_mistake_is_answered_in_one_line(command, expected, tiny_folder, pictures, tmp_path):
-    (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "one.txt").write_text("a red circle\n")
-    places = {"tiny": tiny_folder, "pictures": pictures, "empty": tmp_path / "empty.txt", "one": tmp_path / "one.txt"}
-    script, *arguments = command.format(**places).split()
-    expected = expected.format(**places)
-    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-    command = [sys.executable, ROOT / script, *arguments, *out]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    lines = result.stderr.splitlines()
-    assert result.returncode == 2
-    assert expected in lines[-1] and lines[-1].startswith(f"{script}: error:")
-    assert len(lines) == 1, result.stderr
+@pytest.fixture
+def paths(image_folder, tmp_path) -> dict[str, Path]:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    return {"model": toy.BASE, "images": image_folder, "empty": empty, "prompts": prompts}
 
 
-def test_ctrl_c_is_answered_in_one_line(capsys):
-    def interrupted():
-        raise KeyboardInterrupt
+def assert_one_line(script: str, arguments: str, expected: str, paths, monkeypatch, capsys) -> None:
+    """Check that a script ends with status 2 and with one line, which says what is expected."""
+    monkeypatch.chdir(paths["prompts"].parent)
+    given = arguments.format(**paths).split()
+    if "--out" not in given:
+        given += ["--out", "out"]
+    assert run(script, given, monkeypatch) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{script}: error: ")
+    assert expected.format(**paths) in line
 
-    assert run.script("train.py", interrupted) == 130
-    assert capsys.readouterr().err.strip() == "train.py: stopped; what is finished is kept"
+
+@pytest.mark.parametrize("arguments, expected", WRONG_TRAIN.items())
+def test_a_mistake_in_train_ends_in_one_line(arguments, expected, paths, monkeypatch, capsys):
+    assert_one_line("train.py", arguments, expected, paths, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
-def test_help(script):
-    result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("arguments, expected", WRONG_SAMPLE.items())
+def test_a_mistake_in_sample_ends_in_one_line(arguments, expected, paths, monkeypatch, capsys):
+    assert_one_line("sample.py", arguments, expected, paths, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("arguments, expected", WRONG_EVALUATE.items())
+def test_a_mistake_in_evaluate_ends_in_one_line(arguments, expected, paths, monkeypatch, capsys):
+    assert_one_line("evaluate.py", arguments, expected, paths, monkeypatch, capsys)
+
+
+# ---- Interruptions -------------------------------------------------------------------------------
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def interrupt_training():
+    raise Interrupted("3 of 4 steps are saved")
+
+
+@pytest.mark.parametrize(
+    "main, line",
+    [
+        (interrupt, "train.py: stopped; what is finished is kept"),
+        (interrupt_training, "train.py: stopped; 3 of 4 steps are saved"),
+    ],
+)
+def test_an_interruption_ends_in_one_line(main, line, capsys):
+    assert run_script("train.py", main, "what is finished is kept") == 130
+    assert capsys.readouterr().err.strip() == line
+
+
+# ---- From a shell --------------------------------------------------------------------------------
+
+
+def run_in_shell(command: list[str], cwd: Path, **environment) -> subprocess.CompletedProcess:
+    script, *arguments = command
+    return subprocess.run(
+        [sys.executable, ROOT / script, *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("script", MAIN)
+def test_help(script, monkeypatch, capsys):
+    assert run(script, ["--help"], monkeypatch) == 0
+    assert "--out" in capsys.readouterr().out
+
+
+def test_help_on_a_cluster_that_sets_master_addr(tmp_path):
+    result = run_in_shell(["train.py", "--help"], tmp_path, MASTER_ADDR="node-1")
+    assert result.returncode == 0, result.stderr
     assert "--out" in result.stdout
+
+
+def test_training_on_a_cluster_that_sets_what_torchrun_sets(flags, tmp_path):
+    """One process is one process, whatever its environment says of others."""
+    cluster = {"MASTER_ADDR": "node-1", "MASTER_PORT": "1", "RANK": "3", "WORLD_SIZE": "4"}
+    arguments = flags(tmp_path / "run", "--iterations 1 --steps 1 --grid-prompts 0")
+    result = run_in_shell(["train.py", *arguments], tmp_path, **cluster)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run/iter1/checkpoint").exists()
+
+
+def test_a_mistake_ends_with_status_2_and_no_traceback(tmp_path):
+    result = run_in_shell(["evaluate.py", "nowhere", "--device", "cpu"], tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "evaluate.py: error: nowhere/config.json: no such file\n"

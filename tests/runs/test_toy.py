@@ -1,198 +1,423 @@
-"""The miniature world: its scenes, its pictures, and the score that judges them."""
+"""The miniature world: its scenes, its images, the score, and how its base was pretrained."""
 
 import json
+import multiprocessing
+from pathlib import Path
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-from spin import data
-from spin.toy import world as toy
-from spin.infra.run import InputError
-from spin.toy.world import SCENES, Scene, coverage, ideal, score
-from spin.toy import pictures as drawing
+from spin import toy
+from spin.checkpoint import load_pipeline
+from spin.infra.errors import InputError
+from spin.toy import SCENES, Scene, ideal_image
+from spin.toy.pictures import careless_caption, curated_image, loser_image, web_image
+from spin.toy.pictures import with_mistakes
+from spin.toy.scenes import ATTRIBUTES, COLORS, PLACES, SHAPES, SIZES, paint, shape_mask
+from tutorial import pretrain_toy, tune_toy
 
 scenes = st.sampled_from(SCENES)
 seeds = st.integers(0, 2**32)
 
 
-def judged(scene: Scene, picture: np.ndarray) -> dict[str, float]:
-    return {name: values[0] for name, values in score(picture[None], [scene.caption]).items()}
+def score_one(image: np.ndarray, scene: Scene) -> dict[str, float]:
+    """Return the metrics of one image, judged by a scene's caption."""
+    metrics = toy.score(image[None], [scene.caption])
+    return {name: values[0] for name, values in metrics.items()}
+
+
+# ---- Scenes --------------------------------------------------------------------------------------
 
 
 def test_scenes_and_their_split():
-    assert len(SCENES) == len({scene.caption for scene in SCENES}) == 900
+    assert len(SCENES) == 900
+    assert len({scene.caption for scene in SCENES}) == 900
     parts = toy.split()
-    assert {name: len(part) for name, part in parts.items()} == {"train": 600, "validation": 100, "test": 200}
-    assert len({scene for part in parts.values() for scene in part}) == 900, "no prompt is in two parts"
-    for field in fields(Scene):  # every value is seen in training
-        values = {getattr(scene, field.name) for scene in parts["train"]}
-        assert values == set(toy.VALUES[field.name])
+    assert {name: len(part) for name, part in parts.items()} == {
+        "train": 600,
+        "validation": 100,
+        "test": 200,
+    }
+    together = set(parts["train"]) | set(parts["validation"]) | set(parts["test"])
+    assert len(together) == 900, "no scene is in two parts"
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_every_value_is_seen_in_training(name):
+    values = {getattr(scene, name) for scene in toy.split()["train"]}
+    assert values == set(ATTRIBUTES[name])
+
+
+def test_the_attributes_are_those_of_a_scene():
+    assert list(ATTRIBUTES) == [field.name for field in fields(Scene)]
 
 
 def test_captions():
     scene = Scene("small", "red", "circle", "at the top left", "blue")
     assert scene.caption == "a small red circle at the top left on a blue background"
     assert replace(scene, size=None, place=None).caption == "a red circle on a blue background"
+    assert replace(scene, background=None, place="in the centre").caption == (
+        "a small red circle in the centre"
+    )
 
 
-@pytest.mark.parametrize("shape", toy.SHAPES)
+def test_an_unknown_shape_is_refused():
+    with pytest.raises(ValueError, match="'hexagon': only circle, square, triangle"):
+        shape_mask("hexagon", 6, (16, 16))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("radius", [5.6, 8.6])
 def test_shapes_have_about_the_same_area(shape, radius):
-    mask = coverage(shape, radius, (16, 16))
-    area = {"circle": np.pi * radius**2, "square": (2 * 0.88 * radius) ** 2, "triangle": 3**1.5 * (0.62 * radius) ** 2}
+    mask = shape_mask(shape, radius, (16, 16))
+    area = {
+        "circle": np.pi * radius**2,
+        "square": (2 * 0.88 * radius) ** 2,
+        "triangle": 3**1.5 * (0.62 * radius) ** 2,
+    }
     assert mask.sum() == pytest.approx(area[shape], rel=0.03)
     assert 0.6 < mask.sum() / (np.pi * radius**2) < 1.1
-    assert mask.min() == 0 and mask.max() == 1 and ((mask > 0) & (mask < 1)).any(), "edges are anti-aliased"
 
 
-@pytest.mark.parametrize("shape", toy.SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_edges_are_anti_aliased(shape):
+    mask = shape_mask(shape, 6, (16, 16))
+    assert mask.min() == 0
+    assert mask.max() == 1
+    assert ((mask > 0) & (mask < 1)).any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_shape_moves_and_turns(shape):
-    here, there = coverage(shape, 6, (12, 12)), coverage(shape, 6, (15, 10))
-    np.testing.assert_allclose(here[4:20, 4:20], there[2:18, 7:23], atol=1e-6)
-    turned = coverage(shape, 6, (16, 16), np.pi)
-    np.testing.assert_allclose(turned, coverage(shape, 6, (16, 16))[::-1, ::-1], atol=1e-5)
+    mask = shape_mask(shape, 6, (12, 12))
+    moved = shape_mask(shape, 6, (15, 10))
+    np.testing.assert_allclose(mask[4:20, 4:20], moved[2:18, 7:23], atol=1e-6)
+    upright = shape_mask(shape, 6, (16, 16))
+    upside_down = shape_mask(shape, 6, (16, 16), np.pi)
+    np.testing.assert_allclose(upside_down, upright[::-1, ::-1], atol=1e-5)
 
 
 def test_a_triangle_points_up():
-    rows = coverage("triangle", 8, (16, 16)).sum(1)
-    inside = rows[rows > 1]
-    assert inside[0] < inside[-2] and np.argmax(rows) > 16
+    widths = shape_mask("triangle", 8, (16, 16)).sum(1)
+    widths = widths[widths > 1]
+    assert widths[0] < widths[-2]
+
+
+# ---- The score -----------------------------------------------------------------------------------
 
 
 @given(scenes)
-def test_a_perfect_rendering_scores_top(scene):
-    result = judged(scene, ideal(scene))
-    assert result["aligned"] == 1 and result["palette"] < 1e-4
-    assert result["clean"] > 9.95 and result["reward"] > 9.999
+def test_an_ideal_image_scores_top(scene):
+    result = score_one(ideal_image(scene), scene)
+    assert result["aligned"] == 1
+    assert result["palette"] < 1e-4
+    assert result["clean"] > 9.95
+    assert result["reward"] > 9.999
 
 
 @given(scenes, scenes)
-def test_a_picture_of_another_scene_is_not_aligned(scene, other):
-    result = judged(scene, ideal(other))
+def test_an_image_of_another_scene_is_not_aligned(scene, other):
+    result = score_one(ideal_image(other), scene)
     assert result["aligned"] == (scene == other)
-    assert result["clean"] > 9.95, "cleanliness does not look at the prompt"
+    assert result["clean"] > 9.95, "clean does not look at the prompt"
     assert (result["reward"] > 9.9) == (scene == other)
 
 
-@given(scenes, st.sampled_from([field.name for field in fields(Scene)]), st.data())
-def test_each_wrong_attribute_is_found(scene, name, drawn):
-    taken = (getattr(scene, name), scene.colour, scene.background)
-    wrong = replace(scene, **{name: drawn.draw(st.sampled_from([v for v in toy.VALUES[name] if v not in taken]))})
-    assert judged(scene, ideal(wrong))["aligned"] == 0
+@given(scenes, st.sampled_from(list(ATTRIBUTES)), st.data())
+def test_each_wrong_attribute_is_noticed(scene, name, data):
+    excluded = (getattr(scene, name), scene.color, scene.background)
+    others = [value for value in ATTRIBUTES[name] if value not in excluded]
+    wrong = replace(scene, **{name: data.draw(st.sampled_from(others))})
+    assert score_one(ideal_image(wrong), scene)["aligned"] == 0
 
 
-def clutter(picture, amount):
-    blob = coverage("circle", 2 * amount, (27.5, 27.5))[..., None]
-    return (1 - blob) * picture + blob * (1 - picture)
+def with_noise(image, amount):
+    return image + 0.1 * amount * np.random.default_rng(0).standard_normal(image.shape)
 
 
-DEFECTS = {
-    "noise": lambda picture, a: picture + 0.1 * a * np.random.default_rng(0).standard_normal(picture.shape),
-    "wash-out": lambda picture, a: (1 - 0.3 * a) * picture + 0.3 * a * 0.55,
-    "clutter": clutter,
-    "tint": lambda picture, a: picture + a * np.array([0.1, -0.1, 0.05]),
-}
+def washed_out(image, amount):
+    return (1 - 0.3 * amount) * image + 0.3 * amount * 0.55
 
 
-@pytest.mark.parametrize("name", DEFECTS)
+def cluttered(image, amount):
+    circle = shape_mask("circle", 2 * amount, (27.5, 27.5))[..., None]
+    return (1 - circle) * image + circle * (1 - image)
+
+
+def tinted(image, amount):
+    return image + amount * np.array([0.1, -0.1, 0.05])
+
+
+@pytest.mark.parametrize("defect", [with_noise, washed_out, cluttered, tinted])
 @given(scene=scenes)
-def test_each_defect_lowers_what_it_should_and_more_of_it_lowers_more(name, scene):
-    clean, some, more = (judged(scene, DEFECTS[name](ideal(scene), amount)) for amount in (0, 0.5, 1))
-    assert clean["clean"] - 0.1 > some["clean"] > more["clean"]
-    assert clean["reward"] - 0.1 > some["reward"] > more["reward"]
-    if name in ("wash-out", "tint"):
+def test_a_defect_lowers_clean_and_reward_and_more_of_it_lowers_them_more(defect, scene):
+    perfect = score_one(ideal_image(scene), scene)
+    some = score_one(defect(ideal_image(scene), 0.5), scene)
+    more = score_one(defect(ideal_image(scene), 1.0), scene)
+    assert perfect["clean"] - 0.1 > some["clean"] > more["clean"]
+    assert perfect["reward"] - 0.1 > some["reward"] > more["reward"]
+    if defect in (washed_out, tinted):
         assert more["palette"] > some["palette"] > 0.01
 
 
 @given(scenes)
 def test_a_shift_of_two_pixels_costs_reward_only(scene):
-    centre = np.add(toy.PLACES[scene.place], (2, -1))
-    mask = coverage(scene.shape, toy.SIZES[scene.size], centre)
-    result = judged(scene, toy.paint(mask, toy.COLOURS[scene.colour], toy.COLOURS[scene.background]))
-    assert result["aligned"] == 1 and result["clean"] > 9.9 and result["reward"] < 8
+    x, y = PLACES[scene.place]
+    mask = shape_mask(scene.shape, SIZES[scene.size], (x + 2, y - 1))
+    image = paint(mask, COLORS[scene.color], COLORS[scene.background])
+    result = score_one(image, scene)
+    assert result["aligned"] == 1
+    assert result["clean"] > 9.9
+    assert result["reward"] < 8
 
 
-def test_a_blank_picture_is_not_aligned():
-    for level in (0.0, 0.5, 1.0):
-        result = judged(SCENES[0], np.full((32, 32, 3), level, np.float32))
-        assert result["aligned"] == 0 and np.isfinite(list(result.values())).all()
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+def test_a_blank_image_is_not_aligned(level):
+    result = score_one(np.full((32, 32, 3), level, np.float32), SCENES[0])
+    assert result["aligned"] == 0
+    assert np.isfinite(list(result.values())).all()
 
 
-def test_a_batch_is_scored_picture_by_picture():
+def test_a_batch_is_scored_image_by_image():
     some = SCENES[::100]
-    pictures = np.stack([drawing.web(scene, np.random.default_rng(i)) for i, scene in enumerate(some)])
-    together = score(pictures, [scene.caption for scene in some])
+    images = [web_image(scene, np.random.default_rng(i)) for i, scene in enumerate(some)]
+    together = toy.score(np.stack(images), [scene.caption for scene in some])
     for i, scene in enumerate(some):
-        for name, value in judged(scene, pictures[i]).items():
+        for name, value in score_one(images[i], scene).items():
             assert together[name][i] == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+def test_scores_are_those_of_the_published_tables():
+    """Recorded at commit 0a7cbd9, which made tutorial/evidence."""
+    scene = SCENES[7]
+    result = score_one(web_image(scene, np.random.default_rng(0)), scene)
+    assert result["aligned"] == 1
+    assert result["clean"] == pytest.approx(3.283582, rel=1e-5)
+    assert result["reward"] == pytest.approx(4.409439, rel=1e-5)
+    assert result["palette"] == pytest.approx(0.0732472, rel=1e-5)
 
 
 def test_a_prompt_of_another_world_is_refused():
     with pytest.raises(KeyError, match="an astronaut"):
-        score(np.zeros((1, 32, 32, 3), np.float32), ["an astronaut"])
+        toy.score(np.zeros((1, 32, 32, 3), np.float32), ["an astronaut"])
 
 
-def test_the_three_ways_of_drawing_are_ordered():
-    """Curated pictures are right and clean; web pictures less; losers are wrong besides."""
+# ---- Three ways to paint a scene -----------------------------------------------------------------
+
+
+def test_curated_images_are_right_and_clean_web_images_less_losers_wrong_besides():
     some = SCENES[::9]
-    prompts, means = [scene.caption for scene in some], {}
-    for draw in (drawing.curated, drawing.web, drawing.loser):
-        pictures = np.stack([draw(scene, np.random.default_rng(i)) for i, scene in enumerate(some)])
-        assert pictures.min() >= 0 and pictures.max() <= 1 and pictures.dtype == np.float32
-        means[draw.__name__] = {name: values.mean() for name, values in score(pictures, prompts).items()}
-    assert means["curated"]["aligned"] == 1
-    for name in ("clean", "reward"):
-        assert means["curated"][name] > means["web"][name] + 1
-    assert means["web"]["aligned"] > means["loser"]["aligned"] + 0.2
+    prompts = [scene.caption for scene in some]
+    means = {}
+    for paint_scene in (curated_image, web_image, loser_image):
+        images = np.stack(
+            [paint_scene(scene, np.random.default_rng(i)) for i, scene in enumerate(some)]
+        )
+        assert images.min() >= 0
+        assert images.max() <= 1
+        assert images.dtype == np.float32
+        metrics = toy.score(images, prompts)
+        means[paint_scene] = {name: values.mean() for name, values in metrics.items()}
+    assert means[curated_image]["aligned"] == 1
+    assert means[curated_image]["clean"] > means[web_image]["clean"] + 1
+    assert means[curated_image]["reward"] > means[web_image]["reward"] + 1
+    assert means[web_image]["aligned"] > means[loser_image]["aligned"] + 0.2
 
 
 @given(scenes, seeds)
 def test_mistakes(scene, seed):
     rng = np.random.default_rng(seed)
-    assert drawing.mistaken(scene, rng, 0.0) == scene
-    wrong = drawing.mistaken(scene, rng, 1.0)
-    assert all(getattr(wrong, field.name) != getattr(scene, field.name) for field in fields(Scene))
-    assert wrong.colour != wrong.background
+    assert with_mistakes(scene, 0.0, rng) == scene
+    wrong = with_mistakes(scene, 1.0, rng)
+    for name in ATTRIBUTES:
+        assert getattr(wrong, name) != getattr(scene, name)
+    assert wrong.color != wrong.background
 
 
-def test_careless_captions_are_wrong_or_short_as_often_as_said():
+def test_careless_captions_are_wrong_in_8_and_short_in_20_of_100():
     rng = np.random.default_rng(0)
-    captions = [drawing.careless_caption(scene, rng) for scene in SCENES for _ in range(4)]
-    pairs = [(caption.split(), scene) for caption, scene in zip(captions, np.repeat(SCENES, 4))]
-    told = [scene.shape in words for words, scene in pairs]
-    assert np.mean(told) == pytest.approx(0.92, abs=0.02)
-    sized = [next((word for word in words if word in toy.SIZES), None) for words, _ in pairs]
-    assert np.mean([size is None for size in sized]) == pytest.approx(0.2, abs=0.03)
-    wrong = [size != scene.size for size, (_, scene) in zip(sized, pairs) if size]
-    assert np.mean(wrong) == pytest.approx(0.08, abs=0.02)
+    shapes_right = []
+    sizes_missing = []
+    sizes_wrong = []  # of those that are there
+    for scene in SCENES * 4:
+        words = careless_caption(scene, rng).split()
+        shapes_right.append(scene.shape in words)
+        sizes = [word for word in words if word in SIZES]
+        sizes_missing.append(sizes == [])
+        if sizes:
+            sizes_wrong.append(sizes != [scene.size])
+    assert np.mean(shapes_right) == pytest.approx(0.92, abs=0.02)
+    assert np.mean(sizes_missing) == pytest.approx(0.2, abs=0.03)
+    assert np.mean(sizes_wrong) == pytest.approx(0.08, abs=0.02)
 
 
-def test_the_curated_set_is_a_data_set_like_any_other(tmp_path):
-    images = data.CaptionedImages(toy.CURATED, toy.SIDE, pairs=True)
-    captions = [images.caption(i) for i in range(len(images))]
+# ---- The curated set -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def curated_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "toy-curated"
+    toy.write_curated_set(folder)
+    return folder
+
+
+def test_the_curated_set_is_the_one_of_the_published_tables(curated_folder):
+    assert toy.hash_curated_set(curated_folder) == toy.CURATED_SHA256
+
+
+def test_the_curated_set_is_a_data_set_like_any_other(curated_folder):
+    lines = (curated_folder / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    captions = [row["text"] for row in rows]
     assert captions == [scene.caption for scene in toy.split()["train"]]
-    right, rejected = (
-        np.stack([(images.image(i, which).permute(1, 2, 0).numpy() + 1) / 2 for i in range(600)])
-        for which in (False, True)
-    )
-    assert score(right, captions)["aligned"].mean() == 1
-    assert 0.3 < score(rejected, captions)["aligned"].mean() < 0.6
-    row = json.loads((toy.CURATED / "metadata.jsonl").read_text().splitlines()[7])
-    assert row == {"file_name": "007.png", "text": captions[7], "rejected_file_name": "rejected/007.png"}
+    assert rows[7]["file_name"] == "007.png"
+    assert rows[7]["rejected_file_name"] == "rejected/007.png"
+    names = ["metadata.jsonl"]
+    for row in rows:
+        names += [row["file_name"], row["rejected_file_name"]]
+    written = [path for path in curated_folder.rglob("*") if path.is_file()]
+    assert {str(path.relative_to(curated_folder)) for path in written} == set(names)
+    assert list(curated_folder.parent.iterdir()) == [curated_folder], "no temporary folder is left"
 
 
-def test_the_curated_set_can_be_drawn_again(tmp_path):
-    drawing.main([str(tmp_path / "again")])
-    files = sorted(path.relative_to(toy.CURATED) for path in toy.CURATED.rglob("*.*"))
-    assert len(files) == 1201
-    assert (tmp_path / "again/metadata.jsonl").read_bytes() == (toy.CURATED / "metadata.jsonl").read_bytes()
-    for name in files:  # pixels: another zlib may pack them into other bytes
-        if name.suffix == ".png":
-            ours, theirs = (np.asarray(Image.open(folder / name)) for folder in (toy.CURATED, tmp_path / "again"))
-            np.testing.assert_array_equal(ours, theirs)
-    with pytest.raises(InputError, match="does not exist yet"):
-        drawing.main([str(tmp_path / "again")])
+def test_the_images_fit_their_captions_and_half_of_the_rejected_ones_do_not():
+    captions = []
+    images = []
+    rejected_images = []
+    for caption, image, rejected in toy.curated_set():
+        captions.append(caption)
+        images.append(image)
+        rejected_images.append(rejected)
+    assert toy.score(np.stack(images), captions)["aligned"].mean() == 1
+    assert 0.3 < toy.score(np.stack(rejected_images), captions)["aligned"].mean() < 0.6
+
+
+def test_a_complete_curated_set_is_kept(curated_folder):
+    before = (curated_folder / "000.png").stat().st_mtime_ns
+    toy.write_curated_set(curated_folder)
+    assert (curated_folder / "000.png").stat().st_mtime_ns == before
+
+
+def test_an_incomplete_curated_set_is_refused_by_name(tmp_path):
+    folder = tmp_path / "toy-curated"
+    toy.write_curated_set(folder)
+    (folder / "rejected" / "003.png").unlink()
+    with pytest.raises(InputError, match="rejected/003.png is missing.*delete this folder"):
+        toy.write_curated_set(folder)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="toy-curated: cannot be written"):
+        toy.write_curated_set(tmp_path / "file" / "toy-curated")
+
+
+def test_several_processes_may_write_the_curated_set_at_once(tmp_path):
+    folder = tmp_path / "toy-curated"
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=toy.write_curated_set, args=(folder,)) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert toy.hash_curated_set(folder) == toy.CURATED_SHA256
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+# ---- The base and the settings -------------------------------------------------------------------
+
+
+def test_the_base_is_small_and_its_report_is_there():
+    files = [path for path in toy.BASE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8e6
+    report = json.loads((toy.BASE / "pretrain.json").read_text())
+    assert report["theta_0"]["aligned"] > 0.8
+    assert report["theta_0"]["seconds"] > 0
+
+
+def test_the_base_has_the_sizes_and_the_tokenizer_of_pretrain_toy():
+    base = load_pipeline(toy.BASE)
+    new = pretrain_toy.new_pipeline(seed=0)
+    assert new.text_encoder.tokenizer.vocab == base.text_encoder.tokenizer.vocab
+    for part in ("unet", "vae", "text_encoder"):
+        expected = {name: t.shape for name, t in getattr(base, part).state_dict().items()}
+        shapes = {name: t.shape for name, t in getattr(new, part).state_dict().items()}
+        assert shapes == expected
+
+
+PRETRAIN = ["--images", "64", "--vae-steps", "3", "--web-steps", "2", "--sft-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def fast_scores():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(pretrain_toy, "SAMPLING_STEPS", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def pretrained(fast_scores, tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("pretrained") / "base"
+    return folder, pretrain_toy.main([*PRETRAIN, "--out", str(folder)])
+
+
+def test_pretraining_writes_three_checkpoints(pretrained):
+    folder, report = pretrained
+    assert report["vae"]["steps"] == 3
+    assert report["web"]["loss"] == pytest.approx(1, abs=0.2)
+    for stage in ("vae", "web", "theta_0"):
+        assert load_pipeline(folder / stage).vae.downscale == 4
+        assert report[stage]["seconds"] >= 0
+    assert json.loads((folder / "pretrain.json").read_text()) == report
+
+
+def test_scaled_latents_have_unit_variance(pretrained):
+    folder, _ = pretrained
+    vae = load_pipeline(folder / "vae").vae
+    scenes = SCENES[::9]
+    images = [web_image(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
+    mean, logvar = pretrain_toy.encode(vae, pretrain_toy.to_tensor(images))
+    assert mean.shape == logvar.shape == (100, 4, 8, 8)
+    variance = (mean.var() + logvar.exp().mean()) * vae.scaling_factor**2
+    assert variance.item() == pytest.approx(1, abs=0.1)
+
+
+def test_a_finished_stage_is_not_trained_again(pretrained):
+    folder, report = pretrained
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert pretrain_toy.main([*PRETRAIN, "--out", str(folder)])["theta_0"] == report["theta_0"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_other_settings_need_another_folder(pretrained):
+    folder, _ = pretrained
+    with pytest.raises(InputError, match="started with"):
+        pretrain_toy.main([*PRETRAIN, "--vae-steps", "4", "--out", str(folder)])
+
+
+def test_the_same_seed_gives_the_same_weights(pretrained, tmp_path):
+    _, report = pretrained
+    again = pretrain_toy.main([*PRETRAIN, "--out", str(tmp_path / "again")])
+    assert again["theta_0"]["loss"] == report["theta_0"]["loss"]
+
+
+def test_tuning_writes_a_row_for_each_trial(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_toy, "TRIALS", {"sft": [{"sft-lr": 1e-5}, {"sft-lr": 2e-5}]})
+    few = ["--iterations", "1", "--steps", "1", "--num-prompts", "16"]
+    few += ["--sampler-steps", "1", "--score-images", "1"]
+    monkeypatch.setattr(tune_toy, "FIXED", [*tune_toy.FIXED, *few])
+    argv = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    rows = tune_toy.main(argv)
+    assert [row["sft-lr"] for row in rows] == [1e-5, 2e-5]
+    assert {row["model"] for row in rows} == {"sft"}
+    assert rows[0]["reward"]["n"] == 100
+    assert json.loads((tmp_path / "tuning.json").read_text())["trials"] == rows
+    table = (tmp_path / "tuning.md").read_text()
+    assert "| sft | sft-lr 1e-05 |" in table or "| sft | **sft-lr 1e-05** |" in table
+    assert tune_toy.main(argv) == rows

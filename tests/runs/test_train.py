@@ -1,478 +1,687 @@
-"""The loop end to end: two tiny iterations, what they must change and what they must not, and going on after a stop."""
+"""train.py end to end: what two small iterations change, what they leave alone, and going on."""
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
+import evaluate
 import train
-from spin import data, pairs
-from spin.infra import run
-from spin.checkpoint import pipeline as weights
-from spin.infra.run import InputError
-from spin.sampler import sample
+from spin import toy
+from spin.checkpoint import load_pipeline
+from spin.data import CaptionedImages, batch_rows, noise_generator
+from spin.infra.errors import InputError
+from spin.infra.run import Run
+from spin.infra.shards import LatentShards
+from spin.pairs import rows_of_steps
+from spin.sampler import SamplingOptions, sample
+from spin.step import spin_step
 
-UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-def flags(model: Path, data: Path, out: Path, *more: str) -> list[str]:
-    tiny = "--resolution 64 --iterations 2 --steps 3 --batch-size 4 --micro-batch 3 --lr 1e-5 --beta 100 --warmup 1"
-    sampling = "--sampler-steps 3 --generation-batch 4 --grid-prompts 2 --device cpu --seed 11"
-    return ["--model", str(model), "--data", str(data), "--out", str(out), *helpers.split(), *sampling.split(), *more]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+UNET = "checkpoint/unet/diffusion_pytorch_model.safetensors"
+BASE_UNET = toy.BASE / "unet" / "diffusion_pytorch_model.safetensors"
+ONE_STEP = "--iterations 1 --steps 1 --grid-prompts 0"
+STEPS = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]  # (iteration, step) of the usual run
 
 
-@pytest.fixture(scope="module")
-def inputs(tiny_folder, pictures) -> dict[Path, dict[str, bytes]]:
-    return {folder: contents(folder) for folder in (tiny_folder, pictures)}
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return {relative path: content} of all files in a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_folder, pictures, inputs, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    result = train.main(flags(tiny_folder, pictures, out))
-    assert result["out"] == str(out) and [line["model"] for line in result["models"]] == ["spin-1", "spin-2"]
-    return out
+def modification_times(*folders: Path) -> dict[Path, int]:
+    times = {}
+    for folder in folders:
+        for path in folder.rglob("*"):
+            times[path] = path.stat().st_mtime_ns
+    return times
 
 
-def test_input_files_are_untouched(finished, inputs):
-    for folder, before in inputs.items():
-        assert contents(folder) == before
+def copy_run(finished: Path, tmp_path: Path) -> Path:
+    """Return a copy of a finished run, to be changed."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def assert_same_models(run: Path, expected: Path) -> None:
+    """Check that both iterations end with the same checkpoints, to the bit."""
+    for k in (1, 2):
+        checkpoint = f"iter{k}/checkpoint"
+        assert read_files(run / checkpoint) == read_files(expected / checkpoint)
+
+
+def largest_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    assert before.keys() == after.keys()
+    return max((before[name] - after[name]).abs().max().item() for name in before)
+
+
+# ---- What a run leaves ---------------------------------------------------------------------------
 
 
 def test_every_file_of_a_run(finished):
-    for name in ("config.json", "log.jsonl", "samples/grid.png", "curves.png", "lock"):
+    files = ["config.json", "log.jsonl", "lock", "curves.png", "samples/grid.png"]
+    for k in (1, 2):
+        files.append(f"iter{k}/generated/shard-00000.safetensors")
+        files.append(f"iter{k}/checkpoint/model_index.json")
+        files.append(f"iter{k}/state/state.pt")
+    for name in files:
         assert (finished / name).is_file(), name
-    for k in (1, 2):
-        for name in ("generated/shard-00000.safetensors", "checkpoint/model_index.json", "state/state.pt"):
-            assert (finished / f"iter{k}" / name).is_file(), name
-    assert not list(finished.rglob("*.part")), "something half written was left"
+    assert not list(finished.rglob("*.part")), "a temporary file was left"
+
+
+def test_the_config_states_flags_hashes_and_versions(finished):
     config = json.loads((finished / "config.json").read_text())
-    assert config["seed"] == 11 and config["steps"] == [3, 3]
+    assert config["seed"] == 11
+    assert config["steps"] == [3, 3]
+    assert config["data_hash"] == CaptionedImages(config["data"], 32).hash()
     assert torch.__version__.startswith(config["versions"]["torch"])
-    assert {"commit", "model_hash", "data_hash", "guidance", "sampler"} <= config.keys()
+    assert {"commit", "model_hash", "unet_hash", "guidance", "sampler"} <= config.keys()
 
 
-def test_the_log(finished):
-    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
-    assert [(line["iteration"], line["step"]) for line in log] == [(k, s) for k in (1, 2) for s in (1, 2, 3)]
+def test_the_log_has_a_line_for_every_step(finished):
+    log = Run(finished).read_log()
+    assert [line["model"] for line in log] == ["spin-1"] * 3 + ["spin-2"] * 3
+    assert [(line["iteration"], line["step"]) for line in log] == STEPS
     for line in log:
-        first = line["step"] == 1
-        assert first == (line["delta_data"] == 0.0) == (line["delta_gen"] == 0.0) == (line["margin"] == 0.0)
-        assert first == (abs(line["loss"] - math.log(2)) < 1e-6)
-        assert line["margin"] == pytest.approx(line["delta_gen"] - line["delta_data"], abs=1e-6)
-        assert 0 <= line["implicit_accuracy"] <= 1 and line["grad_norm"] > 0 and line["seconds"] > 0
-    assert [line["lr"] for line in log[:3]] == pytest.approx([1e-5, 1e-5, 0.5e-5])
+        margin = line["delta_gen"] - line["delta_data"]
+        assert line["margin"] == pytest.approx(margin, abs=1e-6)
+        assert 0 <= line["implicit_accuracy"] <= 1
+        assert line["grad_norm"] > 0
+        assert line["seconds"] > 0
+    learning_rates = [line["lr"] for line in log[:3]]
+    assert learning_rates == pytest.approx([1e-5, 1e-5, 0.5e-5])
 
 
-def test_the_policy_changes_and_nothing_else_does(finished, tiny_folder):
-    theta = [tiny_folder, finished / "iter1/checkpoint", finished / "iter2/checkpoint"]
-    for before, after in zip(theta, theta[1:]):
-        old, new = load_file(before / UNET), load_file(after / UNET)
-        changed = [name for name in old if not torch.equal(old[name], new[name])]
-        assert len(changed) > 0.99 * len(old)
-        assert all((old[name] - new[name]).abs().max() < 4e-5 for name in old)  # three Adam steps of 1e-5
-        a, b = weights.load(before), weights.load(after)
-        for ours, theirs in ((a.vae, b.vae), (a.text_encoder.tower, b.text_encoder.tower)):
-            assert all(torch.equal(ours.state_dict()[name], t) for name, t in theirs.state_dict().items())
+def test_an_iteration_begins_at_log_2_and_leaves_it(finished):
+    for line in Run(finished).read_log():
+        if line["step"] == 1:
+            assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
+            assert line["delta_data"] == line["delta_gen"] == line["margin"] == 0
+        else:
+            assert line["loss"] < math.log(2) - 0.01
+            assert line["margin"] > 0
 
 
-def test_training_leaves_opponent_vae_and_text_as_they_are(tiny_folder, pictures, tmp_path, monkeypatch):
-    seen = []
-
-    def watched(args, this_run, sd, *rest):
-        frozen = [sd.unet, sd.vae, sd.text_encoder]
-        before = [{name: t.clone() for name, t in network.state_dict().items()} for network in frozen]
-        trained = train_one(args, this_run, sd, *rest)
-        for network, state in zip(frozen, before):
-            assert all(torch.equal(state[name], t) for name, t in network.state_dict().items())
-            assert all(parameter.grad is None for parameter in network.parameters())
-        assert any(not torch.equal(before[0][name], t) for name, t in trained.unet.state_dict().items())
-        seen.append(trained)
-        return trained
-
-    train_one = train.train
-    monkeypatch.setattr(train, "train", watched)
-    train.main(flags(tiny_folder, pictures, tmp_path / "run", "--steps", "2"))
-    assert len(seen) == 2
+def test_the_summary_has_a_row_for_each_model(finished, flags):
+    rows = Run(finished).summarize()
+    assert [row["model"] for row in rows] == ["spin-1", "spin-2"]
+    for row in rows:
+        assert row["steps"] == 3
+        assert row["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert row["loss"] < row["first_loss"]
 
 
-def test_each_player_starts_from_the_one_before(tiny_folder, pictures, tmp_path):
-    """With a learning rate of 0 nothing moves: all models are theta_0, but for the order of the tensors' bytes."""
-    train.main(flags(tiny_folder, pictures, tmp_path / "run", "--steps", "1", "--lr", "0"))
-    for k in (1, 2):
-        theta = load_file(tmp_path / f"run/iter{k}/checkpoint" / UNET)
-        assert all(torch.equal(theta[name], tensor) for name, tensor in load_file(tiny_folder / UNET).items())
+def test_main_returns_the_folder_and_the_summary(flags, tmp_path, capsys):
+    result = train.main(flags(tmp_path / "run", ONE_STEP))
+    assert result["out"] == str(tmp_path / "run")
+    assert result["models"] == Run(tmp_path / "run").summarize()
+    assert result["results"] is None, "only the miniature world has scores"
+    assert "model spin-1  steps 1" in capsys.readouterr().out
 
 
-def test_the_opponent_of_an_iteration_draws_its_images(finished, tiny_folder, pictures):
-    """iter1's generated latents are theta_0's, iter2's theta_1's, each at noise that depends on the row."""
-    captions = [json.loads(line)["text"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
-    for k, player in ((1, tiny_folder), (2, finished / "iter1/checkpoint")):
-        sd = weights.load(player)
-        rows = sorted({row for s in (1, 2, 3) for row in data.batch_rows(11, k, s, 4, 12)})
-        stored = data.LatentShards(finished / f"iter{k}/generated", rows)
-        for row in rows[::5]:
-            generators = [data.generator(11, k, row)]
-            x0 = sample(sd, [captions[row]], 3, 7.5, generators=generators, height=64, width=64)
-            torch.testing.assert_close(stored.read("x0", [row]), x0, atol=0.02, rtol=2e-3)  # kept in half precision
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("flip", [0.0, 1.0])
-def test_pairs_are_what_they_should_be(flip, sd, pictures, tmp_path):
-    """Row by row from the image files: encoded, mirrored or not, a sample of the posterior, scaled."""
-    args = train.parse(flags(Path("unused"), pictures, tmp_path, "--flip", str(flip)))
-    images = data.CaptionedImages(pictures, 64)
-    real, generated = data.LatentShards(tmp_path / "cache", range(12)), data.LatentShards(tmp_path / "gen", [2, 7, 9])
-    pairs.encode(args, sd, images, real)
-    generated.write(0, {"x0": torch.stack([torch.full((4, 8, 8), float(row)) for row in (2, 7, 9)])})
-    batch = pairs.read(args, sd, "spin", images, real, generated, [9, 2], (3, 5, 6))
-    for i, row in enumerate([9, 2]):
-        drawn = data.draw(11, 3, 5, 6 + i, (4, 8, 8), 1000)
-        image = images.image(row)[None]
-        mean, logvar = sd.vae.encode(image.flip(3) if flip else image)
-        x0 = (mean + (0.5 * logvar).exp() * drawn["posterior"]) * 0.18215
-        torch.testing.assert_close(batch["x0_data"][i], x0[0], atol=5e-3, rtol=2e-3)  # kept in half precision
-        assert torch.equal(batch["x0_gen"][i], torch.full((4, 8, 8), float(row)))
-        assert torch.equal(batch["eps"][i], drawn["eps"]) and batch["t"][i] == drawn["t"]
-
-
-@torch.no_grad()
-def test_independent_noise_and_places_on_the_path(sd, pictures, tmp_path):
-    images = data.CaptionedImages(pictures, 64)
-    real, generated = data.LatentShards(tmp_path / "cache", range(12)), data.LatentShards(tmp_path / "gen", [2, 7, 9])
-    path = torch.arange(9.0).reshape(3, 3, 1, 1, 1).expand(3, 3, 4, 8, 8)  # entry 3 row + step
-    generated.write(0, {"x0": torch.zeros(3, 4, 8, 8), "path": path})  # of a run, one or the other
-    found = {}
-    for more in (["--noise", "independent"], ["--loss", "spin-trajectory"]):
-        args = train.parse(flags(Path("unused"), pictures, tmp_path, *more, "--flip", "0"))
-        pairs.encode(args, sd, images, real)
-        found[more[1]] = pairs.read(args, sd, args.loss, images, real, generated, [9, 2], (3, 5, 6))
-    for i in (0, 1):
-        drawn = data.draw(11, 3, 5, 6 + i, (4, 8, 8), 1000)
-        batch = found["independent"]
-        assert torch.equal(batch["eps"][i], drawn["eps"]) and torch.equal(batch["eps_gen"][i], drawn["eps_gen"])
-        assert abs(np.corrcoef(drawn["eps"].ravel(), drawn["eps_gen"].ravel())[0, 1]) < 0.3
-        batch, place = found["spin-trajectory"], data.draw(11, 3, 5, 6 + i, (4, 8, 8), 3)["t"].item()
-        assert batch["t"][i] == sd.scheduler.timesteps(3)[place]
-        assert torch.equal(batch["x_t_gen"][i], path[[2, 0][i], place])
-        assert "x0_gen" not in batch and "eps_gen" not in batch
-
-
-def test_the_opponents_path_is_kept_for_the_trajectory_loss(tiny_folder, pictures, tmp_path):
-    more = ["--loss", "spin-trajectory", "--iterations", "1", "--steps", "2"]
-    [summary] = train.main(flags(tiny_folder, pictures, tmp_path / "run", *more))["models"]
-    assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert summary["delta_gen"] > 0  # a squared distance
-    rows = sorted({row for s in (1, 2) for row in data.batch_rows(11, 1, s, 4, 12)})
-    stored, path = data.LatentShards(tmp_path / "run/iter1/generated", rows), []
-    captions = [json.loads(line)["text"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
-    generators = [data.generator(11, 1, rows[1])]
-    sample(
-        weights.load(tiny_folder),
-        [captions[rows[1]]],
-        3,
-        7.5,
-        generators=generators,
-        height=64,
-        width=64,
-        trajectory=path,
-    )
-    torch.testing.assert_close(stored.read("path", rows[1:2])[0], torch.cat(path), atol=0.02, rtol=2e-3)
-    for entry in range(3):
-        assert torch.equal(stored.read("path", rows[1:2], [entry]), stored.read("path", rows[1:2])[:, entry])
-
-
-def test_compiling_changes_no_name_and_no_number(tiny_folder, pictures, tmp_path, monkeypatch):
-    """With a compiler that only traces: inductor takes minutes for the tiny UNet."""
-    compiled = []
-
-    def traced(step):
-        compiled.append(step.__name__)
-        return torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=False)
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(train, "compiled", traced)
-    found = []
-    for more in ("--no-compile", "--compile"):
-        out = tmp_path / more
-        train.main(flags(tiny_folder, pictures, out, "--iterations", "1", "--steps", "1", "--micro-batch", "4", more))
-        found.append((run.Run(out).read_log()[0], load_file(out / "iter1/checkpoint" / UNET)))
-    (eager, plain), (traced_line, traced_weights) = found
-    assert compiled == ["spin_step"] * 2 and plain.keys() == traced_weights.keys()
-    assert traced_line["grad_norm"] == pytest.approx(eager["grad_norm"], rel=1e-3)
-    assert largest_change(plain, traced_weights) <= 2e-5  # 2 lr: where a gradient is rounding alone, Adam may turn back
-
-
-@pytest.mark.parametrize("device, flags_given, wanted", [("cuda", [], True), ("cuda:1", ["--no-compile"], False)])
-def test_the_step_is_compiled_on_cuda_unless_told_otherwise(device, flags_given, wanted):
-    assert train.parse(["--device", device, *flags_given]).compile is wanted
-    assert train.parse(["--device", "cpu"]).compile is False
-    assert train.parse(["--device", "cpu", "--compile"]).compile is True
-
-
-def test_micro_batches_make_no_difference(tiny_folder, pictures, tmp_path):
-    logs = []
-    for size in ("4", "1"):
-        out = tmp_path / size
-        train.main(flags(tiny_folder, pictures, out, "--micro-batch", size, "--iterations", "1", "--clip", "0"))
-        logs.append(run.Run(out).read_log())
-    whole, parts = logs
-    assert parts[0]["grad_norm"] == pytest.approx(whole[0]["grad_norm"], rel=1e-3)
-    for i in (1, 2):  # later on Adam has turned rounding of tiny gradients into steps of its full size
-        for name in ("loss", "delta_data", "delta_gen", "margin"):
-            assert parts[i][name] == pytest.approx(whole[i][name], rel=0.05, abs=1e-5), name
-
-
-@torch.no_grad()
-def test_the_loss_sees_each_pair_with_its_own_prompt_and_the_iterations_beta(
-    sd, tiny_folder, pictures, tmp_path, monkeypatch
-):
-    seen = []
-
-    def spy(*networks, **inputs):
-        seen.append(inputs)
-        return loss_step(*networks, **inputs)
-
-    loss_step = train.spin_step
-    monkeypatch.setattr(train, "spin_step", spy)
-    with torch.enable_grad():
-        train.main(flags(tiny_folder, pictures, tmp_path / "run", "--steps", "1", "--beta", "100", "200"))
-    images = data.CaptionedImages(pictures, 64)
-    captions = [images.caption(row) for row in range(12)]
-    for k in (1, 2):
-        micro = seen[2 * k : 2 * k + 2]  # 4 pairs as 3 and 1, after the two that were measured
-        contexts = torch.cat([inputs["context"] for inputs in micro])
-        rows = data.batch_rows(11, k, 1, 4, 12)
-        assert len({captions[row] for row in rows}) > 1
-        torch.testing.assert_close(contexts, sd.encode_prompts([captions[row] for row in rows]), atol=1e-5, rtol=1e-5)
-        assert all(inputs["beta"].item() == 100 * k for inputs in micro)
-
-
-def one_step(tiny_folder, pictures, out, *more) -> tuple[dict, dict]:
-    """The UNet before and after. Adam's first step is the learning rate, whatever the gradient."""
-    train.main(flags(tiny_folder, pictures, out, *"--iterations 1 --steps 1 --grid-prompts 0".split(), *more))
-    return load_file(tiny_folder / UNET), load_file(out / "iter1/checkpoint" / UNET)
-
-
-def largest_change(old: dict, new: dict) -> float:
-    return max((old[name] - new[name]).abs().max().item() for name in old)
-
-
-def test_the_learning_rate_is_the_schedules(tiny_folder, pictures, tmp_path):
-    quarter = ["--lr", "4e-4", "--warmup", "4", "--weight-decay", "0"]
-    assert largest_change(*one_step(tiny_folder, pictures, tmp_path, *quarter)) == pytest.approx(1e-4, rel=0.01)
-
-
-def test_gradients_are_clipped(tiny_folder, pictures, tmp_path):
-    """A gradient of length 1e-12 is lost in Adam's epsilon of 1e-8."""
-    clipped = ["--lr", "1e-3", "--clip", "1e-12", "--weight-decay", "0"]
-    assert largest_change(*one_step(tiny_folder, pictures, tmp_path, *clipped)) < 1e-6
-
-
-def test_weights_decay(tiny_folder, pictures, tmp_path):
-    old, plain = one_step(tiny_folder, pictures, tmp_path / "a", "--lr", "1e-3", "--weight-decay", "0")
-    _, decayed = one_step(tiny_folder, pictures, tmp_path / "b", "--lr", "1e-3", "--weight-decay", "0.5")
-    for name in old:
-        torch.testing.assert_close(plain[name] - decayed[name], 1e-3 * 0.5 * old[name], atol=1e-6, rtol=1e-3)
-
-
-def test_images_are_generated_only_for_prompts_that_are_drawn(tiny_folder, pictures, tmp_path):
-    train.main(flags(tiny_folder, pictures, tmp_path / "run", "--iterations", "1", "--steps", "2"))
-    [shard] = (tmp_path / "run/iter1/generated").iterdir()
-    assert load_file(shard)["x0"].shape == (8, 4, 8, 8)  # 2 steps of 4 pairs, out of 12 rows
-
-
-def test_pictures_of_a_run(finished):
+def test_the_grid_shows_every_model(finished):
     for model in ("base", "spin-1", "spin-2"):
-        picture = Image.open(finished / f"samples/{model}/1.png")
-        assert picture.size == (64, 64)
-        assert "Seed: 1" in picture.text["parameters"] and f"Model: {model}" in picture.text["parameters"]
-    grid, curves = Image.open(finished / "samples/grid.png"), Image.open(finished / "curves.png")
-    assert grid.width > 3 * 192 and grid.height > 2 * 192 and len(grid.getcolors(1 << 24)) > 1000
-    assert len(curves.getcolors(1 << 24)) > 10
+        image = Image.open(finished / f"samples/{model}/1.png")
+        assert image.size == (32, 32)
+        assert "Seed: 1" in image.text["parameters"]
+        assert f"Model: {model}" in image.text["parameters"]
+    grid = Image.open(finished / "samples/grid.png")
+    assert grid.width > 3 * 192
+    assert grid.height > 2 * 192
+    assert len(grid.getcolors(1 << 24)) > 1000
 
 
-def test_two_runs_give_identical_weights(finished, tiny_folder, pictures, tmp_path):
-    train.main(flags(tiny_folder, pictures, tmp_path / "again"))
-    for k in (1, 2):
-        assert contents(tmp_path / f"again/iter{k}/checkpoint") == contents(finished / f"iter{k}/checkpoint")
+def test_grids_in_training_show_the_policy_at_that_step(flags, tmp_path):
+    out = tmp_path / "run"
+    more = "--iterations 1 --steps 5 --sample-every 2 --lr 1e-3"
+    train.main(flags(out, more))
+    names = ["base", "spin-1", "spin-1-step-00002", "spin-1-step-00004"]
+    folders = [path for path in (out / "samples").iterdir() if path.is_dir()]
+    assert sorted(folder.name for folder in folders) == names
+    images = {(folder / "0.png").read_bytes() for folder in folders}
+    assert len(images) == 4, "training changes the image"
+    with_four_models = Image.open(out / "samples/grid.png").width
+    assert with_four_models > 4 * 192
 
 
-def test_a_finished_run_is_not_repeated(finished, tiny_folder, pictures):
-    stages = [path for folder in ("cache", "iter1", "iter2") for path in (finished / folder).rglob("*")]
-    before = {path: path.stat().st_mtime_ns for path in stages}
-    log = (finished / "log.jsonl").read_bytes()
-    train.main(flags(tiny_folder, pictures, finished))
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert (finished / "log.jsonl").read_bytes() == log
+def test_two_runs_end_with_identical_models(finished, flags, tmp_path):
+    train.main(flags(tmp_path / "again"))
+    assert_same_models(tmp_path / "again", finished)
 
 
-@pytest.mark.parametrize(
-    "place, times",
-    [
-        ("cache", 1),
-        ("iter2/generated", 1),
-        ("iter2/state", 1),  # nothing of the iteration is saved yet
-        ("iter2/state", 2),  # step 2 is saved, step 3 is logged and lost
-        ("iter2/checkpoint", 1),
-        ("samples/spin-2", 2),
-    ],
-)
-def test_going_on_after_a_stop_ends_at_the_same_weights(
-    place, times, finished, tiny_folder, pictures, tmp_path, monkeypatch
-):
-    """The process dies as it begins to write into `place` for the `times`-th time; then the command is given again."""
-    out, whole, writes = tmp_path / "stopped", run.whole, []
-    command = flags(tiny_folder, pictures, out, "--save-every", "2")
-
-    class Died(Exception):
-        pass
-
-    def dying(path: Path):
-        writes.append(str(path))
-        if sum(place in write for write in writes) == times and place in str(path):
-            raise Died
-        return whole(path)
-
-    with monkeypatch.context() as patch:
-        for module in ("infra.run", "data", "checkpoint.pipeline", "eval.plots"):
-            patch.setattr(f"spin.{module}.whole", dying)
-        with pytest.raises(Died):
-            train.main(command)
-    train.main(command)
-    for k in (1, 2):
-        assert contents(out / f"iter{k}/checkpoint") == contents(finished / f"iter{k}/checkpoint")
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [(line["iteration"], line["step"]) for line in log] == [(k, s) for k in (1, 2) for s in (1, 2, 3)]
-    assert contents(out / "samples") == contents(finished / "samples")
-
-
-def test_another_flag_or_another_process_is_refused(finished, tiny_folder, pictures):
-    with pytest.raises(InputError, match=r"begun with lr \[1e-05, 1e-05\], now \[2e-05, 2e-05\]"):
-        train.main(flags(tiny_folder, pictures, finished, "--lr", "2e-5"))
-    with run.Run(finished).lock(), pytest.raises(InputError, match="another process works here"):
-        train.main(flags(tiny_folder, pictures, finished))
-
-
-def test_what_is_computed_may_not_change():
-    assert not {"loss", "link", "noise", "beta", "lr", "seed", "guidance", "sampler"} & {*train.MAY_CHANGE}
-
-
-def test_flags_that_only_change_rounding_may_change(finished, tiny_folder, pictures):
-    train.main(flags(tiny_folder, pictures, finished, "--micro-batch", "1", "--checkpoint-activations"))
-    assert json.loads((finished / "config.json").read_text())["micro_batch"] == 1
-
-
-def test_a_finished_run_may_lose_its_first_iteration(finished, tiny_folder, pictures, tmp_path):
-    out = Path(shutil.copytree(finished, tmp_path / "run"))
-    shutil.rmtree(out / "iter1")
-    train.main(flags(tiny_folder, pictures, out))
-    assert not (out / "iter1").exists() and contents(out / "iter2") == contents(finished / "iter2")
-    shutil.rmtree(out / "iter2/checkpoint")  # its state is there, but holds no weights any more
-    shutil.copytree(finished / "iter1", out / "iter1")
-    train.main(flags(tiny_folder, pictures, out))
-    assert contents(out / "iter2/checkpoint") == contents(finished / "iter2/checkpoint")
-
-
-def test_damaged_files_of_a_run_are_named(finished, tiny_folder, pictures, tmp_path):
-    out = Path(shutil.copytree(finished, tmp_path / "run"))
-    shutil.rmtree(out / "iter2/checkpoint")
-    (out / "iter2/state/state.pt").write_bytes(b"damaged")
-    with pytest.raises(InputError, match=r"state\.pt: damaged"):
-        train.main(flags(tiny_folder, pictures, out))
-    (out / "log.jsonl").write_text("nonsense\n")
-    with pytest.raises(InputError, match=r"log\.jsonl: holds a line that is not JSON"):
-        run.Run(out).summary()
-
-
-def test_other_pictures_are_refused(finished, tiny_folder, pictures, tmp_path):
-    other = Path(shutil.copytree(pictures, tmp_path / "pictures"))
-    Image.new("RGB", (40, 40)).save(other / "0.jpg")
-    with pytest.raises(InputError, match="begun with data_hash"):
-        train.main(flags(tiny_folder, other, finished))
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--sampler", "ddpm", "--flip", "0", "--link", "hinge"],
-        ["--generated", "images", "--dtype", "bfloat16", "--guidance", "1"],
-        ["--noise", "independent", "--link", "correlation"],
-        ["--loss", "spin-trajectory", "--guidance", "1"],
-        ["--checkpoint-activations", "--num-prompts", "3", "--grid-prompts", "0", "--clip", "0"],
-    ],
-    ids=lambda more: more[0],
-)
-def test_other_settings(more, tiny_folder, pictures, tmp_path):
-    result = train.main(flags(tiny_folder, pictures, tmp_path / "run", *more, "--iterations", "1", "--steps", "2"))
-    [summary] = result["models"]
-    assert summary["first_loss"] == pytest.approx(math.log(2) if "--link" not in more else 1.0, abs=1e-6)
+def test_a_tiny_stable_diffusion_trains_too(tiny_folder, flags, tmp_path):
+    arguments = flags(tmp_path / "run", f"{ONE_STEP} --steps 2 --resolution 64")
+    [summary] = train.main([*arguments, "--model", str(tiny_folder)])["models"]
+    assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert summary["margin"] != 0
 
 
-def test_v_prediction(tiny2_folder, pictures, tmp_path):
-    result = train.main(flags(tiny2_folder, pictures, tmp_path / "run", "--iterations", "1", "--steps", "2"))
-    assert result["models"][0]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert weights.load(tmp_path / "run/iter1/checkpoint").scheduler.prediction_type == "v_prediction"
+def test_so_does_one_that_predicts_the_velocity(tiny2_folder, flags, tmp_path):
+    arguments = flags(tmp_path / "run", f"{ONE_STEP} --steps 2 --resolution 64")
+    [summary] = train.main([*arguments, "--model", str(tiny2_folder)])["models"]
+    assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    trained = load_pipeline(tmp_path / "run/iter1/checkpoint")
+    assert trained.scheduler.prediction_type == "v_prediction"
 
 
-def test_an_exploding_run_stops_in_one_line(tiny_folder, pictures, tmp_path):
-    with pytest.raises(InputError, match="spin-1, step [23]: the loss or its gradient is not finite; last good"):
-        train.main(flags(tiny_folder, pictures, tmp_path / "run", "--lr", "1e30"))
+# ---- What is trained, and on what ----------------------------------------------------------------
 
 
-def test_what_explodes_in_the_last_step_is_not_promoted(tiny_folder, pictures, tmp_path):
-    explode = ["--lr", "1e38", "--warmup", "0", "--steps", "1", "--unet", str(tiny_folder)]
-    with pytest.raises(InputError, match="spin-1: its weights are not finite after the last step; nothing is promoted"):
-        train.main(flags(tiny_folder, pictures, tmp_path / "run", *explode))
-    assert not (tmp_path / "run/iter1/checkpoint").exists()
+def test_the_unet_changes_and_nothing_else_does(finished):
+    checkpoints = [toy.BASE, finished / "iter1/checkpoint", finished / "iter2/checkpoint"]
+    for before, after in zip(checkpoints, checkpoints[1:]):
+        old = load_pipeline(before)
+        new = load_pipeline(after)
+        old_unet = old.unet.state_dict()
+        new_unet = new.unet.state_dict()
+        unchanged = [name for name in old_unet if torch.equal(old_unet[name], new_unet[name])]
+        assert len(unchanged) < 0.01 * len(old_unet)
+        assert largest_change(old_unet, new_unet) < 4e-5  # three steps of at most 1e-5
+        assert largest_change(old.vae.state_dict(), new.vae.state_dict()) == 0
+        old_text = old.text_encoder.tower.state_dict()
+        new_text = new.text_encoder.tower.state_dict()
+        assert largest_change(old_text, new_text) == 0
 
 
-def test_the_last_good_model_is_the_one_started_from(tiny_folder, pictures, tmp_path):
-    other = Path(shutil.copytree(tiny_folder, tmp_path / "other"))
-    with pytest.raises(InputError, match=f"last good: {other}"):
-        train.main(flags(tiny_folder, pictures, tmp_path / "run", "--lr", "1e30", "--unet", str(other)))
+def test_input_files_are_not_changed(flags, image_folder, tmp_path):
+    before = read_files(toy.BASE) | read_files(image_folder)
+    train.main(flags(tmp_path / "run", ONE_STEP))
+    assert read_files(toy.BASE) | read_files(image_folder) == before
 
 
-def test_a_copy_of_an_iterations_folder_is_no_iteration(finished, tiny_folder, pictures, tmp_path):
-    out = Path(shutil.copytree(finished, tmp_path / "run"))
-    shutil.copytree(out / "iter1", out / "iter7-old")
-    assert run.Run(out).promoted() == 2
-    train.main(flags(tiny_folder, pictures, out))
+def test_training_changes_the_policy_and_no_other_network(flags, tmp_path, monkeypatch):
+    players = []
+    load_players = train.load_players
+
+    def watching(args, stage, opponent, shared):
+        policy, loss_step = load_players(args, stage, opponent, shared)
+        frozen = [loss_step.constants["opponent"], shared.vae, shared.text_encoder]
+        before = [copy_weights(network) for network in frozen]
+        players.append((policy, copy_weights(policy), frozen, before))
+        return policy, loss_step
+
+    monkeypatch.setattr(train, "load_players", watching)
+    train.main(flags(tmp_path / "run", "--steps 2 --grid-prompts 0"))
+    assert len(players) == 2
+    for policy, policy_before, frozen, frozen_before in players:
+        assert largest_change(policy_before, policy.state_dict()) > 0
+        for network, before in zip(frozen, frozen_before):
+            assert largest_change(before, network.state_dict()) == 0
+            assert all(parameter.grad is None for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("step, expected", [(1, 5e-3), (100, 0.5), (200, 1.0), (201, 1.0), (351, 0.5), (500, 1 / 300)])
-def test_learning_rate_rises_then_falls(step, expected):
+def copy_weights(network: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def test_each_player_starts_from_the_one_before(flags, tmp_path):
+    """With a learning rate of 0 nothing moves: all models are theta_0."""
+    train.main(flags(tmp_path / "run", "--steps 1 --lr 0 --grid-prompts 0"))
+    for k in (1, 2):
+        trained = load_file(tmp_path / f"run/iter{k}" / UNET)
+        assert largest_change(load_file(BASE_UNET), trained) == 0
+
+
+def test_the_opponent_of_an_iteration_generates_its_images(finished, image_folder):
+    """iter1's latents are theta_0's, iter2's theta_1's, each from noise that the row decides."""
+    images = CaptionedImages(image_folder, 32)
+    options = SamplingOptions(steps=3, guidance=3.0, height=32, width=32)
+    for k, opponent in ((1, toy.BASE), (2, finished / "iter1/checkpoint")):
+        pipe = load_pipeline(opponent)
+        steps = [(k, step) for step in (1, 2, 3)]
+        rows = rows_of_steps(11, steps, batch_size=4, num_rows=12)
+        stored = LatentShards(finished / f"iter{k}/generated", rows)
+        for row in rows[::5]:
+            generator = noise_generator(11, k, row)
+            prompts = [images.caption(row)]
+            x0 = sample(pipe, prompts, generators=[generator], **vars(options))
+            torch.testing.assert_close(stored.read("x0", [row]), x0, atol=0.02, rtol=2e-3)
+
+
+def test_images_are_generated_only_for_prompts_that_are_drawn(flags, tmp_path):
+    train.main(flags(tmp_path / "run", f"{ONE_STEP} --steps 2"))
+    [shard] = (tmp_path / "run/iter1/generated").iterdir()
+    assert len(load_file(shard)["x0"]) == 8  # two steps of four pairs, out of twelve rows
+
+
+def test_the_loss_sees_each_pair_with_its_own_prompt_and_the_iterations_beta(
+    flags, image_folder, tmp_path, monkeypatch
+):
+    calls = []
+
+    def spying(policy, **arguments):
+        calls.append(arguments)
+        return spin_step(policy, **arguments)
+
+    monkeypatch.setattr("spin.step.spin_step", spying)
+    train.main(flags(tmp_path / "run", "--steps 1 --beta 100 200 --grid-prompts 0"))
+    images = CaptionedImages(image_folder, 32)
+    pipe = load_pipeline(toy.BASE).freeze()
+    assert len(calls) == 4  # in each iteration a step of four pairs, as three and one
+    for k in (1, 2):
+        first, second = calls[2 * k - 2 : 2 * k]
+        assert first["beta"] == second["beta"] == 100 * k
+        captions = [images.caption(row) for row in batch_rows(11, k, 1, 4, 12)]
+        assert len(set(captions)) > 1
+        contexts = torch.cat([first["context"], second["context"]])
+        torch.testing.assert_close(contexts, pipe.encode_prompts(captions))
+
+
+# ---- The optimizer loop --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch", [3, 1])
+def test_micro_batches_add_up_to_the_batch(micro_batch, flags, tmp_path):
+    """A batch of 4 as 3 + 1, which weigh what they hold, or as 1 + 1 + 1 + 1."""
+    logs = []
+    for size in (4, micro_batch):
+        out = tmp_path / f"{size}"
+        train.main(flags(out, f"{ONE_STEP} --steps 2 --clip 0 --micro-batch {size}"))
+        logs.append(Run(out).read_log())
+    batch, parts = logs
+    assert parts[0]["grad_norm"] == pytest.approx(batch[0]["grad_norm"], rel=1e-3)
+    # from the second step on, Adam has made steps of full size from gradients that are rounding
+    for name in ("loss", "delta_data", "delta_gen", "margin", "implicit_accuracy"):
+        assert parts[1][name] == pytest.approx(batch[1][name], rel=0.05, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "step, expected",
+    [
+        (1, 5e-3),
+        (100, 0.5),
+        (200, 1.0),
+        (201, 1.0),
+        (351, 0.5),
+        (500, 1 / 300),
+    ],
+)
+def test_the_learning_rate_rises_then_falls(step, expected):
     assert train.learning_rate(1.0, step, 500, 200) == pytest.approx(expected)
 
 
 def test_the_papers_first_iteration_ends_inside_its_warm_up():
     rates = [train.learning_rate(2e-5, step, 50, 200) for step in range(1, 51)]
     assert rates[-1] == max(rates) == pytest.approx(5e-6)
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
     assert train.learning_rate(2e-5, 1, 50, 0) == 2e-5
 
 
-def test_the_papers_table_is_the_default(tmp_path):
-    args = train.parse(["--model", "m", "--data", "some/pictures"])
-    assert (args.steps, args.beta) == ([50, 500, 200], [2000, 5000, 5000])
-    assert args.lr == [2e-5, 2e-5, 5e-8] and args.batch_size == 2048 and args.out == "runs/pictures"
-    args = train.parse(["--model", "m", "--data", "d", "--iterations", "4", "--lr", "1e-5", "2e-5"])
-    assert args.lr == [1e-5, 2e-5, 2e-5, 2e-5] and args.steps == [50, 500, 200, 200]
+def change_in_one_step(flags, out: Path, more: str) -> float:
+    """Return the largest change of a weight. Adam's first step is as long as the learning rate."""
+    train.main(flags(out, f"{ONE_STEP} {more}"))
+    return largest_change(load_file(BASE_UNET), load_file(out / "iter1" / UNET))
 
 
-def test_the_summary_of_a_log(finished):
-    rows = run.Run(finished).summary()
-    assert [row["steps"] for row in rows] == [3, 3]
-    assert all(row["first_loss"] == pytest.approx(math.log(2), abs=1e-6) for row in rows)
-    assert run.Run(finished / "iter1").summary() == []
+def test_the_optimizer_steps_with_the_schedules_learning_rate(flags, tmp_path):
+    """In the first of four steps of warm-up that is a quarter of the peak."""
+    change = change_in_one_step(flags, tmp_path, "--lr 4e-4 --warmup 4 --weight-decay 0")
+    assert change == pytest.approx(1e-4, rel=0.01)
+
+
+def test_gradients_are_clipped(flags, tmp_path):
+    """A gradient of length 1e-12 is lost in Adam's epsilon of 1e-8."""
+    assert change_in_one_step(flags, tmp_path, "--lr 1e-3 --clip 1e-12 --weight-decay 0") < 1e-6
+
+
+def test_weights_decay_by_lr_times_weight_decay(flags, tmp_path):
+    trained = []
+    for decay in (0, 0.5):
+        out = tmp_path / f"{decay}"
+        train.main(flags(out, f"{ONE_STEP} --lr 1e-3 --weight-decay {decay}"))
+        trained.append(load_file(out / "iter1" / UNET))
+    plain, decayed = trained
+    for name, before in load_file(BASE_UNET).items():
+        expected = 1e-3 * 0.5 * before
+        torch.testing.assert_close(plain[name] - decayed[name], expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--sampler ddpm --flip 0 --prompt-dropout 0.5",
+        "--sampler dpm++ --guidance 1 --dtype bfloat16",
+        "--noise independent",
+        "--checkpoint-activations --num-prompts 3 --clip 0",
+    ],
+)
+def test_other_settings_train_too(more, flags, tmp_path):
+    [summary] = train.main(flags(tmp_path / "run", f"{ONE_STEP} --steps 2 {more}"))["models"]
+    assert summary["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert summary["margin"] != 0
+
+
+# ---- Resuming ------------------------------------------------------------------------------------
+
+
+class Crash(Exception):
+    """Stands for the death of the process."""
+
+
+def crash_in_training(arguments: list[str], folder: Path, times: int, monkeypatch) -> None:
+    """Run train.py until a file or folder is moved into `folder` for the `times`-th time."""
+    replace = os.replace
+    moves = []
+
+    def crashing(source, destination):
+        if destination.is_relative_to(folder):
+            moves.append(destination)
+            if len(moves) == times:
+                raise Crash
+        replace(source, destination)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spin.infra.files.os.replace", crashing)
+        with pytest.raises(Crash):
+            train.main(arguments)
+
+
+@pytest.mark.parametrize(
+    "folder, times",
+    [
+        ("cache", 1),
+        ("iter2/generated", 1),
+        ("iter2/state", 1),  # nothing of this iteration is saved
+        ("iter2/state", 2),  # step 2 is saved; step 3 is logged, and lost
+        ("iter2/checkpoint", 1),
+        ("iter2/state", 3),  # the model is saved; its state still holds weights
+        ("samples/spin-2", 2),
+    ],
+)
+def test_after_a_crash_the_same_command_ends_with_the_same_models(
+    folder, times, finished, flags, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    arguments = flags(out, "--save-every 2")
+    crash_in_training(arguments, out / folder, times, monkeypatch)
+    train.main(arguments)
+    assert_same_models(out, finished)
+    assert read_files(out / "samples") == read_files(finished / "samples")
+    log = Run(out).read_log()
+    assert [(line["iteration"], line["step"]) for line in log] == STEPS
+
+
+def test_a_finished_run_is_not_repeated(finished, flags, tmp_path):
+    out = copy_run(finished, tmp_path)
+    before = modification_times(out / "cache", out / "iter1", out / "iter2", out / "samples")
+    del before[out / "samples/grid.png"]
+    log = (out / "log.jsonl").read_bytes()
+    train.main(flags(out))
+    after = modification_times(out)
+    assert {path: after[path] for path in before} == before
+    assert (out / "log.jsonl").read_bytes() == log
+
+
+def test_samples_that_were_deleted_are_sampled_again(finished, flags, tmp_path):
+    out = copy_run(finished, tmp_path)
+    shutil.rmtree(out / "samples")
+    train.main(flags(out))
+    assert read_files(out / "samples") == read_files(finished / "samples")
+
+
+def test_a_finished_run_may_lose_its_first_iteration(finished, flags, tmp_path):
+    out = copy_run(finished, tmp_path)
+    shutil.rmtree(out / "iter1")
+    train.main(flags(out))
+    assert not (out / "iter1").exists()
+    assert read_files(out / "iter2") == read_files(finished / "iter2")
+
+
+def test_a_model_that_was_deleted_is_trained_again(finished, flags, tmp_path):
+    """Its state is there, but holds no weights any more."""
+    out = copy_run(finished, tmp_path)
+    shutil.rmtree(out / "iter2/checkpoint")
+    train.main(flags(out))
+    assert_same_models(out, finished)
+
+
+def test_a_copy_of_an_iterations_folder_is_no_iteration(finished, flags, tmp_path):
+    out = copy_run(finished, tmp_path)
+    shutil.copytree(out / "iter1", out / "iter7-old")
+    assert Run(out).latest_iteration() == 2
+    train.main(flags(out))
+    assert Run(out).latest_iteration() == 2
+
+
+# ---- What a run folder must match ----------------------------------------------------------------
+
+
+def change_config(out: Path, **changes) -> None:
+    """Change values in config.json. None deletes a key."""
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        config[key] = value
+        if value is None:
+            del config[key]
+    path.write_text(json.dumps(config))
+
+
+def test_another_value_is_refused_by_name(finished, flags):
+    with pytest.raises(InputError, match=r"started with lr \[1e-05, 1e-05\], now \[2e-05, 2e-05\]"):
+        train.main(flags(finished, "--lr 2e-5"))
+
+
+def test_another_process_is_refused(finished, flags):
+    with Run(finished).lock(), pytest.raises(InputError, match="another process is using it"):
+        train.main(flags(finished))
+
+
+def test_other_images_are_refused(finished, flags, image_folder, tmp_path):
+    out = copy_run(finished, tmp_path)
+    other = shutil.copytree(image_folder, tmp_path / "images")
+    Image.new("RGB", (40, 40)).save(other / "0.jpg")
+    with pytest.raises(InputError, match="started with data_hash"):
+        train.main([*flags(out), "--data", str(other)])
+
+
+def test_all_that_changes_a_number_must_match():
+    """What may change is where files are, how much is computed at once, and what is looked at."""
+    settings = vars(train.parse_args([]))
+    assert set(settings) - set(train.MUST_MATCH) - set(train.all_loss_settings()) == {
+        "model",
+        "unet",
+        "data",
+        "out",
+        "preset",
+        "world",
+        "device",
+        "micro_batch",
+        "generation_batch",
+        "checkpoint_activations",
+        "compile",
+        "save_every",
+        "sample_every",
+        "skip_bad",
+        "dry_run",
+    }
+
+
+def test_flags_that_change_only_rounding_may_change(finished, flags, tmp_path):
+    out = copy_run(finished, tmp_path)
+    train.main(flags(out, "--micro-batch 1 --checkpoint-activations"))
+    assert json.loads((out / "config.json").read_text())["micro_batch"] == 1
+
+
+def test_a_key_that_is_missing_means_the_default(finished, flags, tmp_path):
+    """As in the config of a version that did not have this flag."""
+    out = copy_run(finished, tmp_path)
+    change_config(out, noise=None)
+    train.main(flags(out))
+    change_config(out, noise=None)
+    with pytest.raises(InputError, match="started with noise 'shared', now 'independent'"):
+        train.main(flags(out, "--noise independent"))
+
+
+def test_a_removed_flag_is_accepted_at_the_value_that_is_left(finished, flags, tmp_path):
+    out = copy_run(finished, tmp_path)
+    change_config(out, link="logistic", generated="latents", opponent_dtype="bfloat16")
+    train.main(flags(out))
+
+
+@pytest.mark.parametrize("key, value", [("link", "hinge"), ("generated", "images")])
+def test_a_removed_flag_is_refused_at_another_value(key, value, finished, flags, tmp_path):
+    out = copy_run(finished, tmp_path)
+    change_config(out, **{key: value})
+    with pytest.raises(InputError, match=f"started with {key} '{value}', which this version does not"):
+        train.main(flags(out))
+
+
+def test_an_unknown_flag_is_refused(finished, flags, tmp_path):
+    out = copy_run(finished, tmp_path)
+    change_config(out, temperature=1.0)
+    reason = "started with temperature 1.0, which this version does not support"
+    with pytest.raises(InputError, match=reason):
+        train.main(flags(out))
+
+
+# what commit 0a7cbd9 wrote into config.json for OLD_FLAGS
+OLD_FLAGS = """
+    --loss spin --iterations 1 --steps 4 --batch-size 4 --micro-batch 4 --sampler-steps 2
+    --generation-batch 16 --grid-prompts 0 --score none --save-every 2 --device cpu
+"""
+OLD_CONFIG = {
+    "iterations": 1,
+    "steps": [4],
+    "lr": [2e-05],
+    "beta": [10000.0],
+    "sft_lr": 3e-05,
+    "dpo_lr": 1e-06,
+    "dpo_beta": 20000.0,
+    "batch_size": 4,
+    "micro_batch": 4,
+    "warmup": 10,
+    "weight_decay": 0.01,
+    "clip": 1.0,
+    "resolution": 32,
+    "flip": 0.0,
+    "prompt_dropout": 0.0,
+    "guidance": 3.0,
+    "sampler": "ddim",
+    "sampler_steps": 2,
+    "generation_batch": 16,
+    "grid_prompts": 0,
+    "seed": 0,
+    "model": "/somewhere/spin/toy_base",
+    "unet": None,
+    "data": "/somewhere/spin/toy_set",
+    "out": "runs/toy",
+    "preset": "toy",
+    "loss": "spin",
+    "noise": "shared",
+    "link": "logistic",
+    "num_prompts": None,
+    "skip_bad": False,
+    "generated": "latents",
+    "sample_every": 0,
+    "score": "none",
+    "score_images": 2,
+    "device": "cpu",
+    "dtype": "float32",
+    "opponent_dtype": "float32",
+    "compile": False,
+    "save_every": 2,
+    "checkpoint_activations": False,
+    "dry_run": False,
+    "world": True,
+    "model_hash": "b0e76d4de667f30c",
+    "unet_hash": None,
+    "data_hash": "a43018df3e38fd4c",
+    "commit": "0a7cbd914d5c539dfa87fdd3f5657f7d5dc25fc8",
+    "versions": {"python": "3.11.7", "torch": "2.14.1"},
+}
+
+
+def test_a_stopped_run_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
+    """And ends with the models that it would have had if its config were today's."""
+    today = tmp_path / "today"
+    arguments = OLD_FLAGS.split()
+    crash_in_training([*arguments, "--out", str(today)], today / "iter1/state", 2, monkeypatch)
+    assert Run(today).saved_steps("spin-1") == 2
+    old = shutil.copytree(today, tmp_path / "old")
+    (old / "config.json").write_text(json.dumps(OLD_CONFIG, indent=2))
+
+    for out in (today, old):
+        train.main([*arguments, "--out", str(out)])
+    assert read_files(old / "iter1/checkpoint") == read_files(today / "iter1/checkpoint")
+    assert [line["step"] for line in Run(old).read_log()] == [1, 2, 3, 4]
+
+
+# ---- Paths ---------------------------------------------------------------------------------------
+
+
+def test_a_tilde_is_the_home_folder_wherever_the_shell_left_it(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    args = train.parse_args(["--out=~/run", "--data=~/images", "--model=~", "--unet=~"])
+    assert args.out == f"{tmp_path}/run"
+    assert args.data == f"{tmp_path}/images"
+    assert args.model == args.unet == str(tmp_path)
+    train.main([*flags(Path("unused"), ONE_STEP), "--out=~/run"])
+    assert (tmp_path / "run/iter1/checkpoint").exists()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_run_may_be_evaluated_from_another_folder(image_folder, flags, tmp_path, monkeypatch):
+    """Its config has absolute paths, though the flags had relative ones."""
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(toy.BASE)
+    Path("images").symlink_to(image_folder)
+    paths = ["--model", "model", "--unet", "model/unet", "--data", "images", "--out", "run"]
+    train.main([*flags(Path("unused"), ONE_STEP), *paths])
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["model"] == str(tmp_path / "model")
+    assert config["unet"] == str(tmp_path / "model/unet")
+    assert config["data"] == str(tmp_path / "images")
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    Path("prompts.txt").write_text(toy.SCENES[0].caption)
+    few = "--prompts prompts.txt --metrics toy --num-images 1 --device cpu"
+    results = evaluate.main(["../run", *few.split()])
+    assert list(results["models"]) == ["base", "spin-1"]
+
+
+# ---- What cannot be gone on with -----------------------------------------------------------------
+
+
+def test_a_damaged_state_is_named(finished, flags, tmp_path):
+    out = copy_run(finished, tmp_path)
+    shutil.rmtree(out / "iter2/checkpoint")
+    (out / "iter2/state/state.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"state\.pt: damaged; delete it"):
+        train.main(flags(out))
+
+
+def test_a_damaged_log_is_named(tmp_path):
+    (tmp_path / "log.jsonl").write_text("nonsense\n")
+    with pytest.raises(InputError, match=r"log\.jsonl: holds a line that is not JSON"):
+        Run(tmp_path).summarize()
+
+
+def test_a_run_without_a_log_has_no_summary(tmp_path):
+    assert Run(tmp_path).summarize() == []
+
+
+def test_an_exploding_run_names_the_last_good_model(flags, tmp_path):
+    other = shutil.copytree(toy.BASE, tmp_path / "other")
+    arguments = [*flags(tmp_path / "run", "--lr 1e30"), "--unet", str(other)]
+    reason = "spin-1, step [23]: the loss or its gradient is not finite; the last good model is "
+    with pytest.raises(InputError, match=reason + str(other)):
+        train.main(arguments)
+
+
+def test_what_explodes_in_the_last_step_is_not_promoted(flags, tmp_path):
+    arguments = flags(tmp_path / "run", f"{ONE_STEP} --lr 1e38 --warmup 0")
+    with pytest.raises(InputError, match="spin-1: its weights are not finite after the last step"):
+        train.main(arguments)
+    assert not (tmp_path / "run/iter1/checkpoint").exists()

@@ -1,6 +1,6 @@
-"""Every line of the tutorial: its code runs, its quotes are verbatim, its commands work, the names it gives exist.
+"""Every line of the tutorial holds: code runs, quotes are verbatim, commands work, names exist.
 
-```python             run, in order, in one namespace a chapter
+```python             run, in order, all blocks of a chapter in one namespace
 ```python file=PATH   a verbatim piece of that file
 ```console            its lines "$ python ..." are run
 """
@@ -19,62 +19,115 @@ from tutorial import figures
 
 ROOT = Path(__file__).parent.parent.parent
 CHAPTERS = sorted(ROOT.glob("tutorial/*.md"))
-FENCE = re.compile(r"^( *)```(\w+)(?: file=(\S+))?\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *CHAPTERS, ROOT / "tutorial/evidence/README.md"]
+
+# indent, language, file, body
+FENCE = re.compile(r"^( *)```(\w*)(?: file=(\S+))?\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 NAME = re.compile(r"`((?:spin|train)(?:\.(?!py`)\w+)+)`")
+LINK = re.compile(r"\]\(([^):]*?)(?:#([^)]+))?\)")
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=page_name)
 def test_chapter(chapter, tmp_path, monkeypatch):
-    text = chapter.read_text()
-    for name in ("spin", "tests", "tutorial", "train.py", "sample.py", "evaluate.py"):  # runs/ lands in tmp_path
+    # relative paths such as runs/ land in tmp_path
+    for name in ("spin", "tests", "tutorial", "train.py", "sample.py", "evaluate.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
+
+    text = chapter.read_text()
     namespace: dict = {}
     for fence in FENCE.finditer(text):
-        indent, language, file, body = fence.groups()
-        body = re.sub(f"^{indent}", "", body, flags=re.MULTILINE)  # a fence inside a list is indented
+        indent, language, file, indented_body = fence.groups()
+        body = re.sub(f"^{indent}", "", indented_body, flags=re.MULTILINE)  # fences inside a list
         line = text.count("\n", 0, fence.start()) + 2
         where = f"{chapter.name} line {line}"
-        if file:
+        if file is not None:
             assert body in (ROOT / file).read_text(), f"{where}: not a verbatim piece of {file}"
         elif language == "python":
-            padded = "\n" * (line - 1) + body  # so that a traceback names the chapter's line
-            exec(compile(padded, str(chapter), "exec"), namespace)
+            padding = "\n" * (line - 1)  # so that a traceback names the chapter's line
+            exec(compile(padding + body, str(chapter), "exec"), namespace)
         elif language == "console":
             for command in re.findall(r"^\$ python (.*)$", body, re.MULTILINE):
-                result = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
-                assert result.returncode == 0, f"{where}: $ python {command}\n{result.stderr}"
+                run_python(command, where)
 
 
-@pytest.mark.parametrize("page", [*CHAPTERS, ROOT / "README.md"], ids=lambda path: path.stem)
-def test_names_and_links_exist(page):
-    text = FENCE.sub("", page.read_text())
-    for name in NAME.findall(text):
-        module, _, attribute = name.rpartition(".")
-        if module == "spin":
-            importlib.import_module(name)
-        else:
-            assert hasattr(importlib.import_module(module), attribute), f"{page.name}: there is no {name}"
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (page.parent / link).exists(), f"{page.name}: {link} is not there"
+def run_python(command: str, where: str) -> None:
+    argv = [sys.executable, *command.split()]
+    result = subprocess.run(argv, capture_output=True, text=True)
+    assert result.returncode == 0, f"{where}: $ python {command}\n{result.stderr}"
 
 
-@pytest.mark.parametrize("name", [*figures.FIGURES, *figures.EVIDENCE])
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_names_exist(page):
+    prose = FENCE.sub("", page.read_text())
+    for name in NAME.findall(prose):
+        assert exists(name), f"{page.name}: there is no {name}"
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module or an attribute of one."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        if hasattr(importlib.import_module(module), attribute):
+            return True
+        importlib.import_module(name)
+        return True
+    except ImportError:
+        return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_lead_somewhere(page):
+    prose = FENCE.sub("", page.read_text())
+    for path, heading in LINK.findall(prose):
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name}: {path} does not exist"
+        if heading:
+            assert heading in anchors(target), f"{page.name}: {path} has no heading #{heading}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives a page's headings."""
+    prose = FENCE.sub("", page.read_text())
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", prose, re.MULTILINE):
+        words = re.sub(r"[^\w\- ]", "", heading.lower())
+        found.add(words.replace(" ", "-"))
+    return found
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"), dtype=float)
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
 def test_figures_are_those_that_the_code_draws(name, tmp_path):
     figures.main([name, "--out", str(tmp_path)])
-    remade, committed = (np.asarray(Image.open(folder / f"{name}.png").convert("RGB"), dtype=float) for folder in
-                         (tmp_path, figures.FOLDER))  # fmt: skip
+    remade = read_pixels(tmp_path / f"{name}.png")
+    committed = read_pixels(figures.FOLDER / f"{name}.png")
     assert remade.shape == committed.shape
-    assert np.abs(remade - committed).mean() < 2  # of 255: another processor rounds otherwise
+    assert np.abs(remade - committed).mean() < 2  # of 255: other processors round otherwise
 
 
 def test_figures_are_small_and_used():
     paths = list(figures.FOLDER.iterdir())
     assert max(path.stat().st_size for path in paths) <= 100_000
     assert sum(path.stat().st_size for path in paths) <= 1_500_000
-    pages = "".join(page.read_text() for page in [*ROOT.glob("tutorial/**/*.md"), ROOT / "README.md"])
-    assert all(path.name in pages for path in paths)
+    text = "".join(page.read_text() for page in PAGES)
+    assert [path.name for path in paths if path.name not in text] == []
+
+
+def test_every_figure_is_remade_by_figures_py_or_belongs_to_the_evidence():
+    for path in figures.FOLDER.iterdir():
+        known = path.stem in figures.FIGURES or path.stem in figures.STORY
+        assert known or path.stem.startswith("evidence_")
 
 
 def test_there_is_a_tutorial():
-    assert CHAPTERS and all(FENCE.search(chapter.read_text()) for chapter in CHAPTERS)
+    assert len(CHAPTERS) > 10
+    for chapter in CHAPTERS:
+        assert FENCE.search(chapter.read_text()), chapter

@@ -1,0 +1,222 @@
+"""The folder layout of diffusers. Several generations of it are read, the newest is written.
+
+    unet/, vae/    config.json, diffusion_pytorch_model.safetensors
+    text_encoder/  config.json, model.safetensors
+    scheduler/     scheduler_config.json
+    tokenizer/     vocab.json and merges.txt, or tokenizer.json alone; without either, CLIP's own
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spin.checkpoint.configs import BUILT_IN
+from spin.checkpoint.names import OLD_VAE_NAMES, replace_parts
+from spin.checkpoint.tensors import config_errors, first_five, read_tensors
+from spin.infra.errors import InputError
+from spin.infra.files import atomic_write, read_json, read_text, write_json
+from spin.scheduler import Scheduler
+from spin.text import BOS, EOS, Tokenizer
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+# the numbers 0 to 76, which older versions of transformers stored with a text tower
+POSITION_IDS = "embeddings.position_ids"
+
+
+@dataclass
+class StoredNetwork:
+    """A network as a checkpoint holds it.
+
+    config:  its config.json
+    tensors: by today's names of diffusers or transformers, the latter without "text_model."
+    where:   the folder or file that it comes from, for messages
+    """
+
+    config: dict
+    tensors: dict[str, Tensor]
+    where: Path
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+class Folder:
+    """A checkpoint's folder, whose parts are read when they are asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read_network(self, part: str) -> StoredNetwork:
+        """Read "unet", "vae" or "text_encoder". Raises InputError if it cannot be used."""
+        where = self.path / part
+        if part == "unet" and (self.path / "config.json").exists():
+            where = self.path  # the folder unet/ alone
+        config = read_config(where / "config.json", part)
+        return StoredNetwork(config, read_network_tensors(where, part), where)
+
+    def read_tokenizer(self, length: int) -> Tokenizer:
+        return read_tokenizer(self.path / "tokenizer", length)
+
+    def read_scheduler(self) -> Scheduler:
+        where = self.path / "scheduler"
+        config = read_config(where / "scheduler_config.json", "scheduler")
+        with config_errors(where):
+            return Scheduler(config)
+
+
+def read_config(path: Path, part: str) -> dict:
+    """Return a config. Raises InputError if a setting in BUILT_IN has another value."""
+    config = read_json(path)
+    for key, expected in BUILT_IN[part].items():
+        value = config.get(key, expected)
+        per_block = value if isinstance(value, list) else [value]
+        if any(entry != expected for entry in per_block):
+            message = f"{key} is {value!r}, in Stable Diffusion 1.x and 2.x it is {expected!r}"
+            raise InputError(f"{path}: {message}")
+    return config
+
+
+def read_network_tensors(folder: Path, part: str) -> dict[str, Tensor]:
+    """Return a network's tensors by their names of today."""
+    stored = read_tensors(find_weights(folder, part))
+    tensors = {}
+    for stored_name, tensor in stored.items():
+        name = stored_name.removeprefix("text_model.")
+        if part == "vae":
+            name = replace_parts(name, OLD_VAE_NAMES)
+        tensors[name] = tensor
+    if len(tensors) < len(stored):
+        raise InputError(f"{folder}: holds some tensors twice, under an older and a newer name")
+    tensors.pop(POSITION_IDS, None)
+    return tensors
+
+
+def find_weights(folder: Path, part: str) -> Path:
+    """Return a network's weight file, preferring safetensors to pickles, then full precision."""
+    if part == "text_encoder":
+        stem, older_stem = "model", "pytorch_model"
+    else:
+        stem, older_stem = "diffusion_pytorch_model", "diffusion_pytorch_model"
+    names = [
+        f"{stem}.safetensors",
+        f"{stem}.fp16.safetensors",
+        f"{older_stem}.bin",
+        f"{older_stem}.fp16.bin",
+    ]
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    raise InputError(f"{folder / names[0]}: no such file, nor {older_stem}.bin")
+
+
+def read_tokenizer(folder: Path, length: int = 77) -> Tokenizer:
+    """Return the tokenizer of a folder, or CLIP's own if there is none.
+
+    length: tokens per prompt
+
+    Raises InputError if it is not a tokenizer like CLIP's.
+    """
+    merges, vocab = read_merges_and_vocab(folder)
+    try:
+        tokenizer = Tokenizer(merges, read_pad_token(folder), length)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: not a tokenizer like CLIP's: {error}") from None
+    if vocab is not None and vocab != tokenizer.vocab:
+        tokens = sorted(vocab.keys() | tokenizer.vocab.keys())
+        different = [token for token in tokens if vocab.get(token) != tokenizer.vocab.get(token)]
+        message = "its vocabulary does not follow from its merges, as CLIP's does"
+        raise InputError(f"{folder}: {message}: {first_five(different)}")
+    return tokenizer
+
+
+def read_merges_and_vocab(folder: Path) -> tuple[list[str] | None, dict[str, int] | None]:
+    """Return a tokenizer's merges, "a b" each, and its vocabulary, or None for both."""
+    if (folder / "merges.txt").exists() or (folder / "vocab.json").exists():
+        lines = read_text(folder / "merges.txt").split("\n")
+        if lines[0].startswith("#version"):
+            lines = lines[1:]
+        # An empty line, such as the last one, would count as a merge and shift the ids of the
+        # special tokens.
+        merges = [line for line in lines if line.strip()]
+        return merges, read_json(folder / "vocab.json")
+
+    path = folder / "tokenizer.json"
+    if path.exists():
+        content = read_json(path)
+        try:
+            model = content["model"]
+            # newer versions write ["a", "b"], older ones "a b"
+            merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+            return merges, model["vocab"]
+        except (KeyError, TypeError):
+            raise InputError(f"{path}: no model.vocab and model.merges as CLIP's has") from None
+
+    return None, None
+
+
+def read_pad_token(folder: Path) -> str:
+    """Return the token that fills short prompts; the end token if the folder does not say."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if not (folder / name).exists():
+            continue
+        token = read_json(folder / name).get("pad_token")
+        if isinstance(token, dict):
+            return token["content"]
+        if token is not None:
+            return token
+    return EOS
+
+
+# ---- Writing -------------------------------------------------------------------------------------
+def write_network(folder: Path, part: str, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Write a network's config.json and its tensors under the names they have in `tensors`."""
+    config = dict(config)
+    # the type of the weights that were read, while those of `tensors` may have another by now
+    config.pop("dtype", None)
+    config.pop("torch_dtype", None)
+    write_json(folder / "config.json", config)
+    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    write_safetensors(folder / f"{stem}.safetensors", tensors, {"format": "pt"})
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as temporary:
+        save_file(contiguous, temporary, metadata)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    write_json(folder / "vocab.json", tokenizer.vocab)
+    with atomic_write(folder / "merges.txt") as temporary:
+        # no newline at the end: it would count as a merge
+        lines = ["#version: 0.2", *tokenizer.merges]
+        temporary.write_text("\n".join(lines), encoding="utf-8")
+
+    special_tokens = {
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "unk_token": EOS,
+        "pad_token": tokenizer.pad_token,
+    }
+    config = dict(special_tokens)
+    config["tokenizer_class"] = "CLIPTokenizer"
+    config["model_max_length"] = tokenizer.length  # without it, diffusers pads to 1e30 tokens
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", special_tokens)
+
+
+def write_model_index(folder: Path, scheduler_class: str) -> None:
+    """Write model_index.json, by which diffusers knows the classes of a checkpoint's parts."""
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "requires_safety_checker": False,
+        "feature_extractor": [None, None],
+        "safety_checker": [None, None],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", scheduler_class],
+    }
+    write_json(folder / "model_index.json", index)

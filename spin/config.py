@@ -1,0 +1,98 @@
+"""The settings of the miniature world and of the paper, and where each comes from.
+
+Keys are flags of train.py: `batch_size` is --batch-size. The paper is arXiv 2402.10210; its
+settings are in appendix A. Two of them look odd but are the paper's: the 50 steps of iteration 1
+end within the 200 warmup steps, and only the first iteration has beta 2000.
+"""
+
+#: A list has one value per iteration; its last value is repeated.
+TOY = {
+    "iterations": 3,
+    "steps": [100],
+    "lr": [2e-5],  # tuned
+    "beta": [10000.0],  # tuned
+    "sft_lr": 3e-5,  # tuned
+    "dpo_lr": 1e-6,  # tuned
+    "dpo_beta": 20000.0,  # tuned
+    "batch_size": 16,
+    "micro_batch": 16,
+    "warmup": 10,
+    "weight_decay": 0.01,  # AdamW's default, and the paper's
+    "clip": 1.0,
+    "resolution": 32,
+    "flip": 0.0,  # captions say left and right
+    "prompt_dropout": 0.0,
+    "guidance": 3.0,
+    "sampler": "ddim",
+    "sampler_steps": 20,
+    "generation_batch": 64,
+    "grid_prompts": 5,
+    "seed": 0,
+}
+
+PAPER = {
+    "iterations": 3,
+    "steps": [50, 500, 200],
+    "lr": [2e-5, 2e-5, 5e-8],
+    "beta": [2000.0, 5000.0, 5000.0],
+    "sft_lr": 1e-5,
+    "dpo_lr": 2e-5,
+    "dpo_beta": 2000.0,
+    "batch_size": 2048,
+    "micro_batch": 8,  # changes no result: it is what fits into memory
+    "warmup": 200,
+    "weight_decay": 0.01,
+    "clip": 1.0,  # assumed: as in Diffusion-DPO's public code
+    "resolution": 512,
+    "flip": 0.5,  # assumed: as in Diffusion-DPO's public code
+    "prompt_dropout": 0.0,  # assumed: Diffusion-DPO's public code drops a fifth
+    "guidance": 7.5,
+    "sampler": "ddim",  # assumed
+    "sampler_steps": 50,  # assumed: as in the authors' demo
+    "generation_batch": 16,  # assumed: it changes no more than rounding
+    "grid_prompts": 4,  # assumed: it is for looking only
+    "seed": 5775709,
+}
+
+PRESETS = {"toy": TOY, "paper": PAPER}
+
+#: Settings of PAPER that the paper does not state.
+ASSUMED = (
+    "clip",
+    "flip",
+    "prompt_dropout",
+    "sampler",
+    "sampler_steps",
+    "generation_batch",
+    "grid_prompts",
+)
+
+#: The settings that only one loss has. TOY's values of them are the best of fifteen trials on the
+#: validation prompts (tutorial/tune_toy.py).
+LOSS_SETTINGS = {
+    "spin": ("lr", "beta"),
+    "sft": ("sft_lr",),
+    "dpo": ("dpo_lr", "dpo_beta"),
+}
+
+
+def describe_default(name: str) -> str:
+    """Return a setting's values and their sources, for --help: "toy: 16; paper: 2048"."""
+    descriptions = []
+    for preset, values in PRESETS.items():
+        source = ""
+        if preset == "toy" and any(name in names for names in LOSS_SETTINGS.values()):
+            source = ", tuned"
+        if preset == "paper" and name in ASSUMED:
+            source = ", assumed"
+        descriptions.append(f"{preset}: {format_value(values[name])}{source}")
+    return "; ".join(descriptions)
+
+
+def format_value(value) -> str:
+    """Return a setting as it is given on the command line: 2e-05, "50 500 200"."""
+    if isinstance(value, list):
+        return " ".join(format_value(each) for each in value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

@@ -1,0 +1,90 @@
+"""What the scripts' command lines share: argument types, exit statuses, provenance."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from spin.infra import distributed
+from spin.infra.errors import InputError
+from spin.infra.interrupt import Interrupted, raise_on_stop_signals
+
+
+def run_script(name: str, main: Callable[[], object], advice: str) -> int:
+    """Run a script's main and return its exit status.
+
+    0: success. 2: an error that the user can fix, described in one line on stderr. 130: it was
+    interrupted; the line is the Interrupted exception's message, or else `advice`.
+    """
+    raise_on_stop_signals()
+    try:
+        main()
+        return 0
+    except Interrupted as interruption:
+        status = 130
+        message = f"\n{name}: stopped; {interruption or advice}"
+    except KeyboardInterrupt:
+        status = 130
+        message = f"\n{name}: stopped; {advice}"
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        status = 2
+        message = f"{name}: error: {str(error).splitlines()[0]}"
+    # Written outside the except blocks, once the exception's frames and their progress bars are
+    # gone. Another rank's bar may still be on the line.
+    if distributed.WORLD_SIZE > 1:
+        message = "\n" + message
+    sys.stderr.write(message + "\n")
+    return status
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """Return a type for argparse: a finite int or float from `low` to `high`.
+
+    argparse puts the type's name into its message: invalid int >= 1 value: '0'.
+    """
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{kind.__name__} >= {low}"
+    if high != math.inf:
+        parse.__name__ += f" and <= {high}"
+    return parse
+
+
+#: argparse's type of a --seed: torch and NumPy both take it, and there is room to count up
+SEED_TYPE = number(int, 0, 2**62)
+
+
+def check_device(device: str) -> str:
+    """Return `device` if torch can compute there. Raises InputError otherwise."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device}: cannot be used here ({reason})") from None
+    return device
+
+
+def provenance() -> dict:
+    """Return what a result depends on besides its flags: the git commit and the versions.
+
+    The commit ends in "-dirty" if files have local changes.
+    """
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # git is not installed
+        commit = ""
+    versions = {"python": sys.version.split()[0]}
+    for package in ("torch", "numpy", "safetensors", "pillow", "open-clip-torch"):
+        versions[package] = version(package)
+    return {"commit": commit or "unknown: not a git clone", "versions": versions}
