@@ -221,6 +221,8 @@ def train(
             if is_due(step, args.save_every) or is_last or stopping:
                 save_state(run, stage.name, step, to_save)
                 stop.advice = f"{stage.name} resumes from step {step + 1}"
+            if is_last:  # no later step would see a signal that came after the sum
+                stopping = distributed.any_rank(stop.requested, args.device)
             if stopping:
                 raise Interrupted(
                     f"{stage.name}: {step} of {num_steps} steps are saved; "
@@ -585,18 +587,16 @@ def prepare_run(args: argparse.Namespace, run: Run, images: CaptionedImages) -> 
 def hash_data(args: argparse.Namespace, images: CaptionedImages) -> str:
     """Return a string that identifies the data.
 
-    For the miniature world it is a fixed name: the bytes of PNG files depend on Pillow's version.
+    The miniature world's curated set has a fixed name, which needs its pixels to be as they should:
+    the bytes of PNG files depend on Pillow's version.
     """
-    if not args.world:
+    if not args.world or args.num_prompts is not None:
         return images.hash()
     if toy.hash_curated_set(Path(args.data)) != toy.CURATED_SHA256:
         raise InputError(
             f"{args.data}: not the miniature world's curated set; delete it, and it is drawn again"
         )
-    name = CURATED_PAIRS if images.with_rejected else CURATED_SET
-    if args.num_prompts is None:
-        return name
-    return f"{name}-first-{args.num_prompts}"
+    return CURATED_PAIRS if images.with_rejected else CURATED_SET
 
 
 def flag_defaults(preset: str) -> dict:

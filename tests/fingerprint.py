@@ -1,10 +1,12 @@
-"""Print a hash of every model that small training runs end with: the check for changes that must not change a number.
+"""Hash the models that small training runs end with, for changes that must not change a number.
 
-    OMP_NUM_THREADS=1 python tests/fingerprint.py > before.txt      before the change
-    OMP_NUM_THREADS=1 python tests/fingerprint.py | diff before.txt -      after it
+    OMP_NUM_THREADS=1 python tests/fingerprint.py > before.txt           before the change
+    OMP_NUM_THREADS=1 python tests/fingerprint.py | diff before.txt -    after it
 
-Six runs of eight steps an iteration on the miniature world, about four minutes on two cores. One of them is killed in
-its second iteration and started again. Hashes depend on the processor and on torch's version, so none is committed."""
+Six runs of eight steps per iteration on the miniature world, about a minute on two idle cores. One
+of them is killed in its second iteration and started again. Hashes depend on the processor and on
+torch's version, so none is committed.
+"""
 
 import hashlib
 import json
@@ -34,7 +36,7 @@ KILL_AFTER = 12  # log lines: in the second iteration, past a saved state
 
 
 def hash_weights(path: Path) -> str:
-    """Return SHA-256 over the tensors of a .safetensors file, sorted by name: names, shapes and bytes."""
+    """Return SHA-256 over the names, shapes, dtypes and bytes of a .safetensors file's tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(load_file(path).items()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())

@@ -141,7 +141,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"optimizer steps on the curated set, {UNET_BATCH} images each (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=SEED_TYPE, default=0, help="of weights, images and noise (default: %(default)s)"
+        "--seed",
+        type=SEED_TYPE,
+        default=0,
+        help="of weights, images and noise (default: %(default)s)",
     )
     return parser.parse_args(argv)
 

@@ -86,6 +86,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def any_rank(flag: bool, device: str) -> bool:
+    """Return whether `flag` is true on any rank. device: this rank's own."""
+    if WORLD_SIZE == 1:
+        return flag
+    count = torch.tensor(float(flag), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
+
+
 class GradientReducer:
     """Sums a network's gradients and a few numbers over all ranks, in one all-reduce a step.
 

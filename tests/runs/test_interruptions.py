@@ -200,7 +200,7 @@ def test_a_second_signal_stops_at_once_and_says_where_the_run_resumes(
     save_every, resumes_from, finished, flags, tmp_path, monkeypatch
 ):
     arguments = flags(tmp_path / "run", f"--save-every {save_every}")
-    reason = f"^spin-1 resumes from step {goes_on}$"
+    reason = f"^spin-1 resumes from step {resumes_from}$"
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match=reason):
         before_loading(patch, 3, partial(signal_twice, patch, 1.5))
         train.main(arguments)

@@ -407,7 +407,7 @@ def test_a_rank_that_dies_ends_the_job_with_a_line(tmp_path):
     _, stderr = job.communicate(timeout=60)
     assert job.returncode != 0
     [line] = script_lines(stderr)
-    lost = "train.py: error: rank 0 of 2 has lost another, which ended; "
+    lost = "train.py: error: rank 0 of 2: another rank has exited; the same command resumes "
     stopped_by_torchrun = "train.py: stopped; "
     assert line.startswith((lost, stopped_by_torchrun)), stderr
     assert Run(out).saved_steps("spin-1") >= 1
