@@ -33,7 +33,7 @@ GENERATION = 2
 def batch_rows(seed: int, iteration: int, step: int, batch_size: int, num_rows: int) -> list[int]:
     """Return the data rows, out of `num_rows`, of an iteration's optimizer step 1, 2, ...
 
-    Rows come in random order, and none repeats before all have come once.
+    Within an iteration, rows come in random order, and none repeats before all have come once.
     """
     rows = []
     for position in range((step - 1) * batch_size, step * batch_size):
@@ -59,10 +59,12 @@ def random_draws(
 ) -> dict[str, Tensor]:
     """Return everything that is random in one pair of a batch.
 
-    t: int64 in 0..num_timesteps-1. flip and drop: uniform in [0,1), to be compared with the
-    probabilities of mirroring the real image and of dropping the prompt. eps, posterior, eps_gen:
-    standard normal, of `shape`: the noise, the draw from the VAE's posterior, and the generated
-    image's noise where it does not share eps.
+    t: int64 in 0..num_timesteps-1.
+    flip, drop: uniform in [0,1), to be compared with the probabilities of mirroring the images and
+        of dropping the prompt.
+    eps, posterior_noise, eps_gen: standard normal, of `shape`. eps noises both latents of the pair
+        or, where eps_gen noises the generated one, the real one alone; posterior_noise samples the
+        VAE's posterior of the real image (and of DPO's rejected one).
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(PAIR, iteration, step, position))
     rng = np.random.default_rng(sequence)
@@ -70,14 +72,14 @@ def random_draws(
     t = int(rng.integers(num_timesteps))
     flip = rng.random()
     eps = rng.standard_normal(shape, dtype=np.float32)
-    posterior = rng.standard_normal(shape, dtype=np.float32)
+    posterior_noise = rng.standard_normal(shape, dtype=np.float32)
     eps_gen = rng.standard_normal(shape, dtype=np.float32)
     drop = rng.random()
     return {
         "t": torch.tensor(t),
         "flip": torch.tensor(flip),
         "eps": torch.from_numpy(eps),
-        "posterior": torch.from_numpy(posterior),
+        "posterior_noise": torch.from_numpy(posterior_noise),
         "eps_gen": torch.from_numpy(eps_gen),
         "drop": torch.tensor(drop),
     }

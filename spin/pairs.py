@@ -152,14 +152,14 @@ class PairLoader:
         flipped = draws["flip"] < self.flip
 
         batch = {
-            "x0_data": self.real_latents("", rows, flipped, draws["posterior"]),
+            "x0_data": self.real_latents("", rows, flipped, draws["posterior_noise"]),
             "eps": draws["eps"],
             "t": draws["t"],
         }
         if self.loss == "spin":
             batch["x0_gen"] = self.generated.read("x0", rows)
         elif self.loss == "dpo":
-            batch["x0_gen"] = self.real_latents("rejected_", rows, flipped, draws["posterior"])
+            batch["x0_gen"] = self.real_latents("rejected_", rows, flipped, draws["posterior_noise"])
         elif self.loss != "sft":
             raise ValueError(f"loss {self.loss!r}: must be spin, dpo or sft")
         if self.independent_noise and self.loss != "sft":
@@ -176,12 +176,15 @@ class PairLoader:
         """Return everything random in these pairs, [B,...] each: see `spin.data.random_draws`."""
         shape = tuple(self.real.read("mean", rows[:1]).shape[1:])  # a latent's, [4,h,w]
         num_timesteps = self.pipe.scheduler.num_train_timesteps
-        draws = []
+        pairs = []
         for position in range(start, start + len(rows)):
-            draws.append(
+            pairs.append(
                 random_draws(self.seed, iteration, step, position, shape, num_timesteps)
             )
-        return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+        batch = {}
+        for name in pairs[0]:
+            batch[name] = torch.stack([pair[name] for pair in pairs])
+        return batch
 
     def real_latents(
         self, prefix: str, rows: Sequence[int], flipped: Tensor, noise: Tensor
@@ -193,9 +196,9 @@ class PairLoader:
         mean = self.real.read(f"{prefix}mean", rows)
         logvar = self.real.read(f"{prefix}logvar", rows)
         if self.flip > 0:
-            flipped = flipped[:, None, None, None]
-            mean = torch.where(flipped, self.real.read(f"{prefix}mean_flipped", rows), mean)
-            logvar = torch.where(flipped, self.real.read(f"{prefix}logvar_flipped", rows), logvar)
+            mirror = flipped[:, None, None, None]  # [B,1,1,1]
+            mean = torch.where(mirror, self.real.read(f"{prefix}mean_flipped", rows), mean)
+            logvar = torch.where(mirror, self.real.read(f"{prefix}logvar_flipped", rows), logvar)
         return (mean + (0.5 * logvar).exp() * noise) * self.pipe.vae.scaling_factor
 
     def encode_prompts(self, rows: Sequence[int], dropped: Tensor) -> Tensor:

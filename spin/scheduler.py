@@ -101,19 +101,25 @@ def per_image(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.reshape(-1, *ones)
 
 
+def signal_and_sigma(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sqrt(alpha_bar) and sqrt(1 - alpha_bar), to multiply `like` image by image."""
+    level = per_image(alpha_bar, like)
+    return level.sqrt(), (1 - level).sqrt()
+
+
 # ---- Training ------------------------------------------------------------------------------------
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """Return x_t [B,...], the clean latents `x0` noised to the level alpha_bar."""
-    alpha_bar = per_image(alpha_bar, x0)
-    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+    signal, sigma = signal_and_sigma(alpha_bar, x0)
+    return signal * x0 + sigma * eps
 
 
 def velocity(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """Return v_t = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0."""
-    alpha_bar = per_image(alpha_bar, x0)
-    return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+    signal, sigma = signal_and_sigma(alpha_bar, x0)
+    return signal * eps - sigma * x0
 
 
 def training_target(x0: Tensor, eps: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
@@ -132,8 +138,7 @@ def x0_and_eps(
 ) -> tuple[Tensor, Tensor]:
     """Return the clean latent and the noise that a prediction [B,...] at x_t [B,...] implies."""
     check_prediction_type(prediction_type)
-    signal = per_image(alpha_bar, x_t).sqrt()
-    sigma = (1 - per_image(alpha_bar, x_t)).sqrt()
+    signal, sigma = signal_and_sigma(alpha_bar, x_t)
     if prediction_type == "v_prediction":  # (x_t, v) is (x0, eps) rotated: this rotates it back
         x0 = signal * x_t - sigma * prediction
         eps = signal * prediction + sigma * x_t

@@ -78,7 +78,7 @@ SHAPE = (4, 2, 3)
 
 def assert_all_differ(draws: dict[str, Tensor], others: dict[str, Tensor]) -> None:
     """Check that no draw is shared. Timesteps are left out: two may well be equal."""
-    assert draws.keys() == others.keys() == {"t", "flip", "eps", "posterior", "eps_gen", "drop"}
+    assert draws.keys() == others.keys() == {"t", "flip", "eps", "posterior_noise", "eps_gen", "drop"}
     for name in draws.keys() - {"t"}:
         assert not torch.equal(draws[name], others[name]), name
 
@@ -102,7 +102,7 @@ def test_draws_have_the_shapes_that_are_asked_for(seed, shape, num_timesteps):
     assert 0 <= draws["t"] < num_timesteps
     for name in ("t", "flip", "drop"):
         assert draws[name].shape == ()
-    for name in ("eps", "posterior", "eps_gen"):
+    for name in ("eps", "posterior_noise", "eps_gen"):
         assert draws[name].shape == tuple(shape)
         assert draws[name].dtype == torch.float32
 
@@ -148,7 +148,7 @@ def test_flip_and_drop_are_uniform_in_0_1(many_draws, name):
     assert values.max() < 1
 
 
-@pytest.mark.parametrize("name", ["eps", "posterior", "eps_gen"])
+@pytest.mark.parametrize("name", ["eps", "posterior_noise", "eps_gen"])
 def test_noise_is_standard_normal(many_draws, name):
     values = many_draws[name]
     count = values.numel()
@@ -159,9 +159,9 @@ def test_noise_is_standard_normal(many_draws, name):
 
 def test_the_noises_of_a_pair_are_independent(many_draws):
     bound = 4.5 / many_draws["eps"].numel() ** 0.5
-    assert abs((many_draws["eps"] * many_draws["posterior"]).mean()) < bound
+    assert abs((many_draws["eps"] * many_draws["posterior_noise"]).mean()) < bound
     assert abs((many_draws["eps"] * many_draws["eps_gen"]).mean()) < bound
-    assert abs((many_draws["posterior"] * many_draws["eps_gen"]).mean()) < bound
+    assert abs((many_draws["posterior_noise"] * many_draws["eps_gen"]).mean()) < bound
 
 
 def test_mirroring_dropping_and_the_timestep_are_independent(many_draws):

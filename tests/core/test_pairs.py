@@ -105,7 +105,7 @@ def test_a_batch_is_made_of_its_rows_and_its_draws(make_loader, images, real, ge
     draws = expected_draws(loader, 2, 5)
 
     assert batch.keys() == {"x0_data", "x0_gen", "eps", "t", "context"}
-    posterior_sample = real.read("mean", rows) + draws["posterior"]  # of variance 1
+    posterior_sample = real.read("mean", rows) + draws["posterior_noise"]  # of variance 1
     torch.testing.assert_close(batch["x0_data"], SCALING_FACTOR * posterior_sample)
     assert torch.equal(batch["x0_gen"], generated.read("x0", rows))
     assert torch.equal(batch["eps"], draws["eps"])
@@ -122,7 +122,7 @@ def test_the_posterior_is_sampled_with_its_own_standard_deviation(make_loader, t
     latents.write(0, [{"mean": mean, "logvar": logvar}])
     loader = make_loader(real=latents)
     batch = loader.load(1, 1, 0, NUM_ROWS)
-    expected = SCALING_FACTOR * 3 * expected_draws(loader, 1, 1)["posterior"]
+    expected = SCALING_FACTOR * 3 * expected_draws(loader, 1, 1)["posterior_noise"]
     torch.testing.assert_close(batch["x0_data"], expected, rtol=1e-3, atol=1e-3)  # float16 latents
 
 
@@ -146,7 +146,7 @@ def test_in_dpo_the_rejected_image_takes_the_place_of_the_generated_one(make_loa
     rows = expected_rows(loader, 1, 1)
     draws = expected_draws(loader, 1, 1)
     sign = torch.where(draws["flip"] < 0.5, -1, 1)[:, None, None, None]
-    expected = sign * real.read("rejected_mean", rows) + draws["posterior"]
+    expected = sign * real.read("rejected_mean", rows) + draws["posterior_noise"]
     torch.testing.assert_close(batch["x0_gen"], SCALING_FACTOR * expected)
     assert torch.equal(batch["x0_data"] < 0, batch["x0_gen"] < 0)
 
