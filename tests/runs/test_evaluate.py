@@ -168,7 +168,7 @@ def test_the_sweep_takes_each_model_at_its_best(evaluated, toy_run, copied):
         assert row["best at"] == best == f"{results['config']['best_guidance'][model]:g}"
         assert results["models"][model]["reward"]["mean"] == row[best]["mean"]
         assert row["3"]["mean"] == evaluated[1]["models"][model]["reward"]["mean"]
-    assert "The reward over guidance." in (copied / "results.md").read_text()
+    assert "The reward by guidance." in (copied / "results.md").read_text()
 
 
 # ---- What is reused, and what is not -------------------------------------------------------------
@@ -394,7 +394,7 @@ def test_the_papers_metrics(
     assert config["prompts_hash"] == hash_files([prompts], read_prompts(prompts))
     printed = capsys.readouterr().out
     assert "Published, not measured here" in printed
-    assert "| SPIN-3 | 22.00 | 6.25 | 91.6 % | 70.2 % |" in printed
+    assert "| SPIN-3 | 22.00 | 6.25 | 91.6% | 70.2% |" in printed
     check_by_hand(results, tmp_path / "out/images/model", scorers)
 
 

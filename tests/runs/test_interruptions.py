@@ -238,7 +238,7 @@ def test_a_signal_that_nohup_ignores_stays_ignored(finished, flags, tmp_path, mo
 def test_outside_training_a_signal_stops_at_once(number, flags, tmp_path, monkeypatch, capsys):
     """While the opponent generates, which keeps all of its files that are finished."""
 
-    def send_instead(*arguments):
+    def send_instead(*arguments, **options):
         send(number)
 
     monkeypatch.setattr(train, "generate_images", send_instead)

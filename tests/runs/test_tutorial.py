@@ -7,7 +7,7 @@
 
 import importlib
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -52,13 +52,15 @@ def test_chapter(chapter, tmp_path, monkeypatch):
             exec(compile(padding + body, str(chapter), "exec"), namespace)
         elif language == "console":
             for command in re.findall(r"^\$ python (.*)$", body, re.MULTILINE):
-                run_python(command, where)
+                monkeypatch.setattr(sys, "argv", command.split())
+                run_script(sys.argv[0], where)
 
 
-def run_python(command: str, where: str) -> None:
-    argv = [sys.executable, *command.split()]
-    result = subprocess.run(argv, capture_output=True, text=True)
-    assert result.returncode == 0, f"{where}: $ python {command}\n{result.stderr}"
+def run_script(script: str, where: str) -> None:
+    """Run a script as `python SCRIPT` does, but in this process, which has imported torch."""
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    assert end.value.code == 0, f"{where}: {script} ended with {end.value.code}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
