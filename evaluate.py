@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from spin import toy
-from spin.checkpoint import locate
+from spin.checkpoint import hash_checkpoint, locate
 from spin.data import read_prompts
 from spin.eval import comparison, plots, stats
 from spin.eval.comparison import Evaluation, ModelSource
@@ -57,6 +57,7 @@ PUBLISHED_TITLE = (
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Return the flags; those that are not given are filled in from the run, or from the paper."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], usage=argparse.SUPPRESS
     )
@@ -112,8 +113,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps",
         type=number(int, 1),
-        help="sampling steps, one network evaluation each (default: the run's, or 50; with dpm++ "
-        "20)",
+        help="sampling steps (default: the run's, or the sampler's usual number)",
     )
     parser.add_argument(
         "--eta",
@@ -162,7 +162,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     config = read_json(Path(args.run, "config.json")) if args.run else {}
     if args.run and not set(RUN_KEYS) <= config.keys():
         parser.error(f"{args.run}: not a run of train.py")
-    args.of_run = config
+    args.run_config = config
 
     # ---- unset flags default to the run's settings, or else to the paper's
     args.sampler = args.sampler or config.get("sampler", "ddim")
@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def evaluate(args: argparse.Namespace) -> dict:
+    """Sample, score and compare the models; write and return the results."""
     out = Path(args.out)
     if args.prompts:
         prompts = read_prompts(args.prompts)
@@ -198,9 +199,9 @@ def evaluate(args: argparse.Namespace) -> dict:
         prompts = [scene.caption for scene in toy.split()["test"]]
     prompts = prompts[: args.num_prompts]
     if args.run:
-        base = base_of_run(args.of_run)
+        base = base_of_run(args.run_config)
         models = models_of_run(
-            Run(args.run), base, args.of_run["unet"], args.of_run["iterations"]
+            Run(args.run), base, args.run_config["unet"], args.run_config["iterations"]
         )
     else:
         models = name_models(args.models)
@@ -304,11 +305,13 @@ def describe(num_prompts: int, num_images: int, guidance: list[float]) -> str:
 def base_of_run(config: dict) -> str:
     """Return theta_0 of a run.
 
-    A run in the miniature world may name a path that its base has been moved from.
+    The miniature world's base may have moved since. Its hash tells whether it was the run's.
     """
-    if config.get("world") and not Path(config["model"]).exists():
-        return str(toy.BASE)
-    return config["model"]
+    if not config.get("world") or Path(config["model"]).exists():
+        return config["model"]
+    if config.get("model_hash") != hash_checkpoint(toy.BASE):
+        raise InputError(f"{config['model']}: the run's model no longer exists")
+    return str(toy.BASE)
 
 
 def name_models(arguments: list[str]) -> dict[str, ModelSource]:

@@ -26,6 +26,7 @@ GRID_ROWS = 20  # prompts in grid.png, at most
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Return the flags, with the sampler's usual number of steps filled in."""
     parser = argparse.ArgumentParser(
         description="Sample images from a checkpoint.", usage=argparse.SUPPRESS
     )
@@ -73,7 +74,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps",
         type=number(int, 1),
-        help="sampling steps, one network evaluation each (default: 50; with dpm++ 20)",
+        help="sampling steps (default: the sampler's usual number)",
     )
     parser.add_argument(
         "--guidance",
@@ -149,7 +150,9 @@ def main(argv: list[str] | None = None) -> list[Path]:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(args.seed, args.seed + args.num_images)
-    image_prompts = [prompt for prompt in prompts for _ in seeds]
+    image_prompts = []
+    for prompt in prompts:
+        image_prompts += [prompt] * args.num_images
     image_seeds = list(seeds) * len(prompts)
     options = SamplingOptions(
         steps=args.steps,

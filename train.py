@@ -154,8 +154,8 @@ def train(
         weight_decay=args.weight_decay,
         fused=True,
     )
-    to_save = {"policy": policy, "optimizer": optimizer}  # what a state to resume from holds
-    done = resume(run, stage.name, to_save)
+    parts = {"policy": policy, "optimizer": optimizer}  # of a state to resume from
+    done = resume(run, stage.name, parts)
     distributed.check_same_weights(policy)
     reducer = distributed.GradientReducer(policy)
     watch = ForgettingWatch(stage.name, run.read_log())
@@ -219,7 +219,7 @@ def train(
             if is_due(step, args.sample_every) and not is_last:
                 sample_in_training(args, run, stage.name, step, loader, policy)
             if is_due(step, args.save_every) or is_last or stopping:
-                save_state(run, stage.name, step, to_save)
+                save_state(run, stage.name, step, parts)
                 stop.advice = f"{stage.name} resumes from step {step + 1}"
             if is_last:  # no later step would see a signal that came after the sum
                 stopping = distributed.any_rank(stop.requested, args.device)
@@ -270,18 +270,18 @@ def is_due(step: int, every: int) -> bool:
 # ---- Files of a model: rank 0 writes them --------------------------------------------------------
 
 
-def resume(run: Run, name: str, to_save: dict) -> int:
+def resume(run: Run, name: str, parts: dict) -> int:
     """Load a model's last saved state, and return the number of optimizer steps it has seen.
 
     Log lines of later steps are dropped. No random state is saved: every draw is a function of the
     step.
 
-    to_save: {name of a part: module or optimizer}, which are loaded in place.
+    parts: {name: module or optimizer}, which are loaded in place.
     """
     done = run.saved_steps(name)
     if done > 0:
         state = run.load_state(name)
-        for part, holder in to_save.items():
+        for part, holder in parts.items():
             holder.load_state_dict(state[part])
     distributed.barrier()
     if distributed.is_main():
@@ -289,11 +289,11 @@ def resume(run: Run, name: str, to_save: dict) -> int:
     return done
 
 
-def save_state(run: Run, name: str, step: int, to_save: dict) -> None:
+def save_state(run: Run, name: str, step: int, parts: dict) -> None:
     """Save what `resume` loads, after optimizer step `step`, and redraw the curves."""
     if distributed.is_main():
         state = {"step": step}
-        for part, holder in to_save.items():
+        for part, holder in parts.items():
             state[part] = holder.state_dict()
         run.save_state(name, state)
         report.draw_curves(run)
@@ -377,7 +377,7 @@ def build_parser() -> argparse.ArgumentParser:
     setting("--prompt-dropout", PROBABILITY, "probability of an empty prompt; 0: never")
     setting("--guidance", NOT_NEGATIVE, "guidance scale of generated images; 1: none")
     setting("--sampler", str, "sampler; dpm++ is DPM-Solver++(2M)", choices=list(SAMPLERS))
-    setting("--sampler-steps", COUNT, "sampling steps per image; 20 with --sampler dpm++")
+    setting("--sampler-steps", COUNT, "sampling steps per image; fewer with dpm++")
     setting("--generation-batch", COUNT, "images generated at once")
     setting("--grid-prompts", COUNT_OR_0, "prompts in samples/grid.png; 0: no grid")
     setting("--seed", SEED_TYPE, "seed of all randomness in training and generation")
@@ -432,7 +432,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.lr = one_per_iteration(args.lr, args.iterations)
     args.beta = one_per_iteration(args.beta, args.iterations)
 
-    # ---- paths, absolute, so that they mean the same from another folder
+    # ---- paths: those of the inputs are absolute, so that the run can be read from any folder
     if args.out is None:
         args.out = "runs/toy" if args.world else f"runs/{Path(args.data).resolve().name}"
     args.out = str(Path(args.out).expanduser())
@@ -483,7 +483,10 @@ def settings_of_loss(loss: str) -> list[str]:
 
 def all_loss_settings() -> list[str]:
     """Return the settings that only one loss has."""
-    return [name for names in LOSS_SETTINGS.values() for name in names]
+    settings = []
+    for names in LOSS_SETTINGS.values():
+        settings += names
+    return settings
 
 
 def flag_name(setting: str) -> str:
@@ -566,7 +569,7 @@ def prepare_run(args: argparse.Namespace, run: Run, images: CaptionedImages) -> 
     hashes = {
         "model_hash": hash_checkpoint(locate(args.model)),
         "unet_hash": None,
-        "data_hash": hash_data(args, images),
+        "data_hash": hash_data(args, run, images),
     }
     if args.unet is not None:
         hashes["unet_hash"] = hash_checkpoint(locate(args.unet, ("unet",)))
@@ -584,19 +587,25 @@ def prepare_run(args: argparse.Namespace, run: Run, images: CaptionedImages) -> 
     return cache
 
 
-def hash_data(args: argparse.Namespace, images: CaptionedImages) -> str:
+def hash_data(args: argparse.Namespace, run: Run, images: CaptionedImages) -> str:
     """Return a string that identifies the data.
 
-    The miniature world's curated set has a fixed name, which needs its pixels to be as they should:
-    the bytes of PNG files depend on Pillow's version.
+    The miniature world's curated set has a fixed name, once its pixels are found to be right: the
+    bytes of PNG files depend on Pillow's version.
     """
-    if not args.world or args.num_prompts is not None:
+    if not args.world:
         return images.hash()
     if toy.hash_curated_set(Path(args.data)) != toy.CURATED_SHA256:
         raise InputError(
-            f"{args.data}: not the miniature world's curated set; delete it, and it is drawn again"
+            f"{args.data}: not the miniature world's curated set; delete it, and it will be "
+            "written again"
         )
-    return CURATED_PAIRS if images.with_rejected else CURATED_SET
+    name = CURATED_PAIRS if images.with_rejected else CURATED_SET
+    if args.num_prompts is None:
+        return name
+    if run.read_config().get("data_hash") == images.hash():  # a run of an earlier version
+        return images.hash()
+    return f"{name}-first-{args.num_prompts}"
 
 
 def flag_defaults(preset: str) -> dict:

@@ -74,7 +74,7 @@ class Attention(nn.Module):
         return self.to_out[0](attended.transpose(1, 2).flatten(2))
 
     def split_heads(self, tokens: Tensor) -> Tensor:
-        """[B,N,C] -> [B,heads,N,C/heads]"""
+        """Reshape [B,N,C] to [B,heads,N,C/heads]."""
         return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 

@@ -150,16 +150,17 @@ class PairLoader:
         rows = batch_rows(self.seed, iteration, step, self.batch_size, len(self.images))[start:end]
         draws = self.draws_of_batch(iteration, step, start, rows)
         flipped = draws["flip"] < self.flip
+        noise = draws["posterior_noise"]
 
         batch = {
-            "x0_data": self.real_latents("", rows, flipped, draws["posterior_noise"]),
+            "x0_data": self.real_latents("", rows, flipped, noise),
             "eps": draws["eps"],
             "t": draws["t"],
         }
         if self.loss == "spin":
             batch["x0_gen"] = self.generated.read("x0", rows)
         elif self.loss == "dpo":
-            batch["x0_gen"] = self.real_latents("rejected_", rows, flipped, draws["posterior_noise"])
+            batch["x0_gen"] = self.real_latents("rejected_", rows, flipped, noise)
         elif self.loss != "sft":
             raise ValueError(f"loss {self.loss!r}: must be spin, dpo or sft")
         if self.independent_noise and self.loss != "sft":

@@ -84,7 +84,7 @@ def sample(
             model=model,
             t_prev=t - pipe.scheduler.stride(steps),
         )
-        x_t = SAMPLERS[sampler].step(state)
+        x_t = SAMPLERS[sampler].update(state)
         earlier = (x0, alpha_bar)
 
     if not x_t.isfinite().all():
@@ -196,7 +196,7 @@ def dpmpp(state: SamplerState) -> Tensor:
 class Sampler:
     """A row of SAMPLERS."""
 
-    step: Callable[[SamplerState], Tensor]  # returns x_{t-1}
+    update: Callable[[SamplerState], Tensor]  # returns x_{t-1}
     steps: int  # the usual number of steps
     ends_clean: bool  # see `GuidedUNet.noise_levels`
 

@@ -118,22 +118,22 @@ class LossStep:
             "autocast": autocast,
         }
         if loss in ("spin", "dpo"):
-            self.step = spin_step
+            self.function = spin_step
             self.constants["opponent"] = opponent
             self.constants["beta"] = torch.tensor(beta, device=device)
         elif loss == "sft":
-            self.step = sft_step
+            self.function = sft_step
         else:
             raise ValueError(f"loss {loss!r}: must be spin, dpo or sft")
         if compiled:
-            self.step = compile_step(self.step)
+            self.function = compile_step(self.function)
 
     def __call__(self, policy: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, 0-d, and its metrics, [B] each.
 
         batch: the tensors that the step takes, as `spin.pairs.PairLoader` loads them.
         """
-        return self.step(policy, **batch, **self.constants)
+        return self.function(policy, **batch, **self.constants)
 
 
 def compile_step(step: Callable) -> Callable:

@@ -132,7 +132,7 @@ class TextEncoder(nn.Module):
         return self.encode_ids(ids.to(self.tower.positional_embedding.device))
 
     def encode_ids(self, ids: Tensor) -> Tensor:
-        """ids [B,77] -> context [B,77,D]
+        """Return the context [B,77,D] of token ids [B,77].
 
         Attention is causal, so that padding, which comes last, affects no real token.
         """

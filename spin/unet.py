@@ -312,7 +312,10 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.get("out_channels", 4), 3, padding=1)
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """latents [B,4,h,w], timesteps [B] or 0-d, context [B,77,D] -> prediction [B,4,h,w]"""
+        """Return the prediction [B,4,h,w] at noised latents [B,4,h,w].
+
+        timesteps: [B] or 0-d. context: [B,77,D].
+        """
         sinusoids = timestep_embedding(
             timesteps.expand(len(latents)),
             self.conv_in.out_channels,

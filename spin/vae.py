@@ -165,5 +165,5 @@ class AutoencoderKL(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Unscaled latents [B,4,h,w] -> images [B,3,f h,f w], about in [-1,1] but not clamped."""
+        """Decode unscaled latents [B,4,h,w] to images [B,3,f h,f w], not clamped to [-1,1]."""
         return self.decoder(self.post_quant_conv(latents))

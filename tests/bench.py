@@ -187,8 +187,8 @@ class OurRecipe:
             compiled=compiled and exact_rounding,
         )
         if compiled and not exact_rounding:
-            self.loss_step.step = torch.compile(
-                self.loss_step.step, fullgraph=True, dynamic=False
+            self.loss_step.function = torch.compile(
+                self.loss_step.function, fullgraph=True, dynamic=False
             )
 
     def backward(self, policy: nn.Module) -> None:

@@ -36,12 +36,15 @@ def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
     if looks_like_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise InputError(f"{source}: no such folder or file, and not a hub id such as org/name")
 
-    patterns = [f"{part}/{file}" for part in parts for file in FILES]
+    patterns = []
+    older_patterns = []
+    for part in parts:
+        patterns += [f"{part}/{file}" for file in FILES]
+        older_patterns += [f"{part}/{file}" for file in OLDER_FILES]
     folder = download(str(source), patterns)
     if any((folder / parts[0]).glob("*.safetensors")):
         return folder
-    patterns += [f"{part}/{file}" for part in parts for file in OLDER_FILES]
-    return download(str(source), patterns)
+    return download(str(source), patterns + older_patterns)
 
 
 def download(repository: str, files: list[str]) -> Path:

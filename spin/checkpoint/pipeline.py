@@ -110,6 +110,7 @@ def make_network(
 def make_text_encoder(
     stored: StoredNetwork, tokenizer: Tokenizer, dtype: torch.dtype, device: str
 ) -> TextEncoder:
+    """Build a text encoder from its config and tokenizer, and fill it with its tensors."""
     with config_errors(stored.where), torch.device("meta"):
         text_encoder = TextEncoder(stored.config, tokenizer)
     vocab_size = stored.config["vocab_size"]

@@ -235,8 +235,8 @@ def original_block_name(name: str, config: dict) -> str:
         return f"input_blocks.{1 + last}.0.op.{rest.removeprefix('conv.')}"
     if kind == "upsamplers":
         attends = config["up_block_types"][block] == "CrossAttnUpBlock2D"
-        place = 2 if attends else 1
-        return f"output_blocks.{last}.{place}.{rest}"
+        index = 2 if attends else 1
+        return f"output_blocks.{last}.{index}.{rest}"
 
     if direction == "down_blocks":
         layer = f"input_blocks.{1 + first + index}"

@@ -169,8 +169,9 @@ def score_models(
     scorer = load_scorer("toy")
     scores = {}
     for name in models:
-        of_images = evaluation.score(name, hashes[name], scorer)  # {metric: [N,images_per_prompt]}
-        scores[name] = {metric: values.mean(axis=1) for metric, values in of_images.items()}
+        # {metric: [N,images_per_prompt]}
+        image_scores = evaluation.score(name, hashes[name], scorer)
+        scores[name] = {metric: values.mean(axis=1) for metric, values in image_scores.items()}
 
     config = read_json(run.folder / "config.json")
     results = comparison.compare(

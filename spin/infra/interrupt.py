@@ -5,11 +5,13 @@ import signal
 import threading
 import time
 
+from spin.infra import distributed
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # torchrun forwards a Ctrl-C that its processes also receive from the terminal, so signals within
 # this many seconds count as one request
-SAME_REQUEST = 1.0
+SAME_REQUEST = 1.0 if distributed.LAUNCHED else 0.0
 
 ANNOUNCEMENT = "\nfinishing this step, then saving; a second signal stops at once\n"
 

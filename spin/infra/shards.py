@@ -48,8 +48,8 @@ class LatentShards:
         """Write one file. batches: its rows in order, each a dict of tensors [rows, ...]."""
         tensors = {}
         for name in batches[0]:
-            whole = torch.cat([batch[name] for batch in batches])
-            tensors[name] = whole.half().cpu().contiguous()
+            joined = torch.cat([batch[name] for batch in batches])
+            tensors[name] = joined.half().cpu().contiguous()
         with atomic_write(self.path(shard)) as temporary:
             save_file(tensors, temporary)
 

@@ -78,7 +78,8 @@ SHAPE = (4, 2, 3)
 
 def assert_all_differ(draws: dict[str, Tensor], others: dict[str, Tensor]) -> None:
     """Check that no draw is shared. Timesteps are left out: two may well be equal."""
-    assert draws.keys() == others.keys() == {"t", "flip", "eps", "posterior_noise", "eps_gen", "drop"}
+    names = {"t", "flip", "eps", "posterior_noise", "eps_gen", "drop"}
+    assert draws.keys() == others.keys() == names
     for name in draws.keys() - {"t"}:
         assert not torch.equal(draws[name], others[name]), name
 

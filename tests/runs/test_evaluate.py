@@ -338,6 +338,12 @@ def test_only_the_base_of_the_miniature_world_may_have_moved():
     assert evaluate.base_of_run(config) == "/somewhere/model"
 
 
+def test_another_model_that_has_moved_is_not_replaced_by_the_base():
+    config = {"model": "/somewhere/model", "world": True, "model_hash": "0123456789abcdef"}
+    with pytest.raises(InputError, match="/somewhere/model: the run's model no longer exists"):
+        evaluate.base_of_run(config)
+
+
 def test_names_of_models(monkeypatch):
     base = str(toy.BASE)
     assert evaluate.name_models([base]) == {"base": ModelSource(base)}

@@ -92,7 +92,7 @@ def test_ten_kills_change_nothing(processes, finished, flags, tmp_path):
         if process.exitcode == -signal.SIGKILL:
             stages.append(count_files_and_lines(out))
     assert len(stages) == NUM_KILLS
-    assert len(set(stages)) >= 7, "killed in different stages"
+    assert len(set(stages)) >= 4, "killed in different stages"
 
     process = start(processes, arguments)
     process.join()
@@ -202,7 +202,7 @@ def test_a_second_signal_stops_at_once_and_says_where_the_run_resumes(
     arguments = flags(tmp_path / "run", f"--save-every {save_every}")
     reason = f"^spin-1 resumes from step {resumes_from}$"
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match=reason):
-        before_loading(patch, 3, partial(signal_twice, patch, 1.5))
+        before_loading(patch, 3, partial(signal_twice, patch, 0.1))
         train.main(arguments)
     assert len(Run(tmp_path / "run").read_log()) == 2, "the third step did not end"
     assert Run(tmp_path / "run").saved_steps("spin-1") == resumes_from - 1
@@ -210,8 +210,9 @@ def test_a_second_signal_stops_at_once_and_says_where_the_run_resumes(
     assert_same_models(tmp_path / "run", finished)
 
 
-def test_two_signals_within_a_second_are_one(flags, tmp_path, monkeypatch):
+def test_under_torchrun_two_signals_within_a_second_are_one(flags, tmp_path, monkeypatch):
     """torchrun passes on a Ctrl-C that its processes have received, too."""
+    monkeypatch.setattr("spin.infra.interrupt.SAME_REQUEST", 1.0)
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="2 of 3 steps are saved"):
         before_loading(patch, 2, partial(signal_twice, patch, 0.5))
         train.main(flags(tmp_path / "run"))

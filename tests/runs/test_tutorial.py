@@ -133,3 +133,10 @@ def test_there_is_a_tutorial():
     assert len(CHAPTERS) > 10
     for chapter in CHAPTERS:
         assert FENCE.search(chapter.read_text()), chapter
+
+
+def test_the_readme_is_short():
+    """At most 1,500 words outside code blocks and tables."""
+    prose = FENCE.sub("", (ROOT / "README.md").read_text())
+    lines = [line for line in prose.splitlines() if not line.startswith("|")]
+    assert len(" ".join(lines).split()) <= 1500

@@ -1,4 +1,4 @@
-"""The choices of a recipe one by one: faulty rows, estimates, half precision, warnings, presets."""
+"""Single options of train.py: faulty rows, estimates, half precision, warnings, presets."""
 
 import math
 import shutil
