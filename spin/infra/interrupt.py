@@ -9,9 +9,9 @@ from spin.infra import distributed
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# torchrun forwards a Ctrl-C that its processes also receive from the terminal, so signals within
-# this many seconds count as one request
-SAME_REQUEST = 1.0 if distributed.LAUNCHED else 0.0
+# torchrun forwards a Ctrl-C that its processes also receive from the terminal, so that under it
+# signals within this many seconds count as one request
+SAME_REQUEST = 1.0
 
 ANNOUNCEMENT = "\nfinishing this step, then saving; a second signal stops at once\n"
 
@@ -67,5 +67,5 @@ class StopRequest:
             if self.announce:
                 # sys.stderr may be in the middle of a write, which must not be entered twice
                 os.write(2, ANNOUNCEMENT.encode())
-        elif now - self.requested_at > SAME_REQUEST:
+        elif not distributed.LAUNCHED or now - self.requested_at > SAME_REQUEST:
             raise Interrupted(self.advice)

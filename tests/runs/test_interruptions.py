@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 import train
+from spin.infra import distributed
 from spin.infra.cli import run_script
 from spin.infra.errors import InputError
 from spin.infra.interrupt import Interrupted
@@ -212,7 +213,7 @@ def test_a_second_signal_stops_at_once_and_says_where_the_run_resumes(
 
 def test_under_torchrun_two_signals_within_a_second_are_one(flags, tmp_path, monkeypatch):
     """torchrun passes on a Ctrl-C that its processes have received, too."""
-    monkeypatch.setattr("spin.infra.interrupt.SAME_REQUEST", 1.0)
+    monkeypatch.setattr(distributed, "LAUNCHED", True)
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="2 of 3 steps are saved"):
         before_loading(patch, 2, partial(signal_twice, patch, 0.5))
         train.main(flags(tmp_path / "run"))

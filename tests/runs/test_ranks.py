@@ -63,6 +63,7 @@ def run_ranks(processes, num_ranks: int, work, *arguments) -> list[int]:
 
 def run_rank(rank: int, num_ranks: int, port: int, work, *arguments) -> None:
     """Call work(*arguments) as this rank. What torchrun says by environment is set here."""
+    distributed.LAUNCHED = True
     distributed.RANK = rank
     distributed.WORLD_SIZE = num_ranks
     environment = {
