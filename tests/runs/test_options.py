@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import helpers
 import numpy as np
 import pytest
+from PIL import Image
 
 import train
 from spin import toy
@@ -365,3 +366,44 @@ def test_help_names_the_source_of_every_default(capsys):
     assert "toy: 2e-05, tuned; paper: 2e-05 2e-05 5e-08)" in text
     for name in ASSUMED:
         assert f"paper: {format_value(PAPER[name])}, assumed" in text
+
+
+# ---- The miniature world's data ------------------------------------------------------------------
+
+
+def hash_of_curated_set(tmp_path: Path, more: str = "") -> str:
+    args = train.parse_args(["--out", str(tmp_path / "run"), "--device", "cpu", *more.split()])
+    return train.hash_data(args, Run(args.out), train.load_images(args))
+
+
+@pytest.mark.parametrize("more", ["", "--num-prompts 8", "--loss sft"])
+def test_the_curated_set_is_known_by_its_pixels_however_they_are_compressed(more, tmp_path):
+    before = hash_of_curated_set(tmp_path, more)
+    path = tmp_path / "toy-curated" / "003.png"
+    size = path.stat().st_size
+    Image.open(path).save(path, compress_level=0)
+    assert path.stat().st_size != size
+    assert hash_of_curated_set(tmp_path, more) == before
+
+
+def test_fewer_prompts_and_rejected_images_are_other_data(tmp_path):
+    hashes = set()
+    for more in ("", "--num-prompts 8", "--num-prompts 9", "--loss sft"):
+        hashes.add(hash_of_curated_set(tmp_path, more))
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize("more", ["", "--num-prompts 2"])
+def test_a_curated_set_with_other_pixels_is_refused(more, tmp_path):
+    hash_of_curated_set(tmp_path)
+    Image.new("RGB", (32, 32)).save(tmp_path / "toy-curated" / "003.png")
+    with pytest.raises(InputError, match="toy-curated: not the miniature world's curated set"):
+        hash_of_curated_set(tmp_path, more)
+
+
+def test_a_run_of_an_earlier_version_keeps_its_hash_of_few_prompts(tmp_path):
+    """It was over the sizes of the files."""
+    args = train.parse_args(["--out", str(tmp_path / "run"), "--num-prompts", "8"])
+    images = train.load_images(args)
+    Run(args.out).write_config({"data_hash": images.hash()})
+    assert train.hash_data(args, Run(args.out), images) == images.hash()
