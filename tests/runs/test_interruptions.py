@@ -66,10 +66,15 @@ def read_outcome(out: Path) -> dict:
 
 
 def count_files_and_lines(out: Path) -> int:
-    """Return how far a run is: the number of its files and of the lines of its log."""
+    """Return how far a run is: the number of its files and of the lines of its log.
+
+    Temporary files do not count: a killed run leaves them, and the next one removes them.
+    """
     count = 0
-    for _, _, files in os.walk(out):
-        count += len(files)
+    for folder, _, files in os.walk(out):
+        for name in files:
+            if ".part" not in f"{folder}/{name}":
+                count += 1
     log = out / "log.jsonl"
     if log.exists():
         count += log.read_text().count("\n")
@@ -93,7 +98,7 @@ def test_ten_kills_change_nothing(processes, finished, flags, tmp_path):
         if process.exitcode == -signal.SIGKILL:
             stages.append(count_files_and_lines(out))
     assert len(stages) == NUM_KILLS
-    assert len(set(stages)) >= 4, "killed in different stages"
+    assert len(set(stages)) > 7, "killed in different stages"
 
     process = start(processes, arguments)
     process.join()
