@@ -33,7 +33,7 @@ UNET = "checkpoint/unet/diffusion_pytorch_model.safetensors"
 FLAGS = """
     --iterations 2 --steps 2 --batch-size 8 --micro-batch 3 --num-prompts 12 --warmup 0
     --sampler-steps 2 --generation-batch 4 --grid-prompts 0 --score none --save-every 1
-    --device cpu
+    --device cpu --seed 1
 """
 DIED = 9  # exit status of a rank that ends in the middle of a step
 
@@ -180,7 +180,7 @@ def test_so_are_those_of_the_compiled_step(more, processes, alone, tmp_path):
     out = tmp_path / "run"
     one_graph = f"--loss spin --iterations 1 --steps 1 --micro-batch 4 {more}"
     assert run_ranks(processes, 2, train_traced, out, one_graph) == [0, 0]
-    assert_same_gradients(alone, out, tolerance=1e-4)
+    assert_same_gradients(alone, out, tolerance=1e-5)
     names = load_file(out / "iter1" / UNET).keys()
     assert names == load_file(alone / "iter1" / UNET).keys(), "as eager code saves them"
 
