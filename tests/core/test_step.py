@@ -475,15 +475,20 @@ def compiled_step():
 
 
 def test_the_compiled_step_is_the_eager_step(compiled_step, small_opponent, pairs):
-    """In float32: the loss to 1e-5, gradients to 1e-4 of the largest."""
+    """In float32: the loss to 1e-5, metrics to 1e-6 of the errors that they are differences of,
+    gradients to 1e-4 of the largest.
+    """
     policy = moved(small_opponent, distance=0.1, seed=7)
     arguments = pairs | {"beta": torch.tensor(10.0)}  # a larger one would multiply the rounding
     loss, metrics = compiled_step(policy, small_opponent, **arguments)
     eager_loss, eager_metrics = spin_step(policy, small_opponent, **arguments)
+    sft_arguments = only(pairs, OF_SFT)
+    error, _ = sft_step(policy, **sft_arguments)  # 3.6: the mean of the errors on real images
     assert abs(eager_loss.item() - math.log(2)) > 0.01
     torch.testing.assert_close(loss, eager_loss, rtol=1e-5, atol=1e-5)
+    rounding = 1e-6 * error.item()
     for name in eager_metrics:
-        torch.testing.assert_close(metrics[name], eager_metrics[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(metrics[name], eager_metrics[name], rtol=0, atol=rounding)
     expected = gradient(eager_loss, policy)
     tolerance = 1e-4 * expected.abs().max().item()
     torch.testing.assert_close(gradient(loss, policy), expected, rtol=0, atol=tolerance)
