@@ -14,11 +14,12 @@ from torch import Tensor
 
 from spin.checkpoint.configs import BUILT_IN
 from spin.checkpoint.names import OLD_VAE_NAMES, replace_parts
-from spin.checkpoint.tensors import config_errors, first_five, read_tensors
+from spin.checkpoint.tensors import config_errors, read_tensors
+from spin.checkpoint.tokenizer import read_tokenizer
 from spin.infra.errors import InputError
-from spin.infra.files import atomic_write, read_json, read_text, write_json
+from spin.infra.files import atomic_write, read_json, write_json
 from spin.scheduler import Scheduler
-from spin.text import BOS, EOS, Tokenizer
+from spin.text import Tokenizer
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -110,64 +111,6 @@ def find_weights(folder: Path, part: str) -> Path:
     raise InputError(f"{folder / names[0]}: no such file, nor {older_stem}.bin")
 
 
-def read_tokenizer(folder: Path, length: int = 77) -> Tokenizer:
-    """Return the tokenizer of a folder, or CLIP's own if there is none.
-
-    length: tokens per prompt
-
-    Raises InputError if it is not a tokenizer like CLIP's.
-    """
-    merges, vocab = read_merges_and_vocab(folder)
-    try:
-        tokenizer = Tokenizer(merges, read_pad_token(folder), length)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder}: not a tokenizer like CLIP's: {error}") from None
-    if vocab is not None and vocab != tokenizer.vocab:
-        tokens = sorted(vocab.keys() | tokenizer.vocab.keys())
-        different = [token for token in tokens if vocab.get(token) != tokenizer.vocab.get(token)]
-        message = "its vocabulary does not follow from its merges, as CLIP's does"
-        raise InputError(f"{folder}: {message}: {first_five(different)}")
-    return tokenizer
-
-
-def read_merges_and_vocab(folder: Path) -> tuple[list[str] | None, dict[str, int] | None]:
-    """Return a tokenizer's merges, "a b" each, and its vocabulary, or None for both."""
-    if (folder / "merges.txt").exists() or (folder / "vocab.json").exists():
-        lines = read_text(folder / "merges.txt").split("\n")
-        if lines[0].startswith("#version"):
-            lines = lines[1:]
-        # An empty line, such as the last one, would count as a merge and shift the ids of the
-        # special tokens.
-        merges = [line for line in lines if line.strip()]
-        return merges, read_json(folder / "vocab.json")
-
-    path = folder / "tokenizer.json"
-    if path.exists():
-        content = read_json(path)
-        try:
-            model = content["model"]
-            # newer versions write ["a", "b"], older ones "a b"
-            merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-            return merges, model["vocab"]
-        except (KeyError, TypeError):
-            raise InputError(f"{path}: no model.vocab and model.merges as CLIP's has") from None
-
-    return None, None
-
-
-def read_pad_token(folder: Path) -> str:
-    """Return the token that fills short prompts; the end token if the folder does not say."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if not (folder / name).exists():
-            continue
-        token = read_json(folder / name).get("pad_token")
-        if isinstance(token, dict):
-            return token["content"]
-        if token is not None:
-            return token
-    return EOS
-
-
 # ---- Writing -------------------------------------------------------------------------------------
 def write_network(folder: Path, part: str, config: dict, tensors: dict[str, Tensor]) -> None:
     """Write a network's config.json and its tensors under the names they have in `tensors`."""
@@ -184,26 +127,6 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
         save_file(contiguous, temporary, metadata)
-
-
-def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    write_json(folder / "vocab.json", tokenizer.vocab)
-    with atomic_write(folder / "merges.txt") as temporary:
-        # no newline at the end: it would count as a merge
-        lines = ["#version: 0.2", *tokenizer.merges]
-        temporary.write_text("\n".join(lines), encoding="utf-8")
-
-    special_tokens = {
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "unk_token": EOS,
-        "pad_token": tokenizer.pad_token,
-    }
-    config = dict(special_tokens)
-    config["tokenizer_class"] = "CLIPTokenizer"
-    config["model_max_length"] = tokenizer.length  # without it, diffusers pads to 1e30 tokens
-    write_json(folder / "tokenizer_config.json", config)
-    write_json(folder / "special_tokens_map.json", special_tokens)
 
 
 def write_model_index(folder: Path, scheduler_class: str) -> None:

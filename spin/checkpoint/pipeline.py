@@ -16,12 +16,12 @@ from spin.checkpoint.folder import (
     StoredNetwork,
     write_model_index,
     write_network,
-    write_tokenizer,
 )
 from spin.checkpoint.hub import locate
 from spin.checkpoint.names import TEXT_NAMES, expand_names, unfuse
 from spin.checkpoint.single_file import SingleFile, write_single_file
 from spin.checkpoint.tensors import PICKLE_SUFFIXES, config_errors, fill
+from spin.checkpoint.tokenizer import write_tokenizer
 from spin.infra.errors import InputError
 from spin.infra.files import hash_files, write_json
 from spin.scheduler import Scheduler

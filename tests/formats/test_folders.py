@@ -13,7 +13,7 @@ from torch import Tensor
 
 import spin
 from spin.checkpoint import hash_checkpoint, load_pipeline, load_unet, save_pipeline
-from spin.checkpoint.folder import read_tokenizer
+from spin.checkpoint.tokenizer import read_tokenizer
 from spin.infra.errors import InputError
 from spin.text import BOS, EOS, Tokenizer
 
