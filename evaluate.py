@@ -30,6 +30,7 @@ from spin.infra.files import hash_files, read_json
 from spin.infra.images import read_image, save_png
 from spin.infra.run import Run
 from spin.sampler import SAMPLERS, SamplingOptions
+from spin.scheduler import PREDICTION_TYPES
 
 PAPER_METRICS = ["pickscore", "hps", "aesthetic", "imagereward"]
 GRID_ROWS = 6  # prompts in grid.png, at most
@@ -73,6 +74,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         help="checkpoints instead of a run, each PATH or NAME=PATH; a UNet alone uses the other "
         "parts of the first",
+    )
+    parser.add_argument(
+        "--prediction-type",
+        choices=PREDICTION_TYPES,
+        help="what the UNets predict (default: the run's, or what the models' files say)",
     )
     parser.add_argument(
         "--prompts",
@@ -165,6 +171,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.run_config = config
 
     # ---- unset flags default to the run's settings, or else to the paper's
+    args.prediction_type = args.prediction_type or config.get("prediction_type")
     args.sampler = args.sampler or config.get("sampler", "ddim")
     steps = SAMPLERS[args.sampler].steps
     if args.sampler == config.get("sampler"):
@@ -199,12 +206,10 @@ def evaluate(args: argparse.Namespace) -> dict:
         prompts = [scene.caption for scene in toy.split()["test"]]
     prompts = prompts[: args.num_prompts]
     if args.run:
-        base = base_of_run(args.run_config)
-        models = models_of_run(
-            Run(args.run), base, args.run_config["unet"], args.run_config["iterations"]
-        )
+        base = base_of_run(args.run_config, args.prediction_type)
+        models = models_of_run(Run(args.run), base, args.run_config["iterations"])
     else:
-        models = name_models(args.models)
+        models = name_models(args.models, args.prediction_type)
     hashes = comparison.hash_models(models)
     for metric in args.metrics:
         locate_files(metric, args.scorers)  # fail on missing files before hours of sampling
@@ -302,19 +307,20 @@ def describe(num_prompts: int, num_images: int, guidance: list[float]) -> str:
     return f"{num_prompts} prompts, {images}, each model at its best guidance"
 
 
-def base_of_run(config: dict) -> str:
+def base_of_run(config: dict, prediction_type: str | None) -> ModelSource:
     """Return theta_0 of a run.
 
     The miniature world's base may have moved since. Its hash tells whether it was the run's.
     """
-    if not config.get("world") or Path(config["model"]).exists():
-        return config["model"]
-    if config.get("model_hash") != hash_checkpoint(toy.BASE):
-        raise InputError(f"{config['model']}: the run's model no longer exists")
-    return str(toy.BASE)
+    model = config["model"]
+    if config.get("world") and not Path(model).exists():
+        if config.get("model_hash") != hash_checkpoint(toy.BASE):
+            raise InputError(f"{model}: the run's model no longer exists")
+        model = str(toy.BASE)
+    return ModelSource(model, config["unet"], prediction_type)
 
 
-def name_models(arguments: list[str]) -> dict[str, ModelSource]:
+def name_models(arguments: list[str], prediction_type: str | None) -> dict[str, ModelSource]:
     """Return the models of --models, each of which is PATH or NAME=PATH.
 
     Without a NAME, a model is called by the last part of its path that is not "checkpoint" or
@@ -331,9 +337,9 @@ def name_models(arguments: list[str]) -> dict[str, ModelSource]:
         path = locate(source)
         if models and path.is_dir() and not (path / "vae").exists():
             first = next(iter(models.values()))
-            models[name] = ModelSource(first.model, unet=source)
+            models[name] = ModelSource(first.model, source, prediction_type)
         else:
-            models[name] = ModelSource(source)
+            models[name] = ModelSource(source, None, prediction_type)
     return models
 
 

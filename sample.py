@@ -18,9 +18,17 @@ from tqdm import tqdm
 from spin.checkpoint import load_pipeline, save_single_file
 from spin.data import read_prompts
 from spin.eval import plots
-from spin.infra.cli import SEED_TYPE, check_device, number, run_script
+from spin.infra.cli import (
+    SEED_TYPE,
+    check_device,
+    number,
+    run_script,
+    utf8_text,
+    warn_of_cut_prompts,
+)
 from spin.infra.images import save_png, to_pil
 from spin.sampler import SAMPLERS, SamplingOptions, sample_images
+from spin.scheduler import PREDICTION_TYPES
 
 GRID_ROWS = 20  # prompts in grid.png, at most
 
@@ -42,12 +50,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="take the UNet from this checkpoint instead (default: the model's own)",
     )
     parser.add_argument(
+        "--prediction-type",
+        choices=PREDICTION_TYPES,
+        help="what the UNet predicts (default: what the model's files say)",
+    )
+    parser.add_argument(
         "--save-single",
         type=expanduser,
         help="also write the model to this .safetensors file, in the original single-file layout",
     )
     parser.add_argument(
         "--prompt",
+        type=utf8_text,
         action="append",
         default=[],
         help="what the images should show; can be given several times",
@@ -59,6 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--negative-prompt",
+        type=utf8_text,
         default="",
         help="what guidance steers away from (default: the empty prompt)",
     )
@@ -139,12 +154,14 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
     # ---- the model
     device = check_device(args.device)
-    pipe = load_pipeline(args.model, getattr(torch, args.dtype), device, unet=args.unet)
+    dtype = getattr(torch, args.dtype)
+    pipe = load_pipeline(args.model, dtype, device, args.unet, args.prediction_type)
     if args.save_single:
         save_single_file(pipe, args.save_single)
         print(f"the model is in {args.save_single}")
     if not prompts:
         return []
+    warn_of_cut_prompts(pipe.text_encoder.tokenizer, prompts)
 
     # ---- an image for each prompt and seed
     out = Path(args.out)

@@ -28,7 +28,6 @@ from spin import toy
 from spin.checkpoint import (
     Pipeline,
     hash_checkpoint,
-    load_pipeline,
     load_unet,
     locate,
     save_pipeline,
@@ -38,15 +37,23 @@ from spin.data import CaptionedImages
 from spin.eval import comparison, estimate, report
 from spin.eval.watch import ForgettingWatch
 from spin.infra import distributed
-from spin.infra.cli import SEED_TYPE, check_device, number, provenance, run_script
+from spin.infra.cli import (
+    SEED_TYPE,
+    check_device,
+    number,
+    provenance,
+    run_script,
+    warn_of_cut_prompts,
+)
 from spin.infra.errors import InputError
-from spin.infra.bad_rows import drop_bad_rows
-from spin.infra.files import atomic_write
+from spin.infra.bad_rows import check_rows
+from spin.infra.files import atomic_write, hash_files
 from spin.infra.interrupt import Interrupted, StopRequest
 from spin.infra.run import Run
 from spin.infra.shards import LatentShards
 from spin.pairs import PairLoader, encode_images, generate_images, rows_of_steps
 from spin.sampler import SAMPLERS, SamplingOptions
+from spin.scheduler import PREDICTION_TYPES
 from spin.step import LossStep, cast_weights_
 
 # ---- Algorithm 1 ---------------------------------------------------------------------------------
@@ -80,11 +87,14 @@ def self_play(args: argparse.Namespace, run: Run) -> dict:
     """Train every model that is not trained yet, and return what `main` returns."""
     # ---- the model, the data, and what is left to do
     theta_0 = args.unet or args.model
-    pipe = load_pipeline(args.model, device=args.device, unet=args.unet).freeze()
+    pipe = load_base(args)
     check_sampling(args, pipe)
     images = load_images(args)
     cache = prepare_run(args, run, images)
     real = LatentShards(cache, range(len(images)))
+    if real.count_missing() > 0:  # the first start with these captions
+        captions = (images.caption(row) for row in range(len(images)))
+        warn_of_cut_prompts(pipe.text_encoder.tokenizer, captions)
     if args.dry_run:
         return dry_run(args, run, pipe, images, real)
     shared = replace(pipe, unet=None)  # what all players share: VAE, text encoder, scheduler
@@ -350,6 +360,8 @@ def build_parser() -> argparse.ArgumentParser:
     # ---- what to do
     flag("--model", str, "theta_0: diffusers folder, hub id or single file (the miniature base)")
     flag("--unet", str, "checkpoint, or folder unet/, whose UNet to start from (the model's own)")
+    flag("--prediction-type", str, "what the UNet predicts (what the model's files say)",
+         choices=PREDICTION_TYPES)  # fmt: skip
     flag("--data", str, "folder of images with metadata.jsonl (the miniature world's curated set)")
     flag("--out", str, "run folder (runs/toy, or runs/<name of the data folder>)")
     flag("--preset", str, "defaults of the settings (toy without --model, paper with it)",
@@ -386,6 +398,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--noise", str, "noise of a pair's two images; the paper mentions both (shared)",
          choices=["shared", "independent"], default="shared")  # fmt: skip
     flag("--num-prompts", COUNT, "use only the first N rows of the data (all)")
+    switch("--follow-links", "read images through links that leave the data folder, as a hub's do")
     switch("--skip-bad", "skip data rows that cannot be used, instead of stopping")
     flag("--sample-every", COUNT_OR_0, "steps between image grids; 0: none (0)", default=0)
     flag("--score", str, "prompts of the miniature world to score all models on (test)",
@@ -510,12 +523,13 @@ def absolute_if_local(source: str) -> str:
 
 # ---- Preparing a run -----------------------------------------------------------------------------
 
-#: Settings that change what is computed: a run cannot resume with a different value. The settings
-#: that only --loss has (LOSS_SETTINGS) are added. All other flags change rounding at most.
+#: Settings that change what is computed: a run cannot resume with a different value. Those that
+#: depend on --loss are added by `settings_to_match`. All other flags change rounding at most, or
+#: only what is shown.
 MUST_MATCH = [
     "loss",
+    "prediction_type",
     "noise",
-    "iterations",
     "steps",
     "batch_size",
     "warmup",
@@ -527,28 +541,31 @@ MUST_MATCH = [
     "guidance",
     "sampler",
     "sampler_steps",
-    "num_prompts",
-    "grid_prompts",
-    "score",
-    "score_images",
     "seed",
     "dtype",
     "model_hash",
     "unet_hash",
-    "data_hash",
+    "data_sha256",
 ]
 
-#: The curated set's data_hash in config.json, without and with rejected images. Earlier versions
-#: computed these values from its files; they are kept so that old runs can resume.
-CURATED_SET = "a43018df3e38fd4c"
-CURATED_PAIRS = "7d9e55ad4716b20c"
-
-#: Flags of earlier versions: {name: the values that select the present behavior}.
+#: Keys of earlier versions: {name: the values that select the present behavior, None for all}.
 REMOVED = {
+    "data_hash": None,  # was over the sizes of image files; now it is data_sha256
     "generated": ["latents"],
     "link": ["logistic"],
     "opponent_dtype": ["float32", "bfloat16"],
 }
+
+
+def load_base(args: argparse.Namespace) -> Pipeline:
+    """Return theta_0, frozen, and set `args.prediction_type` to what it predicts."""
+    pipe = base_source(args).load(args.device)
+    args.prediction_type = pipe.scheduler.prediction_type
+    return pipe
+
+
+def base_source(args: argparse.Namespace) -> comparison.ModelSource:
+    return comparison.ModelSource(args.model, args.unet, args.prediction_type)
 
 
 def load_images(args: argparse.Namespace) -> CaptionedImages:
@@ -558,7 +575,9 @@ def load_images(args: argparse.Namespace) -> CaptionedImages:
             toy.write_curated_set(Path(args.data))
         distributed.barrier()
     needs_rejected = args.loss in ("all", "dpo")
-    return CaptionedImages(args.data, args.resolution, needs_rejected, args.num_prompts)
+    return CaptionedImages(
+        args.data, args.resolution, needs_rejected, args.num_prompts, args.follow_links
+    )
 
 
 def prepare_run(args: argparse.Namespace, run: Run, images: CaptionedImages) -> Path:
@@ -569,43 +588,60 @@ def prepare_run(args: argparse.Namespace, run: Run, images: CaptionedImages) -> 
     hashes = {
         "model_hash": hash_checkpoint(locate(args.model)),
         "unet_hash": None,
-        "data_hash": hash_data(args, run, images),
+        "data_sha256": hash_data(args, run, images),
     }
     if args.unet is not None:
         hashes["unet_hash"] = hash_checkpoint(locate(args.unet, ("unet",)))
     mirrored = "-mirrored" if args.flip else ""
-    key = f"{hashes['model_hash']}-{hashes['data_hash']}-{args.resolution}px{mirrored}"
+    key = f"{hashes['model_hash']}-{hashes['data_sha256']}-{args.resolution}px{mirrored}"
     cache = run.folder / "cache" / key
-    drop_bad_rows(images, cache, args.skip_bad)
 
     if distributed.is_main():
         config = {**vars(args), **hashes, **provenance()}
-        must_match = MUST_MATCH + settings_of_loss(args.loss)
-        run.check_config(config, must_match, flag_defaults(args.preset), REMOVED)
+        run.check_config(
+            config,
+            settings_to_match(args),
+            flag_defaults(args.preset),
+            REMOVED,
+            num_iterations=settled_iterations(args, run),
+        )
         if not args.dry_run:
             run.write_config(config)
     return cache
 
 
 def hash_data(args: argparse.Namespace, run: Run, images: CaptionedImages) -> str:
-    """Return a string that identifies the data.
+    """Return 16 hexadecimal digits of SHA-256 that identify the data. Drop its unusable rows.
 
-    The miniature world's curated set has a fixed name, once its pixels are found to be right: the
-    bytes of PNG files depend on Pillow's version.
+    The miniature world's curated set is identified by its pixels: the bytes of PNG files depend on
+    Pillow's version.
     """
     if not args.world:
-        return images.hash()
+        return check_rows(images, run.folder / "data", args.skip_bad)
     if toy.hash_curated_set(Path(args.data)) != toy.CURATED_SHA256:
         raise InputError(
             f"{args.data}: not the miniature world's curated set; delete it, and it will be "
             "written again"
         )
-    name = CURATED_PAIRS if images.with_rejected else CURATED_SET
-    if args.num_prompts is None:
-        return name
-    if run.read_config().get("data_hash") == images.hash():  # a run of an earlier version
-        return images.hash()
-    return f"{name}-first-{args.num_prompts}"
+    return hash_files([], [toy.CURATED_SHA256, f"{len(images)} rows", str(images.with_rejected)])
+
+
+def settings_to_match(args: argparse.Namespace) -> list[str]:
+    """Return the settings that must be those which the run was started with.
+
+    More iterations may be added to self-play alone. The baselines take the steps of all of them.
+    """
+    settings = MUST_MATCH + settings_of_loss(args.loss)
+    if args.loss != "spin":
+        settings.append("iterations")
+    return settings
+
+
+def settled_iterations(args: argparse.Namespace, run: Run) -> int:
+    """Return how many iterations' settings may no longer change: those that have begun."""
+    if args.loss != "spin":
+        return args.iterations
+    return min(args.iterations, run.begun_iterations())
 
 
 def flag_defaults(preset: str) -> dict:
@@ -692,7 +728,7 @@ def unfinished_baselines(args: argparse.Namespace, run: Run) -> list[Stage]:
 
 def models_of_run(args: argparse.Namespace, run: Run) -> dict[str, comparison.ModelSource]:
     """Return the models that are trained, and theta_0."""
-    return report.models_of_run(run, args.model, args.unet, args.iterations)
+    return report.models_of_run(run, base_source(args), args.iterations)
 
 
 def sample_grid(
@@ -836,7 +872,8 @@ def dry_run(
 
     # ---- sampling for grids and scores
     num_images = len(stages) * args.grid_prompts
-    if args.world and args.score != "none" and not (run.folder / "results.json").exists():
+    unscored = len(stages) > 0 or not (run.folder / "results.json").exists()
+    if args.world and args.score != "none" and unscored:
         num_models = len(stages) + len(models_of_run(args, run))
         num_images += num_models * args.score_images * len(toy.split()[args.score])
     if num_images > 0:

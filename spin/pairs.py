@@ -13,6 +13,7 @@ from torch import Tensor
 from spin.checkpoint import Pipeline
 from spin.data import CaptionedImages, batch_rows, noise_generator, random_draws
 from spin.infra import distributed
+from spin.infra.errors import InputError
 from spin.infra.shards import LatentShards
 from spin.sampler import SamplingOptions, sample
 from spin.step import mixed_precision
@@ -39,6 +40,7 @@ def encode_images(
             if images.with_rejected:
                 pixels = torch.stack([images.rejected_image(row) for row in rows]).to(device)
                 tensors.update(encode(vae, pixels, "rejected_", mirrored))
+            check_storable(tensors, rows, images)
             encoded.append(tensors)
         latents.write(shard, encoded)
     distributed.barrier()
@@ -80,6 +82,7 @@ def generate_images(
             prompts = [images.caption(row) for row in rows]
             generators = [noise_generator(seed, iteration, row) for row in rows]
             x0 = sample(opponent, prompts, generators=generators, **vars(options))
+            check_storable({"x0": x0}, rows, images)
             generated.append({"x0": x0})
         latents.write(shard, generated)
     distributed.barrier()
@@ -109,6 +112,23 @@ def split_rows(rows: list[int], batch_size: int, bar) -> Iterator[list[int]]:
         batch = rows[start : start + batch_size]
         yield batch
         bar.update(len(batch))
+
+
+def check_storable(
+    tensors: dict[str, Tensor], rows: Sequence[int], images: CaptionedImages
+) -> None:
+    """Raise InputError, which names the row, unless all latents are finite as float16.
+
+    tensors: [B,4,h,w] each, of the B rows. `LatentShards` stores them as float16.
+    """
+    for name, latents in tensors.items():
+        for row, latent in zip(rows, latents.half()):
+            if not latent.isfinite().all():
+                raise InputError(
+                    f"{images.location(row)}: its latent ({name}) is not finite, or too large for "
+                    "float16, in which latents are stored; the checkpoint is damaged, or the "
+                    "guidance is too large"
+                )
 
 
 # ---- Batches of pairs ----------------------------------------------------------------------------

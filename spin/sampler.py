@@ -9,6 +9,7 @@ from torch import Tensor
 from spin.infra.errors import InputError
 from spin.scheduler import ddim_step, ddpm_step, dpmpp_step, x0_and_eps
 from spin.step import mixed_precision
+from spin.vae import clamp_finite
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ def sample(
         generators = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
     if isinstance(negative_prompts, str):
         negative_prompts = [negative_prompts] * len(prompts)
-    height = height or pipe.unet.sample_size * pipe.vae.downscale
-    width = width or pipe.unet.sample_size * pipe.vae.downscale
+    default_height, default_width = default_size(pipe)
+    height = height or default_height
+    width = width or default_width
     check_arguments(pipe, prompts, generators, negative_prompts, sampler, height, width)
 
     factor = pipe.vae.downscale
@@ -87,11 +89,16 @@ def sample(
         x_t = SAMPLERS[sampler].update(state)
         earlier = (x0, alpha_bar)
 
-    if not x_t.isfinite().all():
-        raise InputError(
-            "a sampled latent is not finite: the guidance is too large, or the checkpoint broken"
-        )
+    for prompt, latent in zip(prompts, x_t):
+        check_finite(latent, f"the latent sampled for {prompt!r}")
     return x_t
+
+
+def default_size(pipe) -> tuple[int, int]:
+    """Return the height and width, in pixels, of the images that the UNet was trained on."""
+    size = pipe.unet.sample_size
+    height, width = size if isinstance(size, list) else (size, size)
+    return height * pipe.vae.downscale, width * pipe.vae.downscale
 
 
 class GuidedUNet:
@@ -213,14 +220,17 @@ SAMPLERS = {
 
 @torch.no_grad()
 def decode_latents(pipe, latents: Tensor) -> Tensor:
-    """Decode scaled latents [B,4,h,w] to images [B,3,H,W], float32 in [0,1]."""
-    dtype = next(pipe.vae.parameters()).dtype
+    """Decode scaled latents [B,4,h,w] to images [B,3,H,W], float32 in [0,1].
+
+    Where the VAE's output is not finite, the image is NaN. Finite values are clamped: that they are
+    far out of range, as those of a damaged checkpoint may be, cannot be seen any more.
+    """
     # one latent at a time at 512 px, since the decoder needs much memory
     batch_size = max(1, 64 * 64 // latents[0, 0].numel())
     images = []
     for batch in latents.split(batch_size):
-        images.append(pipe.vae.decode(batch.to(dtype) / pipe.vae.scaling_factor))
-    return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
+        images.append(pipe.vae.decode(batch / pipe.vae.scaling_factor))
+    return clamp_finite(torch.cat(images).float() / 2 + 0.5, 0, 1)
 
 
 def sample_images(
@@ -234,6 +244,8 @@ def sample_images(
     """Yield an image [3,H,W] in [0,1] for each prompt and the seed of its noise, in order.
 
     batch_size: images sampled at once.
+
+    Raises InputError in place of an image that is not finite.
     """
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
@@ -245,7 +257,19 @@ def sample_images(
             negative_prompts=negative_prompt,
             **vars(options),
         )
-        yield from decode_latents(pipe, latents)
+        images = decode_latents(pipe, latents)
+        for prompt, seed, image in zip(prompts[batch], seeds[batch], images):
+            check_finite(image, f"the image for {prompt!r}, seed {seed},")
+            yield image
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """Raise InputError unless all values are finite. name: what they are, for the message."""
+    if not values.isfinite().all():
+        raise InputError(
+            f"{name} is not finite: float16 overflows, so use bfloat16 or float32; else the "
+            "guidance is too large, or the checkpoint is damaged"
+        )
 
 
 def check_arguments(

@@ -22,23 +22,33 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 class Scheduler:
     """The noise schedule and the other settings in a scheduler_config.json.
 
-    Missing keys default as in diffusers' DDIMScheduler, except that latents are never clipped. A
-    `steps_offset` of 0 is kept, where StableDiffusionPipeline would replace it with 1.
-    Raises ValueError for an unknown `beta_schedule` or `prediction_type`.
+    It is read as by diffusers' DDIMScheduler.from_config, whatever sampler it was written for, and
+    missing keys have DDIMScheduler's defaults; but latents are never clipped, and timesteps are
+    always spaced as "leading". A `steps_offset` of 0 is kept, where StableDiffusionPipeline would
+    replace it with 1.
+
+    Raises ValueError for an unknown `beta_schedule` or `prediction_type`, for betas that make no
+    schedule, and for a negative `steps_offset`.
     """
 
     def __init__(self, config: dict):
         self.config = dict(config)
         self.num_train_timesteps = int(config.get("num_train_timesteps", 1000))
         self.steps_offset = int(config.get("steps_offset", 0))
+        if self.steps_offset < 0:
+            raise ValueError(f"steps_offset {self.steps_offset}: must not be negative")
         self.prediction_type: str = config.get("prediction_type", "epsilon")
         check_prediction_type(self.prediction_type)
-        self.alphas_cumprod = make_alphas_cumprod(  # [T] float32
+        alphas_cumprod = make_alphas_cumprod(
             config.get("beta_schedule", "linear"),
             config.get("beta_start", 1e-4),
             config.get("beta_end", 2e-2),
             self.num_train_timesteps,
+            config.get("trained_betas"),
         )
+        if config.get("rescale_betas_zero_snr", False):
+            alphas_cumprod = rescale_to_zero_snr(alphas_cumprod)
+        self.alphas_cumprod = alphas_cumprod  # [T] float32
         # DDIM's last step ends at the clean image, or at the training schedule's least noisy level
         if config.get("set_alpha_to_one", True):
             self.final_alpha_cumprod = torch.tensor(1.0)
@@ -48,13 +58,19 @@ class Scheduler:
     def timesteps(self, steps: int) -> Tensor:
         """Return the sampling timesteps, int64 [steps]: noisiest first, "leading" spacing.
 
-        Raises InputError if the schedule has too few timesteps.
+        Raises InputError if the schedule has too few timesteps, or if an image cannot be predicted
+        at the first.
         """
         timesteps = self.stride(steps) * torch.arange(steps).flip(0) + self.steps_offset
         if timesteps[0] >= self.num_train_timesteps:
             most = self.num_train_timesteps - self.steps_offset
             raise InputError(
                 f"{steps} sampling steps: this checkpoint's schedule has room for {most}"
+            )
+        if self.prediction_type == "epsilon" and self.alphas_cumprod[timesteps[0]] == 0:
+            raise InputError(
+                f"{steps} sampling steps: the first is at pure noise, where a prediction of the "
+                "noise implies no image; choose fewer"
             )
         return timesteps
 
@@ -76,14 +92,22 @@ def check_prediction_type(prediction_type: str) -> None:
 
 
 def make_alphas_cumprod(
-    schedule: str, beta_start: float, beta_end: float, num_train_timesteps: int
+    schedule: str,
+    beta_start: float,
+    beta_end: float,
+    num_train_timesteps: int,
+    trained_betas: list[float] | None = None,
 ) -> Tensor:
     """Return alpha_bar_t, [T] float32.
 
     schedule: "linear" spaces beta evenly, "scaled_linear" sqrt(beta), as Stable Diffusion does.
-    ValueError otherwise.
+    trained_betas: all betas, in place of a schedule.
+
+    Raises ValueError for another schedule, and unless there are T betas, all from 0 to below 1.
     """
-    if schedule == "linear":
+    if trained_betas is not None:
+        betas = torch.tensor(trained_betas, dtype=torch.float32)
+    elif schedule == "linear":
         betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
     elif schedule == "scaled_linear":
         roots = torch.linspace(
@@ -92,7 +116,25 @@ def make_alphas_cumprod(
         betas = roots**2
     else:
         raise ValueError(f"beta_schedule {schedule!r}: must be linear or scaled_linear")
+
+    if num_train_timesteps < 1 or betas.shape != (num_train_timesteps,):
+        raise ValueError(f"{list(betas.shape)} betas for {num_train_timesteps} timesteps")
+    possible = (0 <= betas) & (betas < 1)
+    if not possible.all():
+        raise ValueError("some betas are not between 0 and 1")
     return torch.cumprod(1.0 - betas, dim=0)
+
+
+def rescale_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Return alpha_bar_t, [T], rescaled so that the last is 0: at t = T-1, x_t is pure noise.
+
+    sqrt(alpha_bar) is shifted until it ends at 0, then stretched until it begins where it did:
+    arXiv 2305.08891, algorithm 1.
+    """
+    roots = alphas_cumprod.sqrt()
+    first = roots[0]
+    last = roots[-1]
+    return ((roots - last) * (first / (first - last))) ** 2
 
 
 def per_image(coefficient: Tensor, like: Tensor) -> Tensor:

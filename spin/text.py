@@ -7,6 +7,7 @@ import gzip
 import re
 import tempfile
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
+
+# what byte-pair encoding takes for a word: an English ending, letters, one digit, or other signs
+WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
@@ -56,6 +60,17 @@ class Tokenizer:
                 ids += self.bpe.encode(part)
         return ids
 
+    def count_cut(self, prompts: Iterable[str]) -> int:
+        """Return how many prompts are longer than a row, so that __call__ cuts words off."""
+        room = self.length - 2  # without start and end
+        count = 0
+        for prompt in prompts:
+            # A token holds at least one byte: short prompts need no encoding.
+            num_bytes = len(clean_text(prompt).encode())
+            if num_bytes > room and len(self.encode(prompt)) > room:
+                count += 1
+        return count
+
     def __call__(self, prompts: list[str]) -> Tensor:
         ids = torch.full((len(prompts), self.length), self.vocab[self.pad_token])
         for row, prompt in zip(ids, prompts):
@@ -66,8 +81,9 @@ class Tokenizer:
 
 
 def make_bpe(merges: list[str] | None):
-    """Return open_clip's SimpleTokenizer, but with the text cleaning of transformers."""
+    """Return open_clip's SimpleTokenizer, but with the text cleaning and words of transformers."""
     from open_clip.tokenizer import SimpleTokenizer
+    from open_clip.tokenizer import re as regex  # the package `regex`, which knows \p{L}
 
     if merges is None:
         bpe = SimpleTokenizer()
@@ -80,15 +96,16 @@ def make_bpe(merges: list[str] | None):
             path.write_bytes(gzip.compress(lines.encode()))
             bpe = SimpleTokenizer(str(path))
     bpe.clean_fn = clean_text
+    # open_clip's pattern ignores case, and takes a written-out <start_of_text> for its start token
+    bpe.pat = regex.compile(WORD)
     return bpe
 
 
 def clean_text(text: str) -> str:
-    """Normalize text as transformers' CLIPTokenizer does: NFC, single spaces, lower case."""
+    """Normalize text as transformers' CLIPTokenizer does: NFC, lower case. WORD skips spaces."""
     composed = unicodedata.normalize("NFC", text)
-    spaced = " ".join(composed.split())
     # letter by letter: lower() of a whole string looks at a letter's neighbors (Greek final sigma)
-    return "".join(letter.lower() for letter in spaced)
+    return "".join(letter.lower() for letter in composed)
 
 
 class TextEncoder(nn.Module):

@@ -257,8 +257,9 @@ class UNet(nn.Module):
         self.config = dict(config)
         # True: training recomputes each block in the backward pass instead of storing activations
         self.checkpoint_activations = False
-        # latent height and width that the network was trained at
-        self.sample_size = int(config.get("sample_size") or 64)
+        # latent height and width that the network was trained at: one number for both, or two
+        self.sample_size: int | list[int] = config.get("sample_size") or 64
+        check_sample_size(self.sample_size)
 
         channels = config["block_out_channels"]
         depth = config.get("layers_per_block", 2)  # layers of a down block
@@ -363,6 +364,14 @@ def heads_per_block(config: dict) -> list[int]:
     if isinstance(heads, int):
         return [heads] * len(config["block_out_channels"])
     return heads
+
+
+def check_sample_size(size) -> None:
+    """Raise ValueError unless `size` is a positive integer or two of them."""
+    numbers = size if isinstance(size, list) and len(size) == 2 else [size]
+    for number in numbers:
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"sample_size is {size!r}: must be one or two positive integers")
 
 
 def check_lists(config: dict) -> None:

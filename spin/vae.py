@@ -4,6 +4,9 @@ Attribute names are those of diffusers' AutoencoderKL. Shapes in comments are SD
 Images are in [-1,1]. Latents are unscaled: the UNet works on them times `scaling_factor`.
 """
 
+from copy import deepcopy
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -146,6 +149,8 @@ class AutoencoderKL(nn.Module):
 
         # configs of older checkpoints lack it and mean this
         self.scaling_factor: float = config.get("scaling_factor") or 0.18215
+        # whether float16 weights compute in float32; diffusers' default, too
+        self.force_upcast: bool = config.get("force_upcast", True)
         # f: pixels per latent, each way
         self.downscale = 2 ** (len(channels) - 1)
 
@@ -161,9 +166,27 @@ class AutoencoderKL(nn.Module):
 
         images: [B,3,H,W] in [-1,1]
         """
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+        vae = self.upcast()
+        moments = vae.quant_conv(vae.encoder(images.to(vae.quant_conv.weight.dtype)))
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, clamp_finite(logvar, -30, 20)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode unscaled latents [B,4,h,w] to images [B,3,f h,f w], not clamped to [-1,1]."""
-        return self.decoder(self.post_quant_conv(latents))
+        vae = self.upcast()
+        return vae.decoder(vae.post_quant_conv(latents.to(vae.post_quant_conv.weight.dtype)))
+
+    def upcast(self) -> "AutoencoderKL":
+        """Return the network to compute with: itself, or a float32 copy of its float16 weights.
+
+        Activations of many VAEs, such as SDXL's, exceed float16's range. A config whose
+        `force_upcast` is false states that those of its VAE do not.
+        """
+        if self.force_upcast and self.quant_conv.weight.dtype == torch.float16:
+            return deepcopy(self).float()
+        return self
+
+
+def clamp_finite(values: Tensor, low: float, high: float) -> Tensor:
+    """Clamp finite values. Infinite ones become NaN: clamped, they would look like any other."""
+    return values.clamp(low, high).masked_fill(values.isinf(), torch.nan)

@@ -141,14 +141,53 @@ SD_2 = {
         "clip_sample": False,
         "set_alpha_to_one": False,
         "steps_offset": 1,
-        # of the models for 768 px; those for 512 px predict the noise
-        "prediction_type": "v_prediction",
+        # v at 768 px, the noise at 512 px: the file must say which
+        "prediction_type": None,
     },
+}
+
+# Where the metadata of a .safetensors file may say what its UNet predicts, and in which words. Of
+# the first two, any other word is refused. Those of the others say nothing.
+PREDICTION_METADATA = {
+    "modelspec.prediction_type": {  # https://github.com/Stability-AI/ModelSpec
+        "epsilon": "epsilon",
+        "eps": "epsilon",
+        "v": "v_prediction",
+        "v_prediction": "v_prediction",
+    },
+    "modelspec.predict_key": {"epsilon": "epsilon", "v": "v_prediction"},  # ComfyUI's
+    "modelspec.architecture": {
+        "stable-diffusion-v2-512": "epsilon",
+        "stable-diffusion-v2-768-v": "v_prediction",
+    },
+    "ss_v_parameterization": {"False": "epsilon", "True": "v_prediction"},  # kohya's
+}
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+
+# empty tensors by which a file says that its UNet predicts v, up to pure noise: ComfyUI's, NoobAI's
+V_MARKER = "v_pred"
+ZERO_SNR_MARKER = "ztsnr"
+
+# What a .yaml beside a file (MODEL.yaml and MODEL.ckpt) says of a UNet's prediction, under
+# "parameterization" in the original layout, or by the class of its scaling in a later one.
+PREDICTION_YAML = {
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "EpsScaling": "epsilon",
+    "VScaling": "v_prediction",
+}
+# keys of such a .yaml -> the values that are assumed of every file
+YAML_BUILT_IN = {
+    "beta_schedule": "linear",  # of sqrt(beta): "scaled_linear" in diffusers
+    "linear_start": 0.00085,  # beta_start
+    "linear_end": 0.012,  # beta_end
+    "timesteps": 1000,
+    "scale_factor": 0.18215,  # the VAE's scaling_factor
 }
 
 # substrings of tensor names -> what a file with such names really is
 FOREIGN = {
-    "conditioner.embedders.": "SDXL",
+    "conditioner.embedders.": "SDXL or SD-Turbo",
     "joint_blocks.": "SD-3",
     "double_blocks.": "FLUX",
     "lora_": "LoRA weights: merge them into a model first",  # kohya's names
@@ -162,6 +201,7 @@ FOREIGN = {
 # means another architecture, whose tensors might fit but whose images would be wrong.
 BUILT_IN = {
     "unet": {
+        "_class_name": "UNet2DConditionModel",
         "in_channels": 4,  # 9 in inpainting models, 8 in InstructPix2Pix
         "out_channels": 4,
         "act_fn": "silu",
@@ -176,6 +216,7 @@ BUILT_IN = {
         "time_embedding_dim": None,  # four times the first block's channels
         "time_embedding_act_fn": None,  # an activation after the embedding
         "resnet_skip_time_act": False,  # no SiLU on the embedding in residual blocks
+        "resnet_out_scale_factor": 1.0,  # would divide the sums in residual blocks
         "timestep_post_act": None,  # an activation after the embedding's last layer
         "time_cond_proj_dim": None,  # guidance as an input, as in latent consistency models
         "class_embed_type": None,  # class labels as an input
@@ -187,6 +228,9 @@ BUILT_IN = {
         "conv_out_kernel": 3,
     },
     "vae": {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,  # 4 where images are transparent
         "act_fn": "silu",
         "latent_channels": 4,  # 16 in SD-3 and FLUX
         "mid_block_add_attention": True,
@@ -197,14 +241,55 @@ BUILT_IN = {
         "shift_factor": None,  # latents would be shifted before they are scaled
     },
     "text_encoder": {
+        "model_type": "clip_text_model",
         "layer_norm_eps": 1e-05,
+        "transformers_weights": None,  # another file of weights than the usual ones
     },
     "scheduler": {
-        "timestep_spacing": "leading",  # timesteps evenly spaced from the clean end
-        "clip_sample": False,  # latents are not pixels: nothing bounds them
-        "thresholding": False,  # a bound that depends on the sample
-        "trained_betas": None,  # a list in place of beta_schedule
-        "rescale_betas_zero_snr": False,  # a last timestep that is pure noise
-        "use_karras_sigmas": False,  # another spacing of noise levels
+        "predict_epsilon": True,  # an older spelling of prediction_type "sample" when it is False
+        "use_flow_sigmas": False,  # flow matching
+        "timestep_type": "discrete",  # "continuous" in Stable Video Diffusion: logarithms of noise
     },
+}
+
+# ---- Schedulers ----------------------------------------------------------------------------------
+# Every sampler of diffusers that Stable Diffusion is saved with states the noise schedule and the
+# prediction type in the same words. The rest of its config says how that sampler works, and nothing
+# about the model: clip_sample, thresholding, timestep_spacing, use_karras_sigmas, algorithm_type...
+
+# classes in whose configs missing betas are those of DDIMScheduler
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+# classes in whose configs missing betas are others, so that none may be missing
+SCHEDULERS_WITH_OTHER_BETAS = (
+    "DPMSolverSDEScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+)
+BETAS = ("beta_schedule", "beta_start", "beta_end")
+
+# substrings of other classes' names -> why their models cannot be used
+FOREIGN_SCHEDULERS = {
+    "Flow": "its network predicts a velocity between data and noise, not eps or v",
+    "EDM": "its network takes and gives other multiples of latents, by noise levels sigma (EDM)",
+    "CMStochastic": "its network is a consistency model, which predicts images",
+    "KarrasVe": "its noise is added to latents that do not shrink: there is no alpha_bar",
+    "ScoreSde": "its noise is added to latents that do not shrink: there is no alpha_bar",
+    "VQDiffusion": "its latents are discrete",
 }

@@ -12,16 +12,25 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spin.checkpoint.configs import BUILT_IN
+from spin.checkpoint.configs import (
+    BETAS,
+    BUILT_IN,
+    FOREIGN_SCHEDULERS,
+    SCHEDULERS,
+    SCHEDULERS_WITH_OTHER_BETAS,
+)
 from spin.checkpoint.names import OLD_VAE_NAMES, replace_parts
-from spin.checkpoint.tensors import config_errors, read_tensors
+from spin.checkpoint.tensors import config_errors
 from spin.checkpoint.tokenizer import read_tokenizer
+from spin.checkpoint.weights import USUAL_FILE, read_weights
 from spin.infra.errors import InputError
 from spin.infra.files import atomic_write, read_json, write_json
 from spin.scheduler import Scheduler
 from spin.text import Tokenizer
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+SCHEDULER_CONFIG = "scheduler_config.json"
 
 # the numbers 0 to 76, which older versions of transformers stored with a text tower
 POSITION_IDS = "embeddings.position_ids"
@@ -51,19 +60,26 @@ class Folder:
     def read_network(self, part: str) -> StoredNetwork:
         """Read "unet", "vae" or "text_encoder". Raises InputError if it cannot be used."""
         where = self.path / part
-        if part == "unet" and (self.path / "config.json").exists():
+        if part == "unet" and not where.exists() and (self.path / "config.json").exists():
             where = self.path  # the folder unet/ alone
         config = read_config(where / "config.json", part)
         return StoredNetwork(config, read_network_tensors(where, part), where)
 
-    def read_tokenizer(self, length: int) -> Tokenizer:
-        return read_tokenizer(self.path / "tokenizer", length)
+    def read_tokenizer(self, text_config: dict) -> Tokenizer:
+        return read_tokenizer(self.path / "tokenizer", text_config)
 
-    def read_scheduler(self) -> Scheduler:
-        where = self.path / "scheduler"
-        config = read_config(where / "scheduler_config.json", "scheduler")
-        with config_errors(where):
-            return Scheduler(config)
+    def read_scheduler(self, prediction_type: str | None = None) -> Scheduler:
+        """Read the noise schedule and what the UNet predicts, unless `prediction_type` says so."""
+        return read_scheduler(self.path / "scheduler" / SCHEDULER_CONFIG, prediction_type)
+
+    def read_scheduler_of_unet(self, prediction_type: str | None = None) -> Scheduler | None:
+        """Read the same if the folder has it, or for unet/ alone the folder that this is in."""
+        is_whole = (self.path / "unet").exists()
+        folder = self.path if is_whole else self.path.resolve().parent
+        path = folder / "scheduler" / SCHEDULER_CONFIG
+        if not path.exists():
+            return None
+        return read_scheduler(path, prediction_type)
 
 
 def read_config(path: Path, part: str) -> dict:
@@ -78,9 +94,41 @@ def read_config(path: Path, part: str) -> dict:
     return config
 
 
+def read_scheduler(path: Path, prediction_type: str | None) -> Scheduler:
+    """Return the scheduler of a config.
+
+    prediction_type: what the UNet predicts, whatever the config says, or None
+    """
+    config = read_config(path, "scheduler")
+    check_scheduler_class(config, path)
+    if prediction_type is not None:
+        config["prediction_type"] = prediction_type
+    with config_errors(path.parent):
+        return Scheduler(config)
+
+
+def check_scheduler_class(config: dict, path: Path) -> None:
+    """Raise InputError unless a scheduler's config can be read as DDIMScheduler's.
+
+    path: the config's, for messages
+    """
+    name = config.get("_class_name")
+    if name is not None and name not in SCHEDULERS + SCHEDULERS_WITH_OTHER_BETAS:
+        reason = "not a sampler that Stable Diffusion 1.x or 2.x is known to have"
+        for part_of_name, why in FOREIGN_SCHEDULERS.items():
+            if part_of_name in str(name):
+                reason = why
+        raise InputError(f"{path}: of a {name}: {reason}")
+
+    if name not in SCHEDULERS and config.get("trained_betas") is None:
+        missing = [key for key in BETAS if key not in config]
+        if missing:
+            raise InputError(f"{path}: lacks {', '.join(missing)}: its noise schedule is unknown")
+
+
 def read_network_tensors(folder: Path, part: str) -> dict[str, Tensor]:
     """Return a network's tensors by their names of today."""
-    stored = read_tensors(find_weights(folder, part))
+    stored = read_weights(folder, part)
     tensors = {}
     for stored_name, tensor in stored.items():
         name = stored_name.removeprefix("text_model.")
@@ -93,24 +141,6 @@ def read_network_tensors(folder: Path, part: str) -> dict[str, Tensor]:
     return tensors
 
 
-def find_weights(folder: Path, part: str) -> Path:
-    """Return a network's weight file, preferring safetensors to pickles, then full precision."""
-    if part == "text_encoder":
-        stem, older_stem = "model", "pytorch_model"
-    else:
-        stem, older_stem = "diffusion_pytorch_model", "diffusion_pytorch_model"
-    names = [
-        f"{stem}.safetensors",
-        f"{stem}.fp16.safetensors",
-        f"{older_stem}.bin",
-        f"{older_stem}.fp16.bin",
-    ]
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
-    raise InputError(f"{folder / names[0]}: no such file, nor {older_stem}.bin")
-
-
 # ---- Writing -------------------------------------------------------------------------------------
 def write_network(folder: Path, part: str, config: dict, tensors: dict[str, Tensor]) -> None:
     """Write a network's config.json and its tensors under the names they have in `tensors`."""
@@ -119,8 +149,7 @@ def write_network(folder: Path, part: str, config: dict, tensors: dict[str, Tens
     config.pop("dtype", None)
     config.pop("torch_dtype", None)
     write_json(folder / "config.json", config)
-    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-    write_safetensors(folder / f"{stem}.safetensors", tensors, {"format": "pt"})
+    write_safetensors(folder / USUAL_FILE[part], tensors, {"format": "pt"})
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

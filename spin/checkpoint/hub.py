@@ -4,21 +4,11 @@ import re
 from pathlib import Path
 
 from spin.checkpoint.folder import PARTS
-from spin.checkpoint.tensors import PICKLE_SUFFIXES
+from spin.checkpoint.weights import USUAL_FILE, WEIGHT_FILES, is_index, read_index
 from spin.infra.errors import InputError
 
-# the files that are downloaded of each part of a checkpoint
-FILES = (
-    "*.json",
-    "*.txt",  # merges of a tokenizer
-    "diffusion_pytorch_model.safetensors",
-    "model.safetensors",
-)
-# the same weights in older or smaller files, for repositories that have no others
-OLDER_FILES = (
-    "*_model.bin",
-    "*model.fp16.safetensors",
-)
+# a source that ends so is a file, not a repository
+FILE_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 
 
 def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
@@ -32,19 +22,44 @@ def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    looks_like_file = path.suffix in (".safetensors", *PICKLE_SUFFIXES)
+    looks_like_file = path.suffix in FILE_SUFFIXES
     if looks_like_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise InputError(f"{source}: no such folder or file, and not a hub id such as org/name")
 
-    patterns = []
-    older_patterns = []
+    files = []
     for part in parts:
-        patterns += [f"{part}/{file}" for file in FILES]
-        older_patterns += [f"{part}/{file}" for file in OLDER_FILES]
-    folder = download(str(source), patterns)
-    if any((folder / parts[0]).glob("*.safetensors")):
-        return folder
-    return download(str(source), patterns + older_patterns)
+        files += [f"{part}/*.json", f"{part}/*.txt"]  # configs, indices and a tokenizer's merges
+        if part in USUAL_FILE:
+            files.append(f"{part}/{USUAL_FILE[part]}")
+    while True:
+        folder = download(str(source), files)
+        missing = []
+        for part in parts:
+            missing += missing_weights(folder, part, files)
+        if not missing:
+            return folder
+        files += missing
+
+
+def missing_weights(folder: Path, part: str, asked: list[str]) -> list[str]:
+    """Return which files of a part's weights to download next, if any.
+
+    folder: what has been downloaded
+    asked:  what was asked for: where it is not in `folder`, the hub does not have it
+
+    An index, as any JSON file, has been downloaded if the hub has it.
+    """
+    for name in WEIGHT_FILES.get(part, ()):
+        path = folder / part / name
+        if is_index(path):
+            if path.exists():
+                shards = [f"{part}/{shard}" for shard in read_index(path)]
+                return [shard for shard in shards if shard not in asked]
+        elif path.exists():
+            return []
+        elif f"{part}/{name}" not in asked:
+            return [f"{part}/{name}"]
+    return []
 
 
 def download(repository: str, files: list[str]) -> Path:

@@ -1,7 +1,8 @@
 """Load and save checkpoints, and hold a loaded model: load_pipeline, save_pipeline, Pipeline.
 
-Supports folders in the diffusers layout (folder.py), which can also come from the hub (hub.py), and
-single files in the original layout (single_file.py). Both are validated strictly (tensors.py).
+Supports folders in the diffusers layout (folder.py, weights.py, tokenizer.py), which can also come
+from the hub (hub.py), and single files in the original layout (single_file.py). Both are validated
+strictly: every tensor (tensors.py), and what is stated in several places (agreement.py).
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from spin.checkpoint.agreement import check_same_schedule, check_same_width
 from spin.checkpoint.folder import (
     PARTS,
     Folder,
@@ -20,8 +22,9 @@ from spin.checkpoint.folder import (
 from spin.checkpoint.hub import locate
 from spin.checkpoint.names import TEXT_NAMES, expand_names, unfuse
 from spin.checkpoint.single_file import SingleFile, write_single_file
-from spin.checkpoint.tensors import PICKLE_SUFFIXES, config_errors, fill
+from spin.checkpoint.tensors import config_errors, fill
 from spin.checkpoint.tokenizer import write_tokenizer
+from spin.checkpoint.weights import WEIGHT_FILES, list_weight_files
 from spin.infra.errors import InputError
 from spin.infra.files import hash_files, write_json
 from spin.scheduler import Scheduler
@@ -56,32 +59,45 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     unet: str | Path | None = None,
+    prediction_type: str | None = None,
 ) -> Pipeline:
     """Load a model.
 
     source: a diffusers folder, a hub id "org/name", or a file in the original layout
     dtype:  of all weights
     unet:   another source, or its folder unet/ alone, to take the UNet from
-
-    Raises InputError if anything is missing, damaged, of another architecture, or inconsistent with
-    its config.
+    prediction_type: "epsilon" or "v_prediction", whatever the files say; None for what they say
 
     The UNet predicts the noise eps, or with prediction_type "v_prediction" the velocity
-    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0: SD-2.x at 768 px. A file of SD-2.x that does
-    not state its prediction type is assumed to predict v.
+    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0: SD-2.x at 768 px.
+
+    Raises InputError if anything is missing, damaged, of another architecture, or inconsistent with
+    its config; if parts do not belong together; and if the files do not say what the UNet predicts,
+    or contradict each other.
     """
     checkpoint = open_checkpoint(locate(source))
-    if unet is None:
-        network = make_network(UNet, checkpoint.read_network("unet"), dtype, device)
-    else:
-        network = load_unet(unet, dtype, device)
-    vae = make_network(AutoencoderKL, checkpoint.read_network("vae"), dtype, device)
+    unet_checkpoint = checkpoint
+    if unet is not None:
+        unet_checkpoint = open_checkpoint(locate(unet, parts=("unet", "scheduler")))
 
+    # what is stored
+    stored_unet = unet_checkpoint.read_network("unet")
+    stored_vae = checkpoint.read_network("vae")
     stored_text = checkpoint.read_network("text_encoder")
-    tokenizer = checkpoint.read_tokenizer(stored_text.config.get("max_position_embeddings", 77))
-    text_encoder = make_text_encoder(stored_text, tokenizer, dtype, device)
+    tokenizer = checkpoint.read_tokenizer(stored_text.config)
+    scheduler = checkpoint.read_scheduler(prediction_type)
+    if unet is not None:
+        unet_scheduler = unet_checkpoint.read_scheduler_of_unet(prediction_type)
+        if unet_scheduler is not None:
+            check_same_schedule(scheduler, unet_scheduler, source, unet)
 
-    return Pipeline(network, vae, text_encoder, checkpoint.read_scheduler())
+    # the networks
+    network = make_network(UNet, stored_unet, dtype, device)
+    vae = make_network(AutoencoderKL, stored_vae, dtype, device)
+    text_encoder = make_text_encoder(stored_text, tokenizer, dtype, device)
+    check_same_width(network, text_encoder, source, unet or source)
+
+    return Pipeline(network, vae, text_encoder, scheduler)
 
 
 def load_unet(
@@ -114,9 +130,11 @@ def make_text_encoder(
     with config_errors(stored.where), torch.device("meta"):
         text_encoder = TextEncoder(stored.config, tokenizer)
     vocab_size = stored.config["vocab_size"]
-    if len(tokenizer.vocab) > vocab_size:
-        message = f"{vocab_size} embeddings for {len(tokenizer.vocab)} tokens"
-        raise InputError(f"{stored.where}: {message}")
+    num_tokens = len(tokenizer.vocab)
+    if num_tokens != vocab_size:
+        message = f"{vocab_size} embeddings for {num_tokens} tokens of the tokenizer"
+        advice = "tokens added by textual inversion are not supported: use the model without them"
+        raise InputError(f"{stored.where}: {message}; {advice}")
     names = expand_names(TEXT_NAMES, i=stored.config["num_hidden_layers"])
     fill(text_encoder.tower, stored.tensors, stored.where, dtype, device, names)
     return text_encoder.eval()
@@ -156,25 +174,37 @@ def save_pipeline(pipe: Pipeline, folder: str | Path) -> None:
 def save_single_file(pipe: Pipeline, path: str | Path) -> None:
     """Write a model as one .safetensors file in the original layout, which other programs read.
 
-    load_pipeline gives back every bit. Raises InputError if its sizes are not Stable Diffusion's.
+    load_pipeline gives back every bit. Raises InputError if sizes, noise schedule or latents' scale
+    are not Stable Diffusion's.
     """
-    prediction_type = pipe.scheduler.prediction_type
-    write_single_file(Path(path), pipe.unet, pipe.vae, pipe.text_encoder, prediction_type)
+    write_single_file(Path(path), pipe.unet, pipe.vae, pipe.text_encoder, pipe.scheduler)
 
 
 def hash_checkpoint(path: str | Path) -> str:
     """Return 16 hexadecimal digits of SHA-256 over all that is read from a checkpoint.
 
     path: a folder, its folder unet/ alone, or a single file
+
+    Other files beside them, such as the same weights in half precision, change nothing.
     """
     path = Path(path)
     if path.is_file():
-        return hash_files([path])
-    folders = [path / part for part in PARTS if (path / part).is_dir()]
-    if not folders:
-        folders = [path]
-    suffixes = (".safetensors", ".json", ".txt", *PICKLE_SUFFIXES)
+        yaml = path.with_suffix(".yaml")
+        return hash_files([path, yaml] if yaml.exists() else [path])
+    parts = [part for part in PARTS if (path / part).is_dir()]
+    if not parts:
+        return hash_files(files_of_part(path, "unet"))
     files = []
-    for folder in folders:
-        files += [file for file in sorted(folder.iterdir()) if file.suffix in suffixes]
+    for part in parts:
+        files += files_of_part(path / part, part)
     return hash_files(files)
+
+
+def files_of_part(folder: Path, part: str) -> list[Path]:
+    """Return the files that are read of a part of a checkpoint, sorted by name."""
+    if part in WEIGHT_FILES:
+        configs = folder.glob("config.json")
+        files = [*configs, *list_weight_files(folder, part)]
+    else:
+        files = [*folder.glob("*.json"), *folder.glob("*.txt")]
+    return sorted(files)

@@ -5,16 +5,21 @@
     cond_stage_model.*        text tower
 
 Such a file holds no config: that of SD_1 or SD_2 in configs.py is assumed. Other tensors of a
-training checkpoint (model_ema.*, ...) are not read.
+training checkpoint (model_ema.*, denoiser.sigmas, ...) are not read.
 """
 
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from spin.checkpoint.configs import FOREIGN, SD_1, SD_2
+from spin.checkpoint.agreement import (
+    ASK,
+    ends_at_pure_noise,
+    read_prediction_type,
+    refuse_other_schedules,
+)
+from spin.checkpoint.configs import FOREIGN, SD_1, SD_2, V_MARKER, ZERO_SNR_MARKER
 from spin.checkpoint.folder import POSITION_IDS, StoredNetwork, write_safetensors
 from spin.checkpoint.names import (
     ORIGINAL_RESNET_NAMES,
@@ -26,19 +31,37 @@ from spin.checkpoint.names import (
     unfuse,
 )
 from spin.checkpoint.tensors import config_errors, read_tensors
+from spin.checkpoint.tokenizer import clip_tokenizer
 from spin.infra.errors import InputError
 from spin.scheduler import Scheduler
-from spin.text import EOS, TextEncoder, Tokenizer
+from spin.text import TextEncoder, Tokenizer
 from spin.unet import UNet
 from spin.vae import AutoencoderKL
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
+TEXT_PREFIX = "cond_stage_model."  # of the three that follow
 TEXT_1_PREFIX = "cond_stage_model.transformer.text_model."  # SD-1.x; then transformers' names
 TEXT_2_PREFIX = "cond_stage_model.model."  # SD-2.x; then open_clip's names, which are ours
 
-# where the metadata of a .safetensors file may say what its UNet predicts: "epsilon" or "v"
-PREDICTION_KEY = "modelspec.prediction_type"
+SCALING_FACTOR = 0.18215  # of the VAE of every such file
+
+OLD_TEXT_PREFIX = "cond_stage_model.transformer."  # NovelAI's SD-1.x and merges with it
+# the modules of a text tower whose names follow that prefix
+OLD_TEXT_MODULES = ("embeddings.", "encoder.", "final_layer_norm.")
+
+# what each network is called in messages, and the beginning of its tensors' names
+NETWORKS = {
+    "unet": ("UNet", UNET_PREFIX),
+    "vae": ("VAE", VAE_PREFIX),
+    "text_encoder": ("text tower", TEXT_PREFIX),
+}
+
+# what trained the VAE and is no part of it
+LEFTOVERS = ("first_stage_model.loss.", "first_stage_model.model_ema.")
+
+# a tensor whose width is that of the context: 768 in SD-1.x, 1024 in SD-2.x
+CONTEXT_WEIGHT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -47,23 +70,32 @@ class SingleFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.tensors = read_tensors(path)
-        refuse_other_models(self.tensors, path)
-        self.is_sd_2 = any(name.startswith(TEXT_2_PREFIX) for name in self.tensors)
+        tensors = read_tensors(path)
+        refuse_other_models(tensors, path)
+        self.tensors = {}
+        for name, tensor in tensors.items():
+            if not name.startswith(LEFTOVERS):
+                self.tensors[name] = tensor
+        self.is_sd_2 = is_from_sd_2(self.tensors)
         self.configs = SD_2 if self.is_sd_2 else SD_1
 
     def read_network(self, part: str) -> StoredNetwork:
-        """Return "unet", "vae" or "text_encoder", with the names that a folder has."""
+        """Return "unet", "vae" or "text_encoder", with the names that a folder has.
+
+        Raises InputError if it is not in the file.
+        """
+        network, prefix = NETWORKS[part]
+        if not any(name.startswith(prefix) for name in self.tensors):
+            message = f"holds no {network} ({prefix}*); use a file with all three networks"
+            raise InputError(f"{self.path}: {message}")
         config = self.configs[part]
         if part == "unet":
             tensors = from_original(self.tensors, UNET_PREFIX, original_unet_names(config))
         elif part == "vae":
             tensors = from_original(self.tensors, VAE_PREFIX, original_vae_names(config))
             tensors = convolutions_to_linear(tensors)
-        elif part == "text_encoder":
-            tensors = self.read_text_tensors(config["num_hidden_layers"])
         else:
-            raise ValueError(f"{part!r} is not a network of a checkpoint")
+            tensors = self.read_text_tensors(config["num_hidden_layers"])
         return StoredNetwork(config, tensors, self.path)
 
     def read_text_tensors(self, num_layers: int) -> dict[str, Tensor]:
@@ -72,43 +104,64 @@ class SingleFile:
             # leaves out what the file holds besides: a last layer, projections
             return unfuse(tensors, expand_names(TEXT_NAMES, i=num_layers))
         tensors = with_prefix(self.tensors, TEXT_1_PREFIX)
+        older = with_prefix(self.tensors, OLD_TEXT_PREFIX)
         tensors.pop(POSITION_IDS, None)
+        older.pop(POSITION_IDS, None)
+        for name, tensor in older.items():
+            if not name.startswith(OLD_TEXT_MODULES):
+                continue  # with "text_model.", or a projection that is not used
+            if name in tensors and not torch.equal(tensors[name], tensor):
+                message = f"two different tensors, with and without text_model.: {name}"
+                raise InputError(f"{self.path}: its text tower has {message}")
+            tensors[name] = tensor
         return tensors
 
-    def read_tokenizer(self, length: int) -> Tokenizer:
-        """Return CLIP's own tokenizer, which pads as the model was trained."""
-        pad_token = "!" if self.is_sd_2 else EOS
-        return Tokenizer(None, pad_token, length)
+    def read_tokenizer(self, text_config: dict) -> Tokenizer:
+        return clip_tokenizer(text_config)
 
-    def read_scheduler(self) -> Scheduler:
+    def read_scheduler(self, prediction_type: str | None = None) -> Scheduler:
+        """Return the noise schedule and what the UNet predicts.
+
+        Raises InputError if the file does not say what, and neither does `prediction_type`. An
+        SD-1.x need not say that it predicts the noise.
+        """
+        names = self.tensors.keys()
+        refuse_other_schedules(self.path, names)
         config = dict(self.configs["scheduler"])
-        prediction_type = read_prediction_type(self.path)
+        if ends_at_pure_noise(self.path, names):
+            config["rescale_betas_zero_snr"] = True
+            config["prediction_type"] = None  # hardly the noise: the file must say
+        if prediction_type is None:
+            prediction_type = read_prediction_type(self.path, names)
         if prediction_type is not None:
             config["prediction_type"] = prediction_type
+        if config["prediction_type"] is None:
+            message = "does not say whether its UNet predicts epsilon or v_prediction"
+            raise InputError(f"{self.path}: {message}; {ASK}")
         with config_errors(self.path):
             return Scheduler(config)
 
+    def read_scheduler_of_unet(self, prediction_type: str | None = None) -> Scheduler:
+        return self.read_scheduler(prediction_type)
+
 
 def refuse_other_models(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise InputError unless the tensors' names are those of a whole SD-1.x or SD-2.x."""
+    """Raise InputError unless the tensors' names are those of an SD-1.x or SD-2.x."""
     for part_of_name, model in FOREIGN.items():
         if any(part_of_name in name for name in tensors):
             raise InputError(f"{path}: not Stable Diffusion 1.x or 2.x, but {model}")
-    if not any(name.startswith(UNET_PREFIX) for name in tensors):
+    prefixes = tuple(prefix for _, prefix in NETWORKS.values())
+    if not any(name.startswith(prefixes) for name in tensors):
         message = "not a complete Stable Diffusion; put a network alone into a diffusers folder"
         raise InputError(f"{path}: {message}")
 
 
-def read_prediction_type(path: Path) -> str | None:
-    """Return the prediction type in a file's metadata, as scheduler configs spell it, or None."""
-    if path.suffix != ".safetensors":
-        return None
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    prediction = metadata.get(PREDICTION_KEY)
-    if prediction in ("v", "v_prediction"):
-        return "v_prediction"
-    return prediction
+def is_from_sd_2(tensors: dict[str, Tensor]) -> bool:
+    """Return whether a file is an SD-2.x, by its text tower or, without one, by its UNet."""
+    if any(name.startswith(TEXT_PREFIX) for name in tensors):
+        return any(name.startswith(TEXT_2_PREFIX) for name in tensors)
+    weight = tensors.get(CONTEXT_WEIGHT)
+    return weight is not None and weight.shape[-1] == SD_2["unet"]["cross_attention_dim"]
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -153,15 +206,29 @@ def write_single_file(
     unet: UNet,
     vae: AutoencoderKL,
     text_encoder: TextEncoder,
-    prediction_type: str,
+    scheduler: Scheduler,
 ) -> None:
     """Write a .safetensors file in the original layout.
 
-    Raises InputError if the sizes are not Stable Diffusion's, since the file cannot state them.
+    Raises InputError if sizes, noise schedule, latents' scale or tokenizer are not Stable
+    Diffusion's, since the file cannot state them.
     """
+    only = "so only those of Stable Diffusion can be saved"
     if unet.config["block_out_channels"] != SD_1["unet"]["block_out_channels"]:
-        message = "a single file states no sizes, so only those of Stable Diffusion can be saved"
-        raise InputError(f"{path}: {message}")
+        raise InputError(f"{path}: a single file states no sizes, {only}")
+    if vae.scaling_factor != SCALING_FACTOR:
+        message = f"a single file states no scaling_factor; it would mean {SCALING_FACTOR}"
+        raise InputError(f"{path}: {message}, not the VAE's {vae.scaling_factor}")
+    tokenizer = text_encoder.tokenizer
+    assumed = clip_tokenizer(text_encoder.config)
+    same_rows = (tokenizer.pad_token, tokenizer.length) == (assumed.pad_token, assumed.length)
+    if tokenizer.vocab != assumed.vocab or not same_rows:
+        message = "a single file states no tokenizer; it would mean CLIP's, padded with"
+        raise InputError(f"{path}: {message} {assumed.pad_token!r} to {assumed.length} tokens")
+    zero_snr = scheduler.config.get("rescale_betas_zero_snr", False)
+    published = Scheduler({**SD_1["scheduler"], "rescale_betas_zero_snr": zero_snr})
+    if not torch.equal(scheduler.alphas_cumprod, published.alphas_cumprod):
+        raise InputError(f"{path}: a single file states no betas, {only}")
 
     tensors = {}
     unet_state = unet.state_dict()
@@ -182,8 +249,14 @@ def write_single_file(
     for name, tensor in text_state.items():
         tensors[text_prefix + name] = tensor
 
-    prediction = prediction_type.removesuffix("_prediction")
-    write_safetensors(path, tensors, {"format": "pt", PREDICTION_KEY: prediction})
+    # where other programs look: metadata, and the names of empty tensors
+    empty = torch.empty(0, dtype=unet.conv_in.weight.dtype)
+    if scheduler.prediction_type == "v_prediction":
+        tensors[V_MARKER] = empty
+    if zero_snr:
+        tensors[ZERO_SNR_MARKER] = empty
+    prediction = scheduler.prediction_type.removesuffix("_prediction")
+    write_safetensors(path, tensors, {"format": "pt", "modelspec.prediction_type": prediction})
 
 
 def linear_to_convolutions(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Tensors of a file -> weights of a network, strictly: every name and shape must be as expected."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,32 +12,76 @@ from torch import Tensor, nn
 
 from spin.checkpoint.names import NameMap, fuse, unfuse
 from spin.infra.errors import InputError
+from spin.infra.files import refuse_lfs_pointer
 
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
-
-
-class UnusedCallback:
-    """Stand-in for the only class that published training checkpoints refer to.
-
-    The class is a key in a dictionary that is not used.
-    """
+# how the files begin that are taken for weights by mistake -> what they are
+OTHER_FILES = {
+    b"<": "a web page or a server's error message, not weights; download the file again",
+    b"GGUF": "a GGUF file, whose quantized weights cannot be used",
+}
 
 
-# classes that a pickle may refer to, besides torch's own types
-SAFE_GLOBALS = [
-    (UnusedCallback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
-]
+class Unused:
+    """Stand-in for what a training checkpoint holds besides tensors, none of which is used."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# What a pickle may refer to, besides tensors and Python's own types. In place of each, an Unused is
+# made: nothing of these packages runs.
+UNUSED_GLOBALS = (
+    # keys of a dictionary of callbacks in published checkpoints
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    # numbers and arrays of numpy, such as a step or a learning rate; numpy 1 and 2 differ in names
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+)
 
 
 # ---- Reading -------------------------------------------------------------------------------------
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return every tensor of a .safetensors file or of a pickle, by name.
+    """Return every tensor of a safetensors file or of a pickle, by name.
 
-    They stay on disk until they are used, where the format allows it. No pickle can run code.
+    Its first bytes show which of the two a file is, and not its name. Tensors stay on disk until
+    they are used, where the format allows it. No pickle can run code.
     Raises InputError if the file is damaged or holds something else.
     """
-    if path.suffix in PICKLE_SUFFIXES:
+    beginning = read_beginning(path)
+    if beginning[8:9] == b"{":  # JSON, after 8 bytes with its length
+        return read_safetensors(path)
+    if beginning.startswith((b"PK", b"\x80")):  # torch.save's zip archive, or a bare pickle
+        if path.suffix == ".safetensors":  # torch.load would believe the name
+            message = "a pickle, not a safetensors file; rename it to .ckpt or .bin"
+            raise InputError(f"{path}: {message}")
         return read_pickle(path)
+
+    refuse_lfs_pointer(path)
+    for start, content in OTHER_FILES.items():
+        if beginning.startswith(start):
+            raise InputError(f"{path}: {content}")
+    reason = "truncated" if beginning else "empty"
+    raise InputError(f"{path}: {reason}, or not a safetensors file or a pickle; not loaded")
+
+
+def read_beginning(path: Path) -> bytes:
+    """Return the first 16 bytes of a file. Raises InputError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(16)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
@@ -46,16 +91,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file that torch.save wrote: a state dict, or one in "state_dict"."""
+    unused = [(Unused, name) for name in UNUSED_GLOBALS]
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        with torch.serialization.safe_globals(unused):
             mmap = is_zipfile(path)  # the older format cannot be left on disk
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        state = dict(content.get("state_dict", content))
+        state = content.get("state_dict", content)
+        state = state.get("state_dict", state)  # saved by a program that had loaded such a file
     except Exception as error:  # a pickle can fail in any way
-        if "weights_only" in str(error).lower():
-            reason = "holds more than tensors"
-        else:
-            reason = "truncated, or not a checkpoint"
+        reason = describe_pickle_error(str(error))
         message = f"{path}: {reason}; not loaded. Use a .safetensors file instead"
         raise InputError(message) from None
 
@@ -64,6 +108,16 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         if isinstance(name, str) and isinstance(value, Tensor):
             tensors[name] = value
     return tensors
+
+
+def describe_pickle_error(message: str) -> str:
+    """Return what torch.load's message says about a file, in a few words."""
+    refused = re.search(r"GLOBAL (\S+)", message)
+    if refused:
+        return f"holds more than tensors ({refused[1]})"
+    if "weights_only" in message.lower():
+        return "holds more than tensors"
+    return "truncated, or not a checkpoint"
 
 
 # ---- Networks ------------------------------------------------------------------------------------
@@ -107,21 +161,44 @@ def fill(
     where:   where they come from, for messages
     names:   what the tensors are called, if not as in `network`
 
-    Raises InputError if names or shapes differ from the network's.
+    Raises InputError if names or shapes differ from the network's, or if a number is not finite.
     """
     expected = network.state_dict()
-    if names is None:
-        compare_tensors(tensors, expected, where)
-        state = tensors
-    else:
-        compare_tensors(tensors, unfuse(expected, names), where)
-        state = fuse(tensors, names)
+    if names is not None:
+        expected = unfuse(expected, names)
+    compare_tensors(tensors, expected, where)
 
     weights = {}
-    for name, tensor in state.items():
-        weights[name] = tensor.to(device, dtype, copy=True)
+    for name, tensor in tensors.items():
+        weights[name] = convert(tensor, dtype, device, f"{where}: {name}")
+    if names is not None:
+        weights = fuse(weights, names)
     network.load_state_dict(weights, assign=True)
     return network.eval()
+
+
+def convert(tensor: Tensor, dtype: torch.dtype, device: str, label: str) -> Tensor:
+    """Return a copy of a weight with this dtype, on this device.
+
+    label: names the tensor in messages
+
+    Raises InputError if it is quantized, or not finite: it would turn every image black.
+    """
+    if not tensor.is_floating_point():
+        raise InputError(f"{label} is {tensor.dtype}: quantized weights cannot be used")
+    weight = tensor.to(device, dtype, copy=True)
+    if is_finite(weight):
+        return weight
+    if is_finite(tensor.to(torch.float64)):
+        raise InputError(f"{label} is too large for {dtype}; use another type of weights")
+    raise InputError(f"{label} holds NaN or infinity: the checkpoint is damaged")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers of a tensor are finite."""
+    # both ends are NaN if any number is; isfinite on all numbers takes thirty times as long
+    ends = torch.stack(tensor.aminmax())
+    return bool(ends.isfinite().all())
 
 
 def compare_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from spin.checkpoint import Pipeline, hash_checkpoint, load_pipeline, locate
 from spin.eval import plots, stats
 from spin.eval.scorers import Scorer
+from spin.infra.cli import warn_of_cut_prompts
 from spin.infra.errors import InputError
 from spin.infra.files import atomic_write, hash_files, read_json, write_json
 from spin.infra.images import format_parameters, read_image, read_parameters, save_png, to_pil
@@ -42,13 +43,22 @@ UNDECIDED = "undecided"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is: a checkpoint, and another one whose UNet replaces its own, if any."""
+    """Where a model is, and what it predicts.
+
+    model: a checkpoint
+    unet: another one, whose UNet replaces the model's own
+    prediction_type: "epsilon" or "v_prediction"; None for what the files say
+    """
 
     model: str
     unet: str | None = None
+    prediction_type: str | None = None
 
     def load(self, device: str) -> Pipeline:
-        return load_pipeline(self.model, device=device, unet=self.unet).freeze()
+        pipe = load_pipeline(
+            self.model, device=device, unet=self.unet, prediction_type=self.prediction_type
+        )
+        return pipe.freeze()
 
     def paths(self) -> list[Path]:
         """Return the one or two checkpoints on this machine. A hub's is downloaded first."""
@@ -59,7 +69,10 @@ class ModelSource:
 
 
 def hash_models(models: dict[str, ModelSource]) -> dict[str, str]:
-    """Return a hash of each model's weights. A checkpoint that several share is read once."""
+    """Return what identifies each model: hashes of its files, and what it predicts, if given.
+
+    A checkpoint that several models share is read once.
+    """
     hash_of_path: dict[Path, str] = {}
     hash_of_model: dict[str, str] = {}
     for name, source in models.items():
@@ -68,6 +81,8 @@ def hash_models(models: dict[str, ModelSource]) -> dict[str, str]:
             if path not in hash_of_path:
                 hash_of_path[path] = hash_checkpoint(path)
             hashes.append(hash_of_path[path])
+        if source.prediction_type is not None:
+            hashes.append(source.prediction_type)
         hash_of_model[name] = "-".join(hashes)
     return hash_of_model
 
@@ -112,7 +127,10 @@ def missing(requests: Sequence[ImageRequest]) -> list[ImageRequest]:
 
 
 def sample_requests(pipe: Pipeline, requests: Sequence[ImageRequest], batch_size: int) -> None:
-    """Sample images that share their sampling options, and write their files."""
+    """Sample images of one model that share their sampling options, and write their files.
+
+    Raises InputError in place of an image that is not finite.
+    """
     if not requests:
         return
     images = sample_images(
@@ -122,9 +140,13 @@ def sample_requests(pipe: Pipeline, requests: Sequence[ImageRequest], batch_size
         options=requests[0].options,
         batch_size=batch_size,
     )
-    title = f"{requests[0].model}: sampling"
-    for request, image in zip(requests, tqdm(images, title, len(requests), unit="image")):
-        save_png(to_pil(image), request.path, request.prompt, request.settings())
+    model = requests[0].model
+    bar = tqdm(images, f"{model}: sampling", len(requests), unit="image")
+    try:
+        for request, image in zip(requests, bar):
+            save_png(to_pil(image), request.path, request.prompt, request.settings())
+    except InputError as error:
+        raise InputError(f"{model}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -162,13 +184,13 @@ class Evaluation:
     def score(self, model: str, model_hash: str, scorer: Scorer) -> dict[str, np.ndarray]:
         """Return {metric: [N,images_per_prompt]} of a model's images, which have been sampled.
 
-        Scores are stored under a hash of the scorer and of all that the image states.
+        Scores are stored under a hash of the scorer and of the image's file, which states its prompt.
         Raises InputError if a score is not finite.
         """
         requests = self.requests(model, model_hash)
         keys = []
         for request in requests:
-            keys.append(hash_files([], [scorer.hash, read_parameters(request.path)]))
+            keys.append(hash_files([request.path], [scorer.hash]))
         path = self.folder / "scores" / model / f"{self.file_stem()}-{scorer.name}.json"
         known = read_scores(path, scorer.metrics)
 
@@ -221,10 +243,14 @@ def sample_models(
     device: str,
 ) -> None:
     """Sample every model's missing images. A model that has none missing is not loaded."""
+    warned = False
     for name, source in models.items():
         todo = [missing(evaluation.requests(name, hashes[name])) for evaluation in evaluations]
         if any(todo):
             pipe = source.load(device)
+            if not warned:
+                warn_of_cut_prompts(pipe.text_encoder.tokenizer, evaluations[0].prompts)
+                warned = True
             for requests in todo:
                 sample_requests(pipe, requests, batch_size)
             del pipe  # frees its memory before the next model is loaded

@@ -1,6 +1,7 @@
 """The visible results of a run: images sampled from its models, training curves and scores."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -25,18 +26,16 @@ CURVES = {
 }
 
 
-def models_of_run(
-    run: Run, model: str, unet: str | None, iterations: int
-) -> dict[str, ModelSource]:
+def models_of_run(run: Run, base: ModelSource, iterations: int) -> dict[str, ModelSource]:
     """Return the models of a run that are there: "base", then "sft", "dpo", "spin-1", ...
 
-    model, unet: theta_0. Every other model has theta_0's parts and its own UNet.
+    base: theta_0. Every other model has theta_0's parts and its own UNet.
     """
-    models = {"base": ModelSource(model, unet)}
+    models = {"base": base}
     names = ["sft", "dpo", *(f"spin-{k}" for k in range(1, iterations + 1))]
     for name in names:
         if run.has(name):
-            models[name] = ModelSource(model, str(run.checkpoint(name)))
+            models[name] = replace(base, unet=str(run.checkpoint(name)))
     return models
 
 
@@ -156,11 +155,16 @@ def score_models(
     """Score models by the miniature world's score, and return what results.json holds.
 
     A prompt's score is the mean over its images. Images and scores are stored in evaluation/,
-    where evaluate.py looks for them. If results.json exists, nothing is sampled or scored.
+    where evaluate.py looks for them. If results.json has these models and this title, nothing is
+    sampled or scored.
+
+    title: says how many prompts and images, and how they are sampled
     """
     path = run.folder / "results.json"
     if path.exists():
-        return read_json(path)
+        results = read_json(path)
+        if results["title"] == title and results["models"].keys() == models.keys():
+            return results
 
     evaluation = Evaluation(run.folder / "evaluation", prompts, images_per_prompt, options)
     hashes = comparison.hash_models(models)

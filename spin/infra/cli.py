@@ -3,7 +3,7 @@
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -59,6 +59,15 @@ def number(kind: type, low: float, high: float = math.inf):
     return parse
 
 
+def utf8_text(text: str) -> str:
+    """A type for argparse: what the shell passed, unless its bytes were not UTF-8."""
+    text.encode()  # fails for the lone surrogates that stand for such bytes
+    return text
+
+
+utf8_text.__name__ = "UTF-8 text"  # which argparse puts into its message
+
+
 #: argparse's type of a --seed: torch and NumPy both take it, and there is room to count up
 SEED_TYPE = number(int, 0, 2**62)
 
@@ -71,6 +80,18 @@ def check_device(device: str) -> str:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device}: cannot be used here ({reason})") from None
     return device
+
+
+def warn_of_cut_prompts(tokenizer, prompts: Iterable[str]) -> None:
+    """Say on stderr how many prompts are too long for the tokenizer, if any are."""
+    if not distributed.is_main():
+        return
+    cut = tokenizer.count_cut(prompts)
+    if cut > 0:
+        noun = "1 prompt has" if cut == 1 else f"{cut} prompts have"
+        sys.stderr.write(
+            f"note: {noun} more than {tokenizer.length} tokens; the model reads the first ones\n"
+        )
 
 
 def provenance() -> dict:

@@ -63,12 +63,41 @@ def write_json(path: Path, value) -> None:
 
 def read_text(path: Path) -> str:
     """Return a UTF-8 file's text. Raises InputError if it is missing or not text."""
+    refuse_lfs_pointer(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as text ({error})") from None
+    except UnicodeDecodeError as error:
+        reason = describe_encoding(error.object, error.start)
+        raise InputError(f"{path}: not UTF-8 text ({reason}); save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: not readable as text ({error.strerror})") from None
+
+
+def describe_encoding(content: bytes, start: int) -> str:
+    """Return why a file's content is not UTF-8, which fails at byte `start`."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "it begins as UTF-16 does"
+    line = content.count(b"\n", 0, start) + 1
+    return f"line {line} has the byte 0x{content[start]:02x}"
+
+
+#: The first line of the small text file that stands for a large one in a Git repository.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise InputError if a file is a Git LFS pointer. A file that cannot be read is none."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError:
+        return
+    if start == LFS_POINTER:
+        raise InputError(
+            f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+        )
 
 
 def read_json(path: Path) -> dict:
@@ -88,9 +117,21 @@ def hash_files(paths: Iterable[Path], strings: Iterable[str] = ()) -> str:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            for block in iter(partial(file.read, 1 << 20), b""):  # a mebibyte at a time
-                digest.update(block)
+        add_content(digest, path)
     for string in strings:
         digest.update(string.encode())
     return digest.hexdigest()[:16]
+
+
+def hash_content(path: Path) -> str:
+    """Return the 64 hexadecimal digits of SHA-256 over a file's content."""
+    digest = hashlib.sha256()
+    add_content(digest, path)
+    return digest.hexdigest()
+
+
+def add_content(digest, path: Path) -> None:
+    """Add a file's content to a digest of hashlib."""
+    with open(path, "rb") as file:
+        for block in iter(partial(file.read, 1 << 20), b""):  # a mebibyte at a time
+            digest.update(block)

@@ -1,54 +1,140 @@
 """Image files: read as RGB, and written as PNGs that state how the image was made."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 from torch import Tensor
 
 from spin.infra.errors import InputError
-from spin.infra.files import atomic_write
+from spin.infra.files import atomic_write, refuse_lfs_pointer
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+# Chunks of a PNG that no pixel depends on, and no orientation unless it is stated in a text.
+PNG_METADATA = b"tEXt zTXt iTXt tIME pHYs iCCP gAMA cHRM sRGB sBIT sPLT hIST bKGD".split()
+
+# How to turn an image upright, by its EXIF orientation. 1, and what is not defined: not at all.
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image file as RGB.
+    """Read an image file as RGB. Of a file with several images, it is the first.
 
     Raises InputError if the file is damaged or not an image, or has more than 179 million pixels,
-    which is Pillow's limit.
+    which is Pillow's limit. Damaged metadata is no damage to the image.
     """
+    refuse_lfs_pointer(path)
     try:
-        with Image.open(path) as file:
-            return to_rgb(file)
+        return decode_image(path)
     except Exception as error:  # a broken file can make Pillow's many readers raise anything
         reason = str(error) or type(error).__name__
+    try:
+        return decode_image(BytesIO(read_png_without_metadata(path)))
+    except Exception:
         raise InputError(f"{path}: not a readable image ({reason})") from None
+
+
+def decode_image(file: Path | BytesIO) -> Image.Image:
+    with Image.open(file) as image:
+        return to_rgb(image)
+
+
+def read_png_without_metadata(path: Path) -> bytes:
+    """Return a PNG file without its PNG_METADATA. Raises ValueError for another file.
+
+    Pillow refuses a PNG for a text of more than a mebibyte, or for one wrong bit in a text.
+    """
+    with open(path, "rb") as file:
+        signature = file.read(len(PNG_SIGNATURE))
+        if signature != PNG_SIGNATURE:
+            raise ValueError("not a PNG")
+        chunks = file.read()
+
+    kept = [signature]
+    start = 0
+    while start < len(chunks):
+        length = int.from_bytes(chunks[start : start + 4], "big")
+        end = start + 4 + 4 + length + 4  # its length, its name, its content, and a checksum
+        if chunks[start + 4 : start + 8] not in PNG_METADATA:
+            kept.append(chunks[start:end])
+        start = end
+    return b"".join(kept)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of 8 or 16 bits in RGB: rotated as its EXIF data says, on a white background.
 
-    Raises ValueError for 32 bits a pixel: such files do not say which value is white.
+    Raises ValueError if it is not known which value is white.
     """
-    upright = ImageOps.exif_transpose(image)
+    # Pillow reads 16 bits of PGM files as 32, scaled so that white is 65535.
+    is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    if is_16_bit and image.format == "TIFF":
+        check_white(image.tag_v2)
+    upright = turn_upright(image)
+
+    if is_16_bit:
+        values = np.asarray(upright)
+        levels = (values.astype(np.float32) / 257).clip(0, 255).astype(np.uint8)  # 65535 / 255
+        if "transparency" in upright.info:
+            levels[values == upright.info["transparency"]] = 255
+        return Image.fromarray(levels).convert("RGB")
+
     if upright.mode in ("I", "F"):
         raise ValueError(
-            f"32 bits per pixel, mode {upright.mode}: white is undefined; convert to 8 or 16 bits"
+            f"32 bits per pixel or signed levels, mode {upright.mode}: white is undefined; "
+            "convert to 8 or 16 bits"
         )
 
-    if upright.mode.startswith("I;16"):
-        levels = np.asarray(upright, dtype=np.float32) / 257  # 65535 / 255
-        return Image.fromarray(levels.clip(0, 255).astype(np.uint8)).convert("RGB")
-
     if upright.has_transparency_data:
+        if upright.mode == "La":
+            upright = upright.convert("LA")  # Pillow has no other way
         white = Image.new("RGBA", upright.size, "white")
         return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
 
     return upright.convert("RGB")
 
 
+def check_white(tags) -> None:
+    """Raise ValueError for tags of a TIFF that Pillow reads as if white were 65535, and is not."""
+    if tags.get(ExifTags.Base.BitsPerSample) == (12,):
+        raise ValueError("12 bits per pixel; convert to 8 or 16 bits")
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
+        raise ValueError("16 bits per pixel of which white is 0; convert to 8 bits")
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Return the image turned as its EXIF (or XMP) orientation says. Unreadable EXIF says nothing.
+
+    ImageOps.exif_transpose rewrites all EXIF data, which fails if any of it is damaged.
+    """
+    image.load()  # in a PNG, EXIF data may come after the pixels
+    try:
+        method = TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow's reader of EXIF data can raise anything
+        return image
+    if method is None:
+        return image
+    return image.transpose(method)
+
+
 def to_pil(image: Tensor) -> Image.Image:
-    """Return an image [3,H,W] in [0,1] as 8-bit RGB, rounded to the nearest level."""
+    """Return an image [3,H,W] in [0,1] as 8-bit RGB, rounded to the nearest level.
+
+    Raises InputError for an image that is not finite: NaN would become black.
+    """
+    if not image.isfinite().all():
+        raise InputError("an image is not finite (NaN or infinity): it is not written")
     levels = (image.clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 

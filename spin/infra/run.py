@@ -58,14 +58,22 @@ class Run:
         write_json(self.folder / "config.json", config)
 
     def check_config(
-        self, config: dict, must_match: Iterable[str], defaults: dict, removed: dict
+        self,
+        config: dict,
+        must_match: Iterable[str],
+        defaults: dict,
+        removed: dict,
+        num_iterations: int,
     ) -> None:
         """Raise InputError if the run was started with settings that compute something else.
 
         config: the current settings.
         must_match: keys whose values must not change.
-        defaults: values for keys that a run's config.json does not have yet.
-        removed: {key that no longer exists: its values that select the present behavior}.
+        defaults: values for keys that a run's config.json does not have yet. One that is missing
+            there, too, is not compared.
+        removed: {key that no longer exists: its values that select the present behavior}. None for
+            the values means any.
+        num_iterations: of lists with a value for each iteration, how many values must match.
         """
         begun_with = self.read_config()
         if not begun_with:
@@ -73,15 +81,22 @@ class Run:
         differences = []
         for key in must_match:
             value = begun_with.get(key, defaults.get(key))
-            if value != config[key]:
-                differences.append(f"{key} {value!r}, now {config[key]!r}")
+            now = config[key]
+            if key not in begun_with and value is None:
+                continue
+            if isinstance(now, list):
+                value = value[:num_iterations]
+                now = now[:num_iterations]
+            if value != now:
+                differences.append(describe_difference(key, value, now))
         for key, value in begun_with.items():
-            if key not in config and value not in removed.get(key, ()):
+            known = key in config or (key in removed and removed[key] is None)
+            if not known and value not in removed.get(key, ()):
                 differences.append(f"{key} {value!r}, which this version does not support")
         if differences:
             raise InputError(
                 f"{self.folder}: this run was started with {'; '.join(differences)}. "
-                "Choose another --out"
+                "Go back to that, or choose another --out"
             )
 
     # ---- Models ----------------------------------------------------------------------------------
@@ -102,12 +117,12 @@ class Run:
 
         The models of earlier iterations may have been deleted.
         """
-        latest = 0
-        for path in self.folder.glob("iter*/checkpoint"):
-            number = path.parent.name.removeprefix("iter")
-            if number.isdecimal():
-                latest = max(latest, int(number))
-        return latest
+        checkpoints = self.folder.glob("iter*/checkpoint")
+        return max_iteration(path.parent for path in checkpoints)
+
+    def begun_iterations(self) -> int:
+        """Return the last iteration of self-play of which anything is saved; 0 for none."""
+        return max_iteration(self.folder.glob("iter*"))
 
     # ---- States to resume from -------------------------------------------------------------------
 
@@ -198,3 +213,31 @@ class Run:
                     row[key] = sum(line[key] for line in last_tenth) / len(last_tenth)
             rows.append(row)
         return rows
+
+
+def max_iteration(folders: Iterable[Path]) -> int:
+    """Return the largest k of folders iter<k>; 0 for none."""
+    numbers = [0]
+    for folder in folders:
+        number = folder.name.removeprefix("iter")
+        if number.isdecimal():
+            numbers.append(int(number))
+    return max(numbers)
+
+
+#: What a key of config.json that is a hash identifies.
+HASHED = {"model_hash": "--model", "unet_hash": "--unet", "data_sha256": "--data"}
+
+
+def describe_difference(key: str, value, now) -> str:
+    """Return what a run was started with and what it is now, as a user would say it."""
+    if key in HASHED:
+        return f"other contents of {HASHED[key]} ({value}, now {now})"
+    return f"--{key.replace('_', '-')} {as_argument(value)}, now {as_argument(now)}"
+
+
+def as_argument(value) -> str:
+    """Return a setting's value as it is written on the command line."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value)

@@ -1,9 +1,11 @@
 """Specification of spin/data.py: what is drawn when, and rows of captioned images."""
 
 import json
+import os
 import shutil
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -16,7 +18,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from spin.data import CaptionedImages, batch_rows, noise_generator, random_draws
+from spin.infra.bad_rows import check_rows
 from spin.infra.errors import InputError
+from spin.infra.images import read_image
 
 seeds = st.integers(0, 2**62)
 iterations = st.integers(1, 9)
@@ -279,10 +283,21 @@ BAD_METADATA = {
     "line 1: '/etc/passwd' is outside the folder": '{"file_name": "/etc/passwd", "text": "a"}',
     "line 1: no image 'b.png'": '{"file_name": "b.png", "text": "a"}',
     "line 1: no image 'a\\nb'": '{"file_name": "a\\nb", "text": "a"}',
-    "line 1: no image '\\x00'": '{"file_name": "\\u0000", "text": "a"}',
+    "line 1: file_name is malformed: it has a NUL": '{"file_name": "\\u0000", "text": "a"}',
     "line 1: no image 'xxx": json.dumps({"file_name": "x" * 5000, "text": "a"}),
-    "line 1: not a JSON object with": '{"file_name": "a.png", "text": "\\ud800"}',
+    "line 1: text is malformed: it has a lone": '{"file_name": "a.png", "text": "\\ud800"}',
     "line 1: not a JSON object": "[" * 100_000,
+    "line 1: text is a list; choose one": '{"file_name": "a.png", "text": ["a", "b"]}',
+    "line 1: text is 5, not a string": '{"file_name": "a.png", "text": 5}',
+    "line 1: text is true, not a string": '{"file_name": "a.png", "text": true, "caption": "a"}',
+    "line 1: caption is 0.5, not a string": '{"file_name": "a.png", "caption": 0.5}',
+    "line 1: caption is null, not a": '{"file_name": "a.png", "text": null, "caption": null}',
+    "line 1: not a JSON object with file_": '{"file_name": "a.png", "text": null}',
+    "line 1: file_name is 5, not a string": '{"file_name": 5, "text": "a"}',
+    "line 1: file_name is null, not a string": '{"file_name": null, "text": "a"}',
+    "line 1: file_name is a list; choose one": '{"file_name": ["a.png"], "text": "a"}',
+    "line 1: no image '~/a.png'": '{"file_name": "~/a.png", "text": "a"}',
+    "line 1: the key 'text' comes twice": '{"file_name": "a.png", "text": "a", "text": "b"}',
 }
 
 
@@ -296,6 +311,80 @@ def test_bad_metadata_is_refused_in_one_line(message, tmp_path):
             images.read_row(row)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_null_text_leaves_the_caption(tmp_path):
+    """A table whose two columns are exported as JSON has both keys in every line."""
+    folder = write_row(tmp_path, Image.new("RGB", (8, 8)))
+    helpers.write_metadata(
+        folder, [{"file_name": "a.png", "text": None, "caption": "a good caption"}]
+    )
+    assert CaptionedImages(folder, 8).caption(0) == "a good caption"
+
+
+def test_text_comes_before_caption(tmp_path):
+    folder = write_row(tmp_path, Image.new("RGB", (8, 8)), caption="another caption")
+    assert CaptionedImages(folder, 8).caption(0) == "a caption"
+
+
+def test_metadata_of_windows_is_read(tmp_path):
+    """It has a byte order mark, and its lines end with two characters."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    content = f"{GOOD_ROW}\r\n{GOOD_ROW}\r\n"
+    (tmp_path / "metadata.jsonl").write_text(content, encoding="utf-8-sig", newline="")
+    images = CaptionedImages(tmp_path, 8)
+    assert [images.caption(row) for row in range(len(images))] == ["a caption", "a caption"]
+
+
+def test_a_line_that_is_not_utf_8_is_refused(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = '{"file_name": "a.png", "text": "größer"}'
+    (tmp_path / "metadata.jsonl").write_text(f"{GOOD_ROW}\n{row}\n", encoding="latin-1")
+    images = CaptionedImages(tmp_path, 8)
+    assert images.caption(0) == "a caption"
+    with pytest.raises(InputError, match="line 2: not UTF-8 text; save the file as UTF-8"):
+        images.caption(1)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_metadata_in_utf_16_is_refused_as_a_whole(encoding, tmp_path):
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    (tmp_path / "metadata.jsonl").write_text(mark + GOOD_ROW, encoding=encoding)
+    with pytest.raises(InputError, match=r"metadata.jsonl: it begins as UTF-16 does; save it as"):
+        CaptionedImages(tmp_path, 8)
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1234\n"
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "a.png"])
+def test_a_git_lfs_pointer_is_called_what_it_is(name, tmp_path):
+    write_row(tmp_path, Image.new("RGB", (8, 8)))
+    (tmp_path / name).write_text(LFS_POINTER)
+    with pytest.raises(InputError, match=rf"{name}: a Git LFS pointer.*`git lfs pull`"):
+        CaptionedImages(tmp_path, 8).image(0)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet"])
+def test_another_format_of_metadata_is_to_be_converted(name, tmp_path):
+    (tmp_path / name).write_text("file_name,text\na.png,a caption\n")
+    reason = f"metadata.jsonl: no such file; convert {name} to it: it must have a line"
+    with pytest.raises(InputError, match=reason):
+        CaptionedImages(tmp_path, 8)
+
+
+def test_metadata_that_is_a_folder_is_not_called_missing(tmp_path):
+    (tmp_path / "metadata.jsonl").mkdir()
+    with pytest.raises(InputError, match="metadata.jsonl: not readable .Is a directory"):
+        CaptionedImages(tmp_path, 8)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    write_row(folder, Image.new("RGB", (8, 8)))
+    assert len(CaptionedImages("~/images", 8)) == 1
 
 
 def test_a_folder_without_metadata_is_refused(tmp_path):
@@ -380,31 +469,279 @@ def test_a_rejected_image_must_not_leave_the_folder(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# CaptionedImages: hash
+# CaptionedImages: links
 
 
-def test_the_hash_depends_on_captions_and_images_and_not_on_where_they_are(image_folder, tmp_path):
-    folder = Path(shutil.copytree(image_folder, tmp_path / "copy"))
-    before = CaptionedImages(folder, 8).hash()
-    assert before == CaptionedImages(image_folder, 64).hash()
+def write_snapshot(folder: Path) -> Path:
+    """Write a data set as the hub's cache has it: links into a folder of blobs."""
+    blobs = folder / "blobs"
+    snapshot = folder / "snapshots" / "main"
+    blobs.mkdir()
+    (snapshot / "photos").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(blobs / "aa11", format="PNG")
+    helpers.write_metadata(blobs, [{"file_name": "photos/a.png", "text": "a caption"}])
+    (blobs / "metadata.jsonl").rename(blobs / "bb22")
+    (snapshot / "photos" / "a.png").symlink_to("../../../blobs/aa11")
+    (snapshot / "metadata.jsonl").symlink_to("../../blobs/bb22")
+    return snapshot
 
-    metadata = (folder / "metadata.jsonl").read_text()
-    (folder / "metadata.jsonl").write_text(metadata.replace("red", "RED"))
-    assert CaptionedImages(folder, 8).hash() != before
-    (folder / "metadata.jsonl").write_text(metadata)
-    assert CaptionedImages(folder, 8).hash() == before
 
-    Image.new("RGB", (9, 9)).save(folder / "0.jpg")
-    assert CaptionedImages(folder, 8).hash() != before
+def test_a_link_that_leaves_the_folder_is_called_a_link(tmp_path):
+    images = CaptionedImages(write_snapshot(tmp_path), 8)
+    with pytest.raises(InputError, match="line 1: 'photos/a.png' leads out .*--follow-links"):
+        images.image(0)
 
 
-def test_the_hash_depends_on_rejected_images_where_they_are_asked_for(tmp_path):
-    white = Image.new("RGB", (8, 8), "white")
-    folder = write_row(tmp_path, white, rejected_file_name="rejected.png")
-    Image.new("RGB", (8, 8), "black").save(folder / "rejected.png")
-    before = CaptionedImages(folder, 8, with_rejected=True).hash()
-    before_without = CaptionedImages(folder, 8).hash()
-    assert before != before_without
-    Image.new("RGB", (9, 90), "black").save(folder / "rejected.png")
-    assert CaptionedImages(folder, 8, with_rejected=True).hash() != before
-    assert CaptionedImages(folder, 8).hash() == before_without
+def test_links_may_be_followed(tmp_path):
+    images = CaptionedImages(write_snapshot(tmp_path), 8, follow_links=True)
+    assert images.caption(0) == "a caption"
+    assert images.image(0)[0].min() == 1  # red
+    assert list(images.find_faults()) == [None]
+
+
+def test_a_folder_behind_a_link_may_be_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    folder = tmp_path / "data"
+    elsewhere.mkdir()
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(elsewhere / "a.png")
+    (folder / "photos").symlink_to(elsewhere)
+    helpers.write_metadata(folder, [{"file_name": "photos/a.png", "text": "a caption"}])
+    assert "--follow-links" in list(CaptionedImages(folder, 8).find_faults())[0]
+    assert list(CaptionedImages(folder, 8, follow_links=True).find_faults()) == [None]
+
+
+@pytest.mark.parametrize("name", ["../a.png", "photos/../../a.png", "/etc/passwd"])
+def test_a_name_that_leaves_the_folder_is_refused_even_so(name, tmp_path):
+    folder = tmp_path / "data"
+    (folder / "photos").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    helpers.write_metadata(folder, [{"file_name": name, "text": "a caption"}])
+    with pytest.raises(InputError, match="is outside the folder; move the image into it"):
+        CaptionedImages(folder, 8, follow_links=True).image(0)
+
+
+@pytest.mark.parametrize("follow_links", [False, True])
+def test_links_within_the_folder_and_to_the_folder_need_no_flag(follow_links, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_row(folder, Image.new("RGB", (8, 8)))
+    (folder / "a.png").rename(folder / "original.png")
+    (folder / "a.png").symlink_to("original.png")
+    (tmp_path / "link").symlink_to(folder)
+    images = CaptionedImages(tmp_path / "link", 8, follow_links=follow_links)
+    assert list(images.find_faults()) == [None]
+
+
+@pytest.mark.parametrize("target", ["../missing.png", "missing.png", "a.png"])
+def test_a_broken_link_is_a_missing_image(target, tmp_path):
+    """Of an image that git-annex or the hub has not fetched, only the link is there."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.png").symlink_to(target)
+    helpers.write_metadata(folder, [{"file_name": "a.png", "text": "a caption"}])
+    with pytest.raises(InputError, match="line 1: no image 'a.png' in "):
+        CaptionedImages(folder, 8, follow_links=True).image(0)
+
+
+# -----------------------------------------------------------------------------
+# check_rows: what identifies the data
+
+
+def hash_rows(folder: Path, looks: Path | None = None, skip: bool = False, **settings) -> str:
+    """Return what identifies a folder's data. looks: where earlier looks are recorded, if any."""
+    if looks is None:
+        looks = folder.with_name(f"{folder.name}-looks")
+        shutil.rmtree(looks, ignore_errors=True)
+    return check_rows(CaptionedImages(folder, 8, **settings), looks, skip)
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    """A folder of three captioned images, each with a rejected one, in formats of a fixed size."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    lines = []
+    for i, suffix in enumerate(["bmp", "tiff", "ppm"]):
+        image = Image.new("RGB", (8, 8), (i, i, i))
+        image.save(folder / f"{i}.{suffix}")
+        image.save(folder / f"rejected-{i}.{suffix}")
+        lines.append(
+            {
+                "file_name": f"{i}.{suffix}",
+                "text": f"caption {i}",
+                "rejected_file_name": f"rejected-{i}.{suffix}",
+            }
+        )
+    helpers.write_metadata(folder, lines)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["0.bmp", "1.tiff", "2.ppm"])
+@pytest.mark.parametrize("with_mtime", [False, True])
+def test_an_image_that_is_edited_in_place_is_other_data(name, with_mtime, rows, tmp_path):
+    """Whether its time of modification changes, or is set back as `cp -p` and tar do."""
+    looks = tmp_path / "looks"
+    before = hash_rows(rows, looks)
+    old = (rows / name).stat()
+    Image.new("RGB", (8, 8), "red").save(rows / name)
+    assert (rows / name).stat().st_size == old.st_size
+    if with_mtime:
+        os.utime(rows / name, ns=(old.st_atime_ns, old.st_mtime_ns))
+    after = hash_rows(rows, looks)
+    assert after != before
+    assert after == hash_rows(rows)  # an earlier look changes nothing
+
+
+def test_captions_and_the_order_of_rows_are_data(rows, tmp_path):
+    looks = tmp_path / "looks"
+    metadata = rows / "metadata.jsonl"
+    lines = metadata.read_text().splitlines(keepends=True)
+    hashes = {hash_rows(rows, looks)}
+    metadata.write_text("".join(lines).replace("caption 1", "caption 7"))
+    hashes.add(hash_rows(rows, looks))
+    metadata.write_text("".join(reversed(lines)))
+    hashes.add(hash_rows(rows, looks))
+    metadata.write_text("".join(lines[:2]))
+    hashes.add(hash_rows(rows, looks))
+    assert len(hashes) == 4
+
+
+def test_two_images_that_change_places_are_other_data(rows, tmp_path, monkeypatch):
+    """Also if they have one size, and were written within one tick of the file system's clock."""
+    exact_stat = Path.stat
+
+    def coarse_stat(path, **kwargs):
+        status = exact_stat(path, **kwargs)
+        return SimpleNamespace(
+            st_mode=status.st_mode, st_size=status.st_size, st_mtime_ns=0, st_ctime_ns=0
+        )
+
+    looks = tmp_path / "looks"
+    Image.new("RGB", (8, 8), "red").save(rows / "0.bmp")
+    monkeypatch.setattr(Path, "stat", coarse_stat)
+    before = hash_rows(rows, looks, with_rejected=True)
+    lines = (rows / "metadata.jsonl").read_text().splitlines()
+    entry = json.loads(lines[0])
+    entry["file_name"], entry["rejected_file_name"] = "rejected-0.bmp", "0.bmp"
+    lines[0] = json.dumps(entry)
+    (rows / "metadata.jsonl").write_text("\n".join(lines))
+    assert hash_rows(rows, looks, with_rejected=True) != before
+
+
+def test_what_is_not_read_is_not_data(rows, tmp_path):
+    looks = tmp_path / "looks"
+    before = hash_rows(rows, looks)
+    first_two = hash_rows(rows, limit=2)
+
+    # rejected images that are not asked for, and times
+    Image.new("RGB", (9, 9), "red").save(rows / "rejected-0.bmp")
+    os.utime(rows / "1.tiff")
+    assert hash_rows(rows, looks) == before
+
+    # blank lines, keys that are not read, and names
+    entries = [json.loads(line) for line in (rows / "metadata.jsonl").read_text().splitlines()]
+    (rows / "0.bmp").rename(rows / "zero.bmp")
+    entries[0] = {"id": 17, "text": "caption 0", "file_name": "zero.bmp"}
+    lines = [json.dumps(entry) + "\n\n" for entry in entries]
+    (rows / "metadata.jsonl").write_text("\n" + "".join(lines))
+    assert hash_rows(rows, looks) == before
+
+    # another folder
+    copy = Path(shutil.copytree(rows, tmp_path / "copy"))
+    assert hash_rows(copy, looks) == hash_rows(copy) == before
+
+    # rows after the last
+    Image.new("RGB", (8, 8), "red").save(rows / "2.ppm")
+    assert hash_rows(rows, limit=2) == first_two
+
+
+def test_rejected_images_are_data_where_they_are_asked_for(rows):
+    without = hash_rows(rows)
+    before = hash_rows(rows, with_rejected=True)
+    assert before != without
+    Image.new("RGB", (8, 8), "red").save(rows / "rejected-1.tiff")
+    assert hash_rows(rows, with_rejected=True) != before
+    assert hash_rows(rows) == without
+
+
+def test_rows_that_are_skipped_are_not_data(rows):
+    before = hash_rows(rows)
+    with open(rows / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "missing.png", "text": "a caption"}\n')
+    assert hash_rows(rows, skip=True) == before
+
+
+def test_a_later_look_reads_only_what_has_changed(rows, tmp_path, monkeypatch):
+    looks = tmp_path / "looks"
+    before = hash_rows(rows, looks, with_rejected=True)
+    read = []
+
+    def spying(path):
+        read.append(path.name)
+        return read_image(path)
+
+    monkeypatch.setattr("spin.data.read_image", spying)
+    assert hash_rows(rows, looks, with_rejected=True) == before
+    assert read == []
+    os.utime(rows / "1.tiff")
+    assert hash_rows(rows, looks, with_rejected=True) == before
+    assert read == ["1.tiff", "rejected-1.tiff"]
+    renamed = rows.rename(tmp_path / "renamed")
+    assert hash_rows(renamed, looks, with_rejected=True) == before
+    assert read == ["1.tiff", "rejected-1.tiff"]
+
+
+def test_a_bad_row_is_looked_at_every_time(rows, tmp_path):
+    """Its file may have been put back with the times that it had."""
+    looks = tmp_path / "looks"
+    (rows / "0.bmp").rename(tmp_path / "0.bmp")
+    for _ in range(2):
+        with pytest.raises(InputError, match="1 of 3 rows cannot be used"):
+            hash_rows(rows, looks)
+    (tmp_path / "0.bmp").rename(rows / "0.bmp")
+    assert hash_rows(rows, looks) == hash_rows(rows)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other", "empty", "nonsense"])
+def test_damaged_records_are_made_anew(damage, rows, tmp_path):
+    looks = tmp_path / "looks"
+    before = hash_rows(rows, looks)
+    records = (looks / "rows.txt").read_bytes()
+    damaged = {
+        "cut": records[: len(records) // 2],
+        "other": records[::-1],
+        "empty": b"",
+        "nonsense": b"\xff\n" * 7,
+    }
+    if damage == "missing":
+        (looks / "rows.txt").unlink()
+    else:
+        (looks / "rows.txt").write_bytes(damaged[damage])
+    assert hash_rows(rows, looks) == before
+    assert (looks / "rows.txt").read_bytes() == records
+
+
+def test_a_look_that_is_interrupted_leaves_the_records_as_they_were(rows, tmp_path, monkeypatch):
+    looks = tmp_path / "looks"
+    hash_rows(rows, looks)
+    records = (looks / "rows.txt").read_bytes()
+    Image.new("RGB", (8, 8), "red").save(rows / "2.ppm")
+
+    def crash(path):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spin.data.read_image", crash)
+        with pytest.raises(MemoryError):
+            hash_rows(rows, looks)
+    assert (looks / "rows.txt").read_bytes() == records
+    assert hash_rows(rows, looks) == hash_rows(rows)
+
+
+def test_links_that_leave_the_folder_are_counted(tmp_path):
+    snapshot = write_snapshot(tmp_path)
+    reason = "1 of 1 rows cannot be used.* 1 lead out of the folder through a link; --follow-links"
+    with pytest.raises(InputError, match=reason):
+        hash_rows(snapshot, tmp_path / "looks")
+    hash_rows(snapshot, tmp_path / "looks", follow_links=True)

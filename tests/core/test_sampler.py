@@ -13,6 +13,7 @@ from torch import Tensor
 from spin.infra.errors import InputError
 from spin.sampler import SAMPLERS, SamplingOptions, decode_latents, sample, sample_images
 from spin.scheduler import Scheduler, ddim_step, ddpm_step, dpmpp_step, x0_and_eps
+from spin.unet import UNet
 
 SMALL = {"height": 64, "width": 64}  # latents of 8 x 8
 ALL_SAMPLERS = ["ddim", "ddim with noise", "ddpm", "dpm++"]
@@ -51,6 +52,38 @@ def test_without_generators_seeds_are_0_1_2_and_the_size_is_the_unets(pipe):
     assert latents.shape == (2, 4, 16, 16)  # sample_size of the UNet's config
     seeded = sample(pipe, ["a", "b"], steps=1, generators=generators(0, 1))
     assert torch.equal(latents, seeded)
+
+
+@pytest.mark.parametrize(
+    "sample_size, arguments, shape",
+    [
+        (3, {}, (3, 3)),
+        ([2, 3], {}, (2, 3)),  # height, width
+        ([2, 3], {"height": 5}, (5, 3)),  # in diffusers, which replaces both, (2, 3)
+        ([2, 3], {"width": 5}, (2, 5)),
+    ],
+)
+def test_the_default_size_is_that_of_the_unets_config(sample_size, arguments, shape):
+    pipe = PromptPipe()
+    pipe.unet.sample_size = sample_size
+    latents = sample(pipe, ["1"], steps=1, **arguments)
+    assert latents.shape[2:] == shape
+
+
+@pytest.mark.parametrize(
+    "sample_size, expected",
+    [(16, 16), ([8, 12], [8, 12]), (None, 64)],
+)
+def test_a_sample_size_is_one_number_or_two_and_without_one_64(pipe, sample_size, expected):
+    with torch.device("meta"):
+        unet = UNet(pipe.unet.config | {"sample_size": sample_size})
+    assert unet.sample_size == expected
+
+
+@pytest.mark.parametrize("sample_size", [-8, [8], [8, 8, 8], [8, 0], [8, None], "8", 8.5])
+def test_other_sample_sizes_are_refused(pipe, sample_size):
+    with pytest.raises(ValueError, match="sample_size is .*one or two positive integers"):
+        UNet(pipe.unet.config | {"sample_size": sample_size})
 
 
 def test_arguments_are_left_unchanged(pipe):

@@ -1,12 +1,14 @@
 """Image files: RGB from every mode, refusals of broken files, PNGs that state their making."""
 
+import struct
 import zlib
+from pathlib import Path
 
 import helpers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from spin.infra.errors import InputError
 from spin.infra.images import format_parameters, read_image, read_parameters
@@ -41,6 +43,241 @@ def test_exif_orientation_is_applied(tmp_path):
     found = read_image(tmp_path / "a.png")
     assert found.size == (10, 20)
     assert found.getpixel((8, 10)) == (255, 255, 255) and found.getpixel((1, 10)) == (0, 0, 0)
+
+
+def oriented_image() -> Image.Image:
+    """Return an image that each of the eight orientations makes another one."""
+    image = Image.new("RGB", (12, 8), "black")
+    image.paste("red", [0, 0, 6, 4])
+    image.paste("blue", [6, 0, 12, 4])
+    return image
+
+
+def save_oriented(path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if path.suffix == ".webp" else {}
+    oriented_image().save(path, exif=exif, **options)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_orientation_means_what_it_means_to_pillow(orientation, suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    save_oriented(path, orientation)
+    with Image.open(path) as file:
+        expected = ImageOps.exif_transpose(file).convert("RGB")
+    assert expected.size == ((12, 8) if orientation < 5 else (8, 12))
+    assert np.array_equal(np.asarray(read_image(path)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_is_not_defined_turns_nothing(orientation, tmp_path):
+    save_oriented(tmp_path / "a.png", orientation)
+    found = read_image(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(found), np.asarray(oriented_image()))
+
+
+def test_an_orientation_may_be_stated_in_xmp(tmp_path):
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    oriented_image().save(tmp_path / "a.jpg", xmp=xmp)
+    assert read_image(tmp_path / "a.jpg").size == (8, 12)
+
+
+# ---- Faults of the metadata ----------------------------------------------------------------------
+
+
+def png_chunk(name: bytes, content: bytes, checksum: int | None = None) -> bytes:
+    if checksum is None:
+        checksum = zlib.crc32(name + content)
+    return len(content).to_bytes(4, "big") + name + content + checksum.to_bytes(4, "big")
+
+
+def with_chunk(png: bytes, chunk: bytes) -> bytes:
+    """Return a PNG with a chunk after its header."""
+    return png[:33] + chunk + png[33:]
+
+
+# EXIF data that says: turn a quarter (6); resolution -1 / 0, which Pillow reads and cannot write.
+ORIENTATION = b"\x01\x12" + b"\0\x03\0\0\0\x01" + b"\0\x06\0\0"  # one short number
+RESOLUTION = b"\x01\x1a" + b"\0\x0a\0\0\0\x01" + b"\0\0\0\x26"  # one signed rational, at byte 38
+BAD_RATIONAL = b"".join(
+    [
+        b"Exif\0\0" + b"MM\0*\0\0\0\x08" + b"\0\x02",  # two entries
+        ORIENTATION,
+        RESOLUTION,
+        b"\0\0\0\0" + b"\xff\xff\xff\xff" + b"\0\0\0\0",
+    ]
+)
+
+
+def test_exif_data_that_pillow_cannot_rewrite_still_turns_the_image(tmp_path):
+    """Such files are written by cameras and image editors."""
+    oriented_image().save(tmp_path / "a.jpg", exif=BAD_RATIONAL, quality=100, subsampling=0)
+    with Image.open(tmp_path / "a.jpg") as file:
+        expected = file.transpose(Image.Transpose.ROTATE_270)
+        with pytest.raises(struct.error):
+            ImageOps.exif_transpose(file)
+    found = read_image(tmp_path / "a.jpg")
+    assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_an_orientation_that_is_a_string_turns_nothing(tmp_path):
+    string = b"\x01\x12" + b"\0\x02\0\0\0\x02" + b"6\0\0\0"
+    exif = BAD_RATIONAL.replace(ORIENTATION, string)
+    oriented_image().save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as file:
+        assert file.getexif()[0x0112] == "6"
+    assert read_image(tmp_path / "a.png").size == (12, 8)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", [b"junk that is no TIFF", b"MM\0*\xff\xff\xff\xff", b"II*\0"])
+def test_exif_data_that_cannot_be_read_turns_nothing(exif, suffix, tmp_path):
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = tmp_path / f"a.{suffix}"
+    oriented_image().save(path, exif=b"Exif\0\0" + exif, **options)
+    assert read_image(path).size == (12, 8)
+
+
+LONG_TEXT = zlib.compress(b"workflow" * 300_000)
+
+# Chunks of a PNG with which Pillow refuses the whole file.
+BAD_CHUNKS = {
+    "a long text": png_chunk(b"zTXt", b"workflow\0\0" + LONG_TEXT),
+    "a long international text": png_chunk(b"iTXt", b"workflow\0\x01\0\0\0" + LONG_TEXT),
+    "a text with a wrong checksum": png_chunk(b"tEXt", b"parameters\0a cat", checksum=0),
+    "a text compressed in an unknown way": png_chunk(b"zTXt", b"parameters\0\x07a cat"),
+    "half a resolution": png_chunk(b"pHYs", b"\0\0"),
+    "half a gamma": png_chunk(b"gAMA", b"\0"),
+    "a large color profile": png_chunk(b"iCCP", b"icc\0\0" + LONG_TEXT),
+    "a color profile compressed in an unknown way": png_chunk(b"iCCP", b"icc\0\x07profile"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_CHUNKS)
+def test_a_fault_of_a_pngs_metadata_is_not_a_fault_of_the_image(fault, tmp_path):
+    path = tmp_path / "a.png"
+    save_oriented(path, 6)
+    expected = read_image(path)
+    assert expected.size == (8, 12)
+    path.write_bytes(with_chunk(path.read_bytes(), BAD_CHUNKS[fault]))
+    with pytest.raises((OSError, ValueError, SyntaxError)):
+        Image.open(path).load()
+    assert np.array_equal(np.asarray(read_image(path)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("fault", ["a long text", "half a gamma"])
+def test_a_damaged_image_is_refused_whatever_its_metadata(fault, tmp_path):
+    path = tmp_path / "a.png"
+    helpers.photograph("broken", (64, 64)).save(path)
+    png = with_chunk(path.read_bytes(), BAD_CHUNKS[fault])
+    path.write_bytes(png[:-2000])
+    with pytest.raises(InputError, match=r"a\.png: not a readable image"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("chunk", [b"IHDR", b"PLTE", b"tRNS", b"IDAT"])
+def test_what_the_pixels_depend_on_is_not_metadata(chunk, tmp_path):
+    """One wrong bit in its name must not make it vanish."""
+    path = tmp_path / "a.png"
+    image = helpers.photograph("palette", (32, 32)).quantize(16)
+    image.save(path, transparency=bytes(range(0, 256, 16)))
+    png = path.read_bytes()
+    assert png.count(chunk) == 1
+    for position in range(4):
+        wrong = bytearray(chunk)
+        wrong[position] ^= 4
+        path.write_bytes(png.replace(chunk, bytes(wrong)))
+        with pytest.raises(InputError, match=r"a\.png: not a readable image"):
+            read_image(path)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+def test_a_color_profile_that_is_none_is_ignored(suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    oriented_image().save(path, icc_profile=b"no profile")
+    assert read_image(path).size == (12, 8)
+
+
+def test_a_git_lfs_pointer_is_called_what_it_is(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n")
+    with pytest.raises(InputError, match=r"a\.png: a Git LFS pointer.*`git lfs pull`"):
+        read_image(path)
+
+
+# ---- Depths and modes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("header", ["P5 4 1 65535", "P2 4 1 65535", "P5 4 1 1023", "P2 4 1 4095"])
+def test_sixteen_bits_of_a_pgm_are_those_of_a_png(header, tmp_path):
+    """Its header says which value is white."""
+    white = int(header.split()[-1])
+    levels = np.array([[0, white // 3, white // 2, white]])
+    if header.startswith("P5"):
+        content = levels.astype(">u2").tobytes()
+    else:
+        content = " ".join(map(str, levels[0])).encode()
+    (tmp_path / "a.pgm").write_bytes(header.encode() + b"\n" + content)
+    sixteen_bits = (levels * (65535 / white)).round().astype(np.uint16)
+    Image.fromarray(sixteen_bits).save(tmp_path / "a.png")
+    found = np.asarray(read_image(tmp_path / "a.pgm"))
+    assert np.array_equal(found, np.asarray(read_image(tmp_path / "a.png")))
+    assert found[0, :, 0].tolist() == [0, 85, 127, 255]
+
+
+def test_a_transparent_level_of_sixteen_bits_is_white(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.array([[0, 1000, 65535]], dtype=np.uint16)).save(path)
+    path.write_bytes(with_chunk(path.read_bytes(), png_chunk(b"tRNS", (1000).to_bytes(2, "big"))))
+    assert np.asarray(read_image(path))[0, :, 0].tolist() == [0, 255, 255]
+
+
+def write_tiff(path: Path, bits: int, white: int, sample_format: int = 1) -> None:
+    """Write a gray TIFF of 2 x 1 pixels, all bits 0. white: 1 if the largest value is white."""
+    content = bytes(2 * bits // 8)
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: white, 273: 134, 277: 1, 278: 1}
+    tags |= {279: len(content), 339: sample_format}
+    entries = [struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items()]
+    header = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    path.write_bytes(header + b"".join(entries) + bytes(4) + content)
+
+
+@pytest.mark.parametrize(
+    "bits, white, sample_format, reason",
+    [
+        (12, 1, 1, "12 bits per pixel"),
+        (16, 0, 1, "16 bits per pixel of which white is 0"),
+        (16, 1, 2, "32 bits per pixel or signed levels, mode I"),
+        (32, 1, 1, "32 bits per pixel or signed levels, mode I"),
+        (32, 1, 3, "32 bits per pixel or signed levels, mode F"),
+    ],
+)
+def test_a_tiff_is_refused_if_its_white_is_not_known(bits, white, sample_format, reason, tmp_path):
+    write_tiff(tmp_path / "a.tiff", bits, white, sample_format)
+    with pytest.raises(InputError, match=rf"a\.tiff: not a readable image \({reason}"):
+        read_image(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("bits, white, expected", [(16, 1, 0), (8, 1, 0), (8, 0, 255)])
+def test_the_other_tiffs_are_read(bits, white, expected, tmp_path):
+    write_tiff(tmp_path / "a.tiff", bits, white)
+    assert read_image(tmp_path / "a.tiff").getpixel((0, 0)) == (expected, expected, expected)
+
+
+def test_gray_with_associated_alpha_is_read():
+    assert to_rgb(Image.new("La", (2, 2))).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_of_several_images_the_first_is_read(suffix, tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = tmp_path / f"a.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    assert read_image(path).getpixel((4, 4)) == (255, 0, 0)
 
 
 def test_sixteen_bits_become_eight():

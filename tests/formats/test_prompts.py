@@ -29,6 +29,23 @@ def test_prompt_comes_before_text_and_text_before_caption(tmp_path):
     assert read_prompts(tmp_path / "p.json") == ["a", "d"]
 
 
+def test_a_null_prompt_leaves_the_next_key(tmp_path):
+    entries = '[{"prompt": null, "text": "a"}, {"prompt": null, "text": null, "caption": "b"}]'
+    (tmp_path / "p.json").write_text(entries)
+    assert read_prompts(tmp_path / "p.json") == ["a", "b"]
+
+
+def test_lines_may_end_as_those_of_windows_do(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"one\r\ntwo\r\n")
+    assert read_prompts(tmp_path / "p.txt") == ["one", "two"]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.txt").write_text("one\n")
+    assert read_prompts("~/p.txt") == ["one"]
+
+
 @pytest.mark.parametrize(
     "name, text",
     [
@@ -59,6 +76,14 @@ def test_a_file_without_prompts_is_refused_in_one_line(name, text, tmp_path):
         ("p.jsonl", '{"Prompt": "one"}', "not a list of prompts .no prompt, text or caption."),
         ("p.tsv", "Prompt\tCategory\n", "the file name must end in .txt, .json or .jsonl"),
         ("p.json", '{"prompt": "a cat"}', "the top-level value is not a list"),
+        ("p.jsonl", '"one"\n\n{"text": null}', "no prompt, text or caption in line 3"),
+        ("p.jsonl", '{"prompt": ["a", "b"]}', "prompt in line 1 is a list; choose one of them"),
+        ("p.jsonl", '"one"\n{"prompt": 5}', "prompt in line 2 is 5, not a string"),
+        ("p.jsonl", '"one"\ntwo', "line 2 is not JSON"),
+        ("p.json", '["one", null]', "prompt in entry 2 is null, not a string"),
+        ("p.json", '["one", "\\ud800"]', "entry 2 is malformed: it has a lone surrogate"),
+        ("p.txt", "one\nt\0w\0o\0", "line 2 is malformed: it has a NUL character"),
+        ("p.txt", "version https://git-lfs.github.com/spec/v1\noid", "p.txt: a Git LFS pointer"),
     ],
 )
 def test_the_refusal_says_what_is_wrong(name, text, message, tmp_path):
@@ -70,3 +95,21 @@ def test_the_refusal_says_what_is_wrong(name, text, message, tmp_path):
 def test_a_missing_file_is_refused_by_name(tmp_path):
     with pytest.raises(InputError, match="p.txt: no such file"):
         read_prompts(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("one\ngrößer\n".encode("latin-1"), "line 2 has the byte 0xf6"),
+        ("größer\n".encode("cp1252"), "line 1 has the byte 0xf6"),
+        ("one\n".encode("utf-16"), "it begins as UTF-16 does"),
+        ("\ufeffone\n".encode("utf-16-be"), "it begins as UTF-16 does"),
+        ("日本\n".encode("shift-jis"), "line 1 has the byte 0x93"),
+        (b"\x89PNG\r\n", "line 1 has the byte 0x89"),
+    ],
+)
+@pytest.mark.parametrize("name", ["p.txt", "p.json", "p.jsonl"])
+def test_a_file_that_is_not_utf_8_is_refused_with_the_reason(name, content, reason, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}: not UTF-8 text .{reason}.; save it as UTF-8"):
+        read_prompts(tmp_path / name)

@@ -1,14 +1,12 @@
-"""Single files in the original layout, pickles, hub ids, and files that are something else.
+"""Single files in the original layout, and files that are something else.
 
 The name tables were compared once, name by name, with diffusers' own conversion of SD-1.x and 2.x.
 """
 
-import pickle
 import shutil
 import sys
 import types
-from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -28,7 +26,7 @@ from spin.checkpoint import (
 )
 from spin.checkpoint.configs import SD_1, SD_2
 from spin.infra.errors import InputError
-from spin.scheduler import Scheduler
+from spin.text import Tokenizer
 
 
 @dataclass
@@ -79,6 +77,18 @@ def test_a_saved_file_is_loaded_to_the_bit(example, assert_same_pipelines):
     assert loaded.text_encoder.tokenizer.pad_token == pad_token
 
 
+@pytest.mark.parametrize("changes", [{"pad_token": "a"}, {"length": 70}], ids=str)
+def test_a_file_states_no_tokenizer_so_only_the_usual_one_is_saved(changes, example, tmp_path):
+    pipe = load_pipeline(example.path)
+    usual = pipe.text_encoder.tokenizer
+    settings = {"pad_token": usual.pad_token, "length": usual.length, **changes}
+    pipe.text_encoder.tokenizer = Tokenizer(None, **settings)
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(InputError, match="states no tokenizer; it would mean CLIP's, padded with"):
+        save_single_file(pipe, path)
+    assert not path.exists()
+
+
 def test_half_precision_is_kept(example, tmp_path, assert_same_weights):
     halves = load_pipeline(example.path, torch.float16)
     save_single_file(halves, tmp_path / "model.safetensors")
@@ -107,25 +117,6 @@ def test_other_tensors_of_a_training_checkpoint_are_not_read(
     torch.save({"state_dict": tensors, "global_step": 470000}, path)
     assert_same_weights(load_pipeline(path), example.pipe)
     assert hash_checkpoint(path) != hash_checkpoint(example.path)
-
-
-def test_a_file_says_what_its_network_predicts(examples, monkeypatch, tmp_path):
-    """SD-2.x at 512 px predicts noise. A file that does not say so is taken for one of 768 px."""
-    expect_sizes(monkeypatch, "tiny2")
-    pipe = examples["tiny2"].pipe
-    config = dict(pipe.scheduler.config)
-    config["prediction_type"] = "epsilon"
-    path = tmp_path / "model.safetensors"
-    save_single_file(replace(pipe, scheduler=Scheduler(config)), path)
-    assert load_pipeline(path).scheduler.prediction_type == "epsilon"
-
-    tensors = load_file(path)
-    save_file(tensors, path)  # without metadata
-    assert load_pipeline(path).scheduler.prediction_type == "v_prediction"
-
-    save_file(tensors, path, {"modelspec.prediction_type": "vague"})
-    with pytest.raises(InputError, match="vague"):
-        load_pipeline(path)
 
 
 def test_a_checkpoint_of_pytorch_lightning(example, tmp_path, monkeypatch, assert_same_weights):
@@ -234,117 +225,128 @@ def test_train_py_starts_from_a_single_file(examples, image_folder, tmp_path, mo
 
 
 # -----------------------------------------------------------------------------
-# pickles
+# other generations of files
+
+TEXT_PREFIX = "cond_stage_model.transformer.text_model."
+OLD_TEXT_PREFIX = "cond_stage_model.transformer."  # NovelAI's, and of merges with it
 
 
 @pytest.fixture
-def folder_of_pickles(model_copy) -> Path:
-    """A folder as older versions of diffusers and transformers wrote it."""
-    for path in model_copy.rglob("*.safetensors"):
-        is_text = path.parent.name == "text_encoder"
-        name = "pytorch_model.bin" if is_text else "diffusion_pytorch_model.bin"
-        torch.save(load_file(path), path.with_name(name))
-        path.unlink()
-    return model_copy
+def sd_1(examples, monkeypatch) -> Example:
+    expect_sizes(monkeypatch, "tiny")
+    return examples["tiny"]
 
 
-def test_bin_files(folder_of_pickles, pipe, assert_same_pipelines):
-    assert_same_pipelines(load_pipeline(folder_of_pickles), pipe)
+def without_text_model(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace(TEXT_PREFIX, OLD_TEXT_PREFIX): value for name, value in tensors.items()}
 
 
-class Harmful:
-    """An object whose pickle creates a file when it is read."""
-
-    def __init__(self, proof: Path):
-        self.proof = proof
-
-    def __reduce__(self):
-        return Path.touch, (self.proof,)
+def test_a_text_tower_without_text_model(sd_1, tmp_path, assert_same_weights):
+    path = tmp_path / "merge.safetensors"
+    tensors = without_text_model(load_file(sd_1.path))
+    tensors[OLD_TEXT_PREFIX + "embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(tensors, path)
+    assert_same_weights(load_pipeline(path), sd_1.pipe)
 
 
-@pytest.mark.parametrize("format", ["torch.save", "pickle"])
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(format, tmp_path):
-    proof = tmp_path / "it ran"
-    path = tmp_path / "model.ckpt"
-    content = {"state_dict": Harmful(proof)}
-    if format == "torch.save":
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps(content))
-    with pytest.raises(InputError, match="model.ckpt: .*not loaded. Use a .safetensors file"):
+def test_a_text_tower_with_both_names_is_read_if_they_say_the_same(
+    sd_1, tmp_path, assert_same_weights
+):
+    path = tmp_path / "merge.ckpt"
+    tensors = load_file(sd_1.path)
+    older = without_text_model(tensors)
+    tensors[TEXT_PREFIX + "embeddings.position_ids"] = torch.arange(77)[None]
+    older[OLD_TEXT_PREFIX + "embeddings.position_ids"] = torch.arange(77.0)[None]
+    torch.save(tensors | older, path)
+    assert_same_weights(load_pipeline(path), sd_1.pipe)
+
+    bias = OLD_TEXT_PREFIX + "final_layer_norm.bias"
+    older[bias] = older[bias] + 1
+    torch.save(tensors | older, path)
+    with pytest.raises(InputError, match="two different tensors.*: final_layer_norm.bias"):
         load_pipeline(path)
-    assert not proof.exists()
-
-
-# -----------------------------------------------------------------------------
-# the hub
-
-
-class FakeHub:
-    """Takes the place of huggingface_hub.snapshot_download and keeps what it is asked for."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.repositories = []
-        self.patterns = []
-
-    def snapshot_download(self, repository: str, allow_patterns: list[str]) -> str:
-        self.repositories.append(repository)
-        self.patterns.append(list(allow_patterns))
-        return str(self.folder)
-
-    def asked_for(self, file: str) -> list[bool]:
-        """Return for each call whether its patterns match a file."""
-        answers = []
-        for patterns in self.patterns:
-            answers.append(any(fnmatch(file, pattern) for pattern in patterns))
-        return answers
-
-
-def test_a_model_from_the_hub(tiny_folder, pipe, tmp_path, monkeypatch, assert_same_pipelines):
-    hub = FakeHub(tiny_folder)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
-    monkeypatch.chdir(tmp_path)
-    assert_same_pipelines(load_pipeline("org/name"), pipe)
-    assert hub.repositories == ["org/name"]
-    assert hub.asked_for("vae/diffusion_pytorch_model.safetensors") == [True]
-    assert hub.asked_for("tokenizer/merges.txt") == [True]
-    assert hub.asked_for("unet/diffusion_pytorch_model.fp16.safetensors") == [False]
-    assert hub.asked_for("unet/diffusion_pytorch_model.bin") == [False]
-
-
-def test_a_unet_from_the_hub(tiny_folder, tmp_path, monkeypatch):
-    hub = FakeHub(tiny_folder)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
-    monkeypatch.chdir(tmp_path)
-    load_unet("UCLA-AGI/SPIN-Diffusion-iter1")
-    assert hub.repositories == ["UCLA-AGI/SPIN-Diffusion-iter1"]
-    [patterns] = hub.patterns
-    assert all(pattern.startswith("unet/") for pattern in patterns)
-
-
-def test_bin_files_are_downloaded_if_there_are_no_others(folder_of_pickles, monkeypatch):
-    hub = FakeHub(folder_of_pickles)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
-    load_unet("org/name")
-    for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"):
-        assert hub.asked_for(f"unet/{name}") == [False, True]
 
 
 @pytest.mark.parametrize(
-    "source", ["org/name", "no-such-folder", "no/such/folder", "./models/name", "model.ckpt"]
+    "position_ids",
+    [
+        torch.arange(77.0)[None] + 0.3,  # merged as if they were weights
+        torch.arange(77).half()[None],
+        torch.zeros(1, 77, dtype=torch.int64),
+        torch.arange(77),
+    ],
 )
-def test_a_source_that_is_nowhere_is_refused(source, tmp_path, monkeypatch):
-    def raise_offline(*args, **kwargs):
-        raise ConnectionError("no network\nand a long story")
+def test_broken_position_ids_change_nothing(position_ids, sd_1, tmp_path, assert_same_pipelines):
+    path = tmp_path / "merge.safetensors"
+    tensors = load_file(sd_1.path)
+    tensors[TEXT_PREFIX + "embeddings.position_ids"] = position_ids
+    save_file(tensors, path)
+    assert_same_pipelines(load_pipeline(path), sd_1.pipe)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", raise_offline)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError) as error:
-        load_pipeline(source)
-    assert str(error.value).startswith(source)
-    assert "\n" not in str(error.value)
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "first_stage_model.loss.logvar",
+        "first_stage_model.loss.discriminator.main.0.weight",
+        "first_stage_model.model_ema.decay",
+        "model_ema.num_updates",
+        "denoiser.sigmas",
+        "alphas_cumprod",
+        "cond_stage_model.logit_scale",
+        "cond_stage_model.transformer.text_projection.weight",
+    ],
+)
+def test_leftovers_of_a_training_are_not_read(name, example, tmp_path, assert_same_weights):
+    tensors = load_file(example.path)
+    tensors[name] = torch.ones(1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_same_weights(load_pipeline(tmp_path / "model.safetensors"), example.pipe)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "first_stage_model.quantize.embedding.weight",
+        "model.diffusion_model.label_emb.0.0.weight",
+        "cond_stage_model.transformer.encoder.block.0.layer.0.SelfAttention.q.weight",
+    ],
+)
+def test_unknown_tensors_of_a_network_are_refused(name, sd_1, tmp_path):
+    tensors = load_file(sd_1.path)
+    tensors[name] = torch.ones(1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="model.safetensors: .*1 unexpected"):
+        load_pipeline(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "prefix, network",
+    [
+        ("model.diffusion_model.", "UNet"),
+        ("first_stage_model.", "VAE"),
+        ("cond_stage_model.", "text tower"),
+    ],
+)
+def test_the_network_that_a_file_lacks_is_named(prefix, network, example, tmp_path):
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(example.path)
+    kept = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+    save_file(kept, path)
+    with pytest.raises(InputError, match=f"model.safetensors: holds no {network}"):
+        load_pipeline(path, prediction_type="epsilon")
+
+
+@pytest.mark.parametrize("tag", ["tiny", "tiny2"])
+def test_a_file_with_a_unet_alone_is_enough_for_a_unet(tag, examples, monkeypatch, tmp_path):
+    """The width of its context shows whether it is an SD-1.x or an SD-2.x."""
+    for name, its_tag in (("SD_1", "tiny"), ("SD_2", "tiny2")):
+        monkeypatch.setattr(single_file, name, MANIFEST[f"{its_tag}.config"])
+    path = tmp_path / "unet.safetensors"
+    tensors = load_file(examples[tag].path)
+    prefix = "model.diffusion_model."
+    save_file({name: value for name, value in tensors.items() if name.startswith(prefix)}, path)
+    assert torch.equal(load_unet(path).conv_in.bias, examples[tag].pipe.unet.conv_in.bias)
 
 
 # -----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Single options of train.py: faulty rows, estimates, half precision, warnings, presets."""
 
 import math
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ import helpers
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 import train
 from spin import toy
@@ -17,9 +19,9 @@ from spin.checkpoint import hash_checkpoint, load_unet
 from spin.config import ASSUMED, PAPER, format_value
 from spin.data import CaptionedImages
 from spin.eval.watch import ForgettingWatch
+from spin.infra.bad_rows import check_rows
 from spin.infra.errors import InputError
 from spin.infra.run import Run
-from spin.infra.shards import LatentShards
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = "--iterations 1 --steps 2 --grid-prompts 0"
@@ -69,9 +71,12 @@ def test_with_faulty_rows_no_run_begins_however_often_one_tries(faulty, flags, t
 def test_skip_bad_trains_without_them(faulty, flags, tmp_path):
     out = tmp_path / "run"
     train.main(faulty_flags(flags, out, faulty, "--steps 4 --skip-bad"))
-    [usable] = out.rglob("usable_rows.npy")
-    assert np.load(usable).tolist() == [0, 6, 8, *range(9, 21)]
-    assert LatentShards(usable.parent, range(15)).missing() == []
+    records = (out / "data/rows.txt").read_text().splitlines()
+    usable = [row for row, record in enumerate(records) if record]
+    assert usable == [0, 6, 8, *range(9, 21)]
+    [cache] = (out / "cache").iterdir()
+    [shard] = cache.iterdir()
+    assert len(load_file(shard)["mean"]) == 15
     with pytest.raises(InputError, match="6 of 21 rows"):
         train.main(faulty_flags(flags, out, faulty, "--steps 4"))
 
@@ -116,8 +121,45 @@ def test_cached_latents_are_named_by_model_data_and_transform(
 ):
     train.main(flags(tmp_path / "run", f"{SHORT} --steps 1 --flip {flip}"))
     [cache] = (tmp_path / "run/cache").iterdir()
-    data_hash = CaptionedImages(image_folder, 32).hash()
-    assert cache.name == f"{hash_checkpoint(toy.BASE)}-{data_hash}-32px{suffix}"
+    data_sha256 = check_rows(CaptionedImages(image_folder, 32), tmp_path / "looks", skip=False)
+    assert cache.name == f"{hash_checkpoint(toy.BASE)}-{data_sha256}-32px{suffix}"
+
+
+def test_an_image_that_was_edited_in_place_ends_a_run(flags, tmp_path):
+    """Neither its old latent nor its new one may go on with what was trained on the other."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rows = []
+    for i in range(4):
+        Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(folder / f"{i}.bmp")
+        rows.append({"file_name": f"{i}.bmp", "text": f"caption {i}"})
+    helpers.write_metadata(folder, rows)
+    arguments = [*flags(tmp_path / "run", SHORT), "--data", str(folder)]
+    train.main(arguments)
+
+    os.utime(folder / "1.bmp")
+    train.main(arguments)
+    [cache] = (tmp_path / "run/cache").iterdir()
+
+    Image.new("RGB", (32, 32), "blue").save(folder / "1.bmp")
+    with pytest.raises(InputError, match="started with other contents of --data"):
+        train.main(arguments)
+    train.main([*arguments, "--out", str(tmp_path / "other")])
+    [other_cache] = (tmp_path / "other/cache").iterdir()
+    assert other_cache.name != cache.name
+
+
+def test_a_snapshot_of_the_hub_is_trained_on_with_follow_links(flags, image_folder, tmp_path):
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    for path in image_folder.iterdir():
+        (folder / path.name).symlink_to(path)
+    arguments = faulty_flags(flags, tmp_path / "run", folder)
+    reason = "12 of 12 rows cannot be used; .* 12 lead out of the folder through a link; --follow"
+    with pytest.raises(InputError, match=reason):
+        train.main(arguments)
+    [summary] = train.main([*arguments, "--follow-links"])["models"]
+    assert summary["steps"] == 2
 
 
 # ---- Estimates -----------------------------------------------------------------------------------
@@ -208,7 +250,7 @@ def test_steps_that_a_crash_lost_are_counted_again(flags, tmp_path, capsys, monk
         train.main(flags(out, more))
     train.main(flags(out, f"{more} --dry-run"))
     assert capsys.readouterr().out.startswith("8 pairs for spin, ")
-    with pytest.raises(InputError, match="started with beta"):
+    with pytest.raises(InputError, match="started with --beta"):
         train.main(flags(out, f"{more} --dry-run --beta 3"))
 
 
@@ -399,11 +441,3 @@ def test_a_curated_set_with_other_pixels_is_refused(more, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "toy-curated" / "003.png")
     with pytest.raises(InputError, match="toy-curated: not the miniature world's curated set"):
         hash_of_curated_set(tmp_path, more)
-
-
-def test_a_run_of_an_earlier_version_keeps_its_hash_of_few_prompts(tmp_path):
-    """It was over the sizes of the files."""
-    args = train.parse_args(["--out", str(tmp_path / "run"), "--num-prompts", "8"])
-    images = train.load_images(args)
-    Run(args.out).write_config({"data_hash": images.hash()})
-    assert train.hash_data(args, Run(args.out), images) == images.hash()

@@ -6,7 +6,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from helpers import write_images, write_metadata
 from PIL import Image
 
 import evaluate
@@ -95,6 +97,9 @@ WRONG_SAMPLE = {
     "--model nowhere --prompt a": "nowhere: no such folder",
     "--model {model} --prompt a --height 30 --device cpu": "must be multiples of 4",
     "--model {model} --prompt a --steps 2000 --device cpu": "2000 sampling steps",
+    "--model {model} --prompt \udcff": "argument --prompt: invalid UTF-8 text value: '\\udcff'",
+    "--model {model} --prompt a --negative-prompt \udcff": "invalid UTF-8 text value",
+    "--model {model} --prompt a --prediction-type v": "--prediction-type: invalid choice: 'v'",
 }
 WRONG_EVALUATE = {
     "": "give a run folder, or --models",
@@ -109,6 +114,7 @@ WRONG_EVALUATE = {
     "--models {model} {model} --metrics toy": (
         "two models are named base; rename one of them: base-2={model}"
     ),
+    "--models {model} --metrics toy --prediction-type x": "--prediction-type: invalid choice: 'x'",
     "--models {model} --prompts {prompts} --metrics beauty": "invalid choice: 'beauty'",
     "--models {model} --prompts {prompts} --metrics hps": (
         "hps needs HPS_v2_compressed.pt: use --scorers"
@@ -153,6 +159,62 @@ def test_a_mistake_in_sample_ends_in_one_line(arguments, expected, paths, monkey
 @pytest.mark.parametrize("arguments, expected", WRONG_EVALUATE.items())
 def test_a_mistake_in_evaluate_ends_in_one_line(arguments, expected, paths, monkeypatch, capsys):
     assert_one_line("evaluate.py", arguments, expected, paths, monkeypatch, capsys)
+
+
+# ---- Long prompts --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    """A file of three prompts, two of which are longer than 77 tokens."""
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"{'red ' * 75}\n{'red ' * 76}\n{'red ' * 200}\n")
+    return path
+
+
+NOTE = "note: 2 prompts have more than 77 tokens; the model reads the first ones"
+
+
+def test_sample_says_how_many_prompts_are_cut(prompts, tmp_path, capsys):
+    flags = f"--model {toy.BASE} --prompts {prompts} --steps 1 --device cpu --out {tmp_path}"
+    sample.main(flags.split())
+    assert capsys.readouterr().err.count(NOTE) == 1
+
+
+def test_evaluate_says_how_many_prompts_are_cut_once_for_all_models(
+    prompts, tmp_path, monkeypatch, capsys
+):
+    class Brightness:
+        """A scorer that reads any prompt."""
+
+        name = "toy"
+        metrics = ("brightness",)
+        primary_metric = "brightness"
+        less_is_better = ()
+        hash = "0"
+
+        def score(self, images, prompts):
+            return {"brightness": np.array([np.asarray(image).mean() for image in images])}
+
+    monkeypatch.setattr(evaluate, "load_scorer", lambda *arguments: Brightness())
+    flags = f"--models a={toy.BASE} b={toy.BASE} --prompts {prompts} --metrics toy --steps 1"
+    evaluate.main([*flags.split(), "--num-images", "1", "--device", "cpu", "--out", str(tmp_path)])
+    assert capsys.readouterr().err.count(NOTE) == 1
+
+
+def test_train_says_how_many_captions_are_cut_at_the_first_start(tmp_path, capsys):
+    images = write_images(tmp_path / "images", count=4)
+    rows = [{"file_name": f"{i}.jpg", "text": "red " * (74 + i)} for i in (0, 2)]
+    write_metadata(images, rows)
+    flags = f"""
+        --preset toy --loss sft --iterations 1 --steps 1 --batch-size 2 --grid-prompts 0
+        --data {images} --out {tmp_path / "run"} --device cpu
+    """
+    train.main(flags.split())
+    expected = "note: 1 prompt has more than 77 tokens"
+    assert capsys.readouterr().err.count(expected) == 1
+    train.main(flags.split())
+    assert expected not in capsys.readouterr().err
 
 
 # ---- Interruptions -------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def test_a_finished_story_is_not_repeated(story):
 
 def test_another_seed_needs_another_folder(story):
     out, _ = story
-    with pytest.raises(InputError, match="started with seed 0, now 1"):
+    with pytest.raises(InputError, match="started with --seed 0, now 1"):
         train.main([*STORY.split(), str(out), "--seed", "1"])
 
 

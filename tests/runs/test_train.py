@@ -17,6 +17,7 @@ import train
 from spin import toy
 from spin.checkpoint import load_pipeline
 from spin.data import CaptionedImages, batch_rows, noise_generator
+from spin.infra.bad_rows import check_rows
 from spin.infra.errors import InputError
 from spin.infra.run import Run
 from spin.infra.shards import LatentShards
@@ -75,11 +76,12 @@ def test_every_file_of_a_run(finished):
     assert not list(finished.rglob("*.part")), "a temporary file was left"
 
 
-def test_the_config_states_flags_hashes_and_versions(finished):
+def test_the_config_states_flags_hashes_and_versions(finished, tmp_path):
     config = json.loads((finished / "config.json").read_text())
     assert config["seed"] == 11
     assert config["steps"] == [3, 3]
-    assert config["data_hash"] == CaptionedImages(config["data"], 32).hash()
+    images = CaptionedImages(config["data"], 32)
+    assert config["data_sha256"] == check_rows(images, tmp_path, skip=False)
     assert torch.__version__.startswith(config["versions"]["torch"])
     assert {"commit", "model_hash", "unet_hash", "guidance", "sampler"} <= config.keys()
 
@@ -466,8 +468,57 @@ def change_config(out: Path, **changes) -> None:
 
 
 def test_another_value_is_refused_by_name(finished, flags):
-    with pytest.raises(InputError, match=r"started with lr \[1e-05, 1e-05\], now \[2e-05, 2e-05\]"):
+    with pytest.raises(InputError, match="started with --lr 1e-05 1e-05, now 2e-05 2e-05"):
         train.main(flags(finished, "--lr 2e-5"))
+
+
+def test_self_play_goes_on_for_more_iterations(finished, flags, tmp_path):
+    """As if there had been as many from the beginning."""
+    out = tmp_path / "run"
+    train.main(flags(out, "--iterations 1"))
+    train.main(flags(out, "--iterations 2"))
+    assert_same_models(out, finished)
+
+
+def test_fewer_iterations_leave_the_others_alone(finished, flags, tmp_path):
+    out = copy_run(finished, tmp_path)
+    train.main(flags(out, "--iterations 1"))
+    assert_same_models(out, finished)
+
+
+def test_an_iteration_that_has_not_begun_may_have_other_settings(finished, flags, tmp_path):
+    out = copy_run(finished, tmp_path)
+    shutil.rmtree(out / "iter2")
+    with pytest.raises(InputError, match="started with --beta 100.0, now 1.0. Go back"):
+        train.main(flags(out, "--beta 1 1"))
+    train.main(flags(out, "--lr 1e-5 2e-5"))
+    log = Run(out).read_log()
+    assert [line["lr"] for line in log if line["iteration"] == 2][0] == 2e-5
+
+
+@pytest.mark.parametrize("loss", ["sft", "dpo", "all"])
+def test_a_baseline_takes_the_steps_of_all_iterations(loss, tmp_path):
+    """So their number is settled when it begins."""
+    started = train.parse_args(["--loss", loss, "--iterations", "2"])
+    now = train.parse_args(["--loss", loss, "--iterations", "3"])
+    must_match = set(train.settings_to_match(now)) & vars(now).keys()
+    run = Run(tmp_path)
+    run.write_config(vars(started))
+    with pytest.raises(InputError, match="--iterations 2, now 3"):
+        settled = train.settled_iterations(now, run)
+        run.check_config(vars(now), must_match, {}, {}, settled)
+
+
+def test_what_is_looked_at_may_change(finished, flags, tmp_path):
+    out = copy_run(finished, tmp_path)
+    train.main(flags(out, "--grid-prompts 1 --score-images 1 --score validation"))
+    assert_same_models(out, finished)
+
+
+def test_another_prediction_type_is_refused(finished, flags):
+    reason = "started with --prediction-type epsilon, now v_prediction"
+    with pytest.raises(InputError, match=reason):
+        train.main(flags(finished, "--prediction-type v_prediction"))
 
 
 def test_another_process_is_refused(finished, flags):
@@ -479,7 +530,7 @@ def test_other_images_are_refused(finished, flags, image_folder, tmp_path):
     out = copy_run(finished, tmp_path)
     other = shutil.copytree(image_folder, tmp_path / "images")
     Image.new("RGB", (40, 40)).save(other / "0.jpg")
-    with pytest.raises(InputError, match="started with data_hash"):
+    with pytest.raises(InputError, match="started with other contents of --data"):
         train.main([*flags(out), "--data", str(other)])
 
 
@@ -487,6 +538,12 @@ def test_all_that_changes_a_number_must_match():
     """What may change is where files are, how much is computed at once, and what is looked at."""
     settings = vars(train.parse_args([]))
     assert set(settings) - set(train.MUST_MATCH) - set(train.all_loss_settings()) == {
+        "iterations",  # must match, too, unless the loss is "spin"
+        "num_prompts",  # the data's hash depends on it
+        "grid_prompts",
+        "score",
+        "score_images",
+        "follow_links",
         "model",
         "unet",
         "data",
@@ -517,7 +574,7 @@ def test_a_key_that_is_missing_means_the_default(finished, flags, tmp_path):
     change_config(out, noise=None)
     train.main(flags(out))
     change_config(out, noise=None)
-    with pytest.raises(InputError, match="started with noise 'shared', now 'independent'"):
+    with pytest.raises(InputError, match="started with --noise shared, now independent"):
         train.main(flags(out, "--noise independent"))
 
 
