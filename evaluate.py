@@ -19,7 +19,6 @@ import torch
 
 from spin import toy
 from spin.checkpoint import hash_checkpoint, locate
-from spin.data import read_prompts
 from spin.eval import comparison, plots, stats
 from spin.eval.comparison import Evaluation, ModelSource
 from spin.eval.report import models_of_run
@@ -28,6 +27,7 @@ from spin.infra.cli import SEED_TYPE, check_device, number, provenance, run_scri
 from spin.infra.errors import InputError
 from spin.infra.files import hash_files, read_json
 from spin.infra.images import read_image, save_png
+from spin.infra.prompts import read_prompts
 from spin.infra.run import Run
 from spin.sampler import SAMPLERS, SamplingOptions
 from spin.scheduler import PREDICTION_TYPES
@@ -307,7 +307,7 @@ def describe(num_prompts: int, num_images: int, guidance: list[float]) -> str:
     return f"{num_prompts} prompts, {images}, each model at its best guidance"
 
 
-def base_of_run(config: dict, prediction_type: str | None) -> ModelSource:
+def base_of_run(config: dict, prediction_type: str | None = None) -> ModelSource:
     """Return theta_0 of a run.
 
     The miniature world's base may have moved since. Its hash tells whether it was the run's.
@@ -317,10 +317,12 @@ def base_of_run(config: dict, prediction_type: str | None) -> ModelSource:
         if config.get("model_hash") != hash_checkpoint(toy.BASE):
             raise InputError(f"{model}: the run's model no longer exists")
         model = str(toy.BASE)
-    return ModelSource(model, config["unet"], prediction_type)
+    return ModelSource(model, config.get("unet"), prediction_type)
 
 
-def name_models(arguments: list[str], prediction_type: str | None) -> dict[str, ModelSource]:
+def name_models(
+    arguments: list[str], prediction_type: str | None = None
+) -> dict[str, ModelSource]:
     """Return the models of --models, each of which is PATH or NAME=PATH.
 
     Without a NAME, a model is called by the last part of its path that is not "checkpoint" or

@@ -16,7 +16,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from spin.checkpoint import load_pipeline, save_single_file
-from spin.data import read_prompts
 from spin.eval import plots
 from spin.infra.cli import (
     SEED_TYPE,
@@ -27,6 +26,7 @@ from spin.infra.cli import (
     warn_of_cut_prompts,
 )
 from spin.infra.images import save_png, to_pil
+from spin.infra.prompts import read_prompts
 from spin.sampler import SAMPLERS, SamplingOptions, sample_images
 from spin.scheduler import PREDICTION_TYPES
 

@@ -32,7 +32,7 @@ from spin.checkpoint import (
     locate,
     save_pipeline,
 )
-from spin.config import PRESETS, LOSS_SETTINGS, describe_default
+from spin.config import LOSS_SETTINGS, PRESETS, describe_default
 from spin.data import CaptionedImages
 from spin.eval import comparison, estimate, report
 from spin.eval.watch import ForgettingWatch
@@ -46,8 +46,8 @@ from spin.infra.cli import (
     warn_of_cut_prompts,
 )
 from spin.infra.errors import InputError
-from spin.infra.bad_rows import check_rows
 from spin.infra.files import atomic_write, hash_files
+from spin.infra.inspection import check_rows
 from spin.infra.interrupt import Interrupted, StopRequest
 from spin.infra.run import Run
 from spin.infra.shards import LatentShards
@@ -87,10 +87,10 @@ def self_play(args: argparse.Namespace, run: Run) -> dict:
     """Train every model that is not trained yet, and return what `main` returns."""
     # ---- the model, the data, and what is left to do
     theta_0 = args.unet or args.model
-    pipe = load_base(args)
+    pipe = base_source(args).load(args.device)
     check_sampling(args, pipe)
     images = load_images(args)
-    cache = prepare_run(args, run, images)
+    cache = prepare_run(args, run, images, pipe.scheduler.prediction_type)
     real = LatentShards(cache, range(len(images)))
     if real.count_missing() > 0:  # the first start with these captions
         captions = (images.caption(row) for row in range(len(images)))
@@ -528,7 +528,7 @@ def absolute_if_local(source: str) -> str:
 #: only what is shown.
 MUST_MATCH = [
     "loss",
-    "prediction_type",
+    "predicts",
     "noise",
     "steps",
     "batch_size",
@@ -557,14 +557,8 @@ REMOVED = {
 }
 
 
-def load_base(args: argparse.Namespace) -> Pipeline:
-    """Return theta_0, frozen, and set `args.prediction_type` to what it predicts."""
-    pipe = base_source(args).load(args.device)
-    args.prediction_type = pipe.scheduler.prediction_type
-    return pipe
-
-
 def base_source(args: argparse.Namespace) -> comparison.ModelSource:
+    """Return where theta_0 is."""
     return comparison.ModelSource(args.model, args.unet, args.prediction_type)
 
 
@@ -580,24 +574,28 @@ def load_images(args: argparse.Namespace) -> CaptionedImages:
     )
 
 
-def prepare_run(args: argparse.Namespace, run: Run, images: CaptionedImages) -> Path:
+def prepare_run(
+    args: argparse.Namespace, run: Run, images: CaptionedImages, prediction_type: str
+) -> Path:
     """Check data and settings, write config.json, and return the folder of the cached latents.
 
+    prediction_type: theta_0's, by --prediction-type or by its files.
     Unusable rows of `images` are dropped with --skip-bad, and raise InputError without it.
     """
-    hashes = {
+    inputs = {
+        "predicts": prediction_type,
         "model_hash": hash_checkpoint(locate(args.model)),
         "unet_hash": None,
         "data_sha256": hash_data(args, run, images),
     }
     if args.unet is not None:
-        hashes["unet_hash"] = hash_checkpoint(locate(args.unet, ("unet",)))
+        inputs["unet_hash"] = hash_checkpoint(locate(args.unet, ("unet",)))
     mirrored = "-mirrored" if args.flip else ""
-    key = f"{hashes['model_hash']}-{hashes['data_sha256']}-{args.resolution}px{mirrored}"
+    key = f"{inputs['model_hash']}-{inputs['data_sha256']}-{args.resolution}px{mirrored}"
     cache = run.folder / "cache" / key
 
     if distributed.is_main():
-        config = {**vars(args), **hashes, **provenance()}
+        config = {**vars(args), **inputs, **provenance()}
         run.check_config(
             config,
             settings_to_match(args),

@@ -225,15 +225,18 @@ def max_iteration(folders: Iterable[Path]) -> int:
     return max(numbers)
 
 
-#: What a key of config.json that is a hash identifies.
-HASHED = {"model_hash": "--model", "unet_hash": "--unet", "data_sha256": "--data"}
+#: The flags of those keys of config.json that are hashes of contents.
+CONTENTS = {"model_hash": "--model", "unet_hash": "--unet", "data_sha256": "--data"}
 
 
 def describe_difference(key: str, value, now) -> str:
     """Return what a run was started with and what it is now, as a user would say it."""
-    if key in HASHED:
-        return f"other contents of {HASHED[key]} ({value}, now {now})"
-    return f"--{key.replace('_', '-')} {as_argument(value)}, now {as_argument(now)}"
+    if key in CONTENTS:
+        return f"other contents of {CONTENTS[key]} ({value}, now {now})"
+    flag = f"--{key.replace('_', '-')}"
+    if key == "predicts":  # by the flag or by the model's files
+        flag = "--prediction-type"
+    return f"{flag} {as_argument(value)}, now {as_argument(now)}"
 
 
 def as_argument(value) -> str:

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from spin.data import CaptionedImages, batch_rows, noise_generator, random_draws
-from spin.infra.bad_rows import check_rows
 from spin.infra.errors import InputError
 from spin.infra.images import read_image
+from spin.infra.inspection import check_rows, find_faults
 
 seeds = st.integers(0, 2**62)
 iterations = st.integers(1, 9)
@@ -405,7 +405,7 @@ FAULTS = {
 
 def test_every_row_that_cannot_be_used_is_found(tmp_path):
     images = CaptionedImages(helpers.write_faulty_rows(tmp_path), 8)
-    faults = list(images.find_faults())
+    faults = list(find_faults(images))
     assert len(faults) == 9
     for row, fault in enumerate(faults):
         if row in FAULTS:
@@ -496,7 +496,7 @@ def test_links_may_be_followed(tmp_path):
     images = CaptionedImages(write_snapshot(tmp_path), 8, follow_links=True)
     assert images.caption(0) == "a caption"
     assert images.image(0)[0].min() == 1  # red
-    assert list(images.find_faults()) == [None]
+    assert list(find_faults(images)) == [None]
 
 
 def test_a_folder_behind_a_link_may_be_followed(tmp_path):
@@ -507,8 +507,8 @@ def test_a_folder_behind_a_link_may_be_followed(tmp_path):
     Image.new("RGB", (8, 8)).save(elsewhere / "a.png")
     (folder / "photos").symlink_to(elsewhere)
     helpers.write_metadata(folder, [{"file_name": "photos/a.png", "text": "a caption"}])
-    assert "--follow-links" in list(CaptionedImages(folder, 8).find_faults())[0]
-    assert list(CaptionedImages(folder, 8, follow_links=True).find_faults()) == [None]
+    assert "--follow-links" in list(find_faults(CaptionedImages(folder, 8)))[0]
+    assert list(find_faults(CaptionedImages(folder, 8, follow_links=True))) == [None]
 
 
 @pytest.mark.parametrize("name", ["../a.png", "photos/../../a.png", "/etc/passwd"])
@@ -530,7 +530,7 @@ def test_links_within_the_folder_and_to_the_folder_need_no_flag(follow_links, tm
     (folder / "a.png").symlink_to("original.png")
     (tmp_path / "link").symlink_to(folder)
     images = CaptionedImages(tmp_path / "link", 8, follow_links=follow_links)
-    assert list(images.find_faults()) == [None]
+    assert list(find_faults(images)) == [None]
 
 
 @pytest.mark.parametrize("target", ["../missing.png", "missing.png", "a.png"])
@@ -681,7 +681,7 @@ def test_a_later_look_reads_only_what_has_changed(rows, tmp_path, monkeypatch):
         read.append(path.name)
         return read_image(path)
 
-    monkeypatch.setattr("spin.data.read_image", spying)
+    monkeypatch.setattr("spin.infra.inspection.read_image", spying)
     assert hash_rows(rows, looks, with_rejected=True) == before
     assert read == []
     os.utime(rows / "1.tiff")
@@ -732,7 +732,7 @@ def test_a_look_that_is_interrupted_leaves_the_records_as_they_were(rows, tmp_pa
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("spin.data.read_image", crash)
+        patch.setattr("spin.infra.inspection.read_image", crash)
         with pytest.raises(MemoryError):
             hash_rows(rows, looks)
     assert (looks / "rows.txt").read_bytes() == records

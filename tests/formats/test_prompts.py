@@ -2,8 +2,8 @@
 
 import pytest
 
-from spin.data import read_prompts
 from spin.infra.errors import InputError
+from spin.infra.prompts import read_prompts
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import evaluate
 import sample
 import train
 from spin import toy
-from spin.data import read_prompts
 from spin.eval import comparison
 from spin.eval.comparison import SEED, STRIDE, ModelSource
 from spin.eval.scorers import ToyScorer, load_scorer
 from spin.infra.errors import InputError
 from spin.infra.files import hash_files
+from spin.infra.prompts import read_prompts
 
 FEW = ["--num-prompts", "10", "--num-images", "2", "--batch-size", "20", "--device", "cpu"]
 IMAGES = "images/{}/guidance-3-32px"
@@ -335,7 +335,7 @@ def test_a_run_of_an_earlier_version_finds_the_base_that_has_moved(
 
 def test_only_the_base_of_the_miniature_world_may_have_moved():
     config = {"model": "/somewhere/model", "world": False}
-    assert evaluate.base_of_run(config) == "/somewhere/model"
+    assert evaluate.base_of_run(config) == ModelSource("/somewhere/model")
 
 
 def test_another_model_that_has_moved_is_not_replaced_by_the_base():

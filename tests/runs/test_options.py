@@ -19,8 +19,8 @@ from spin.checkpoint import hash_checkpoint, load_unet
 from spin.config import ASSUMED, PAPER, format_value
 from spin.data import CaptionedImages
 from spin.eval.watch import ForgettingWatch
-from spin.infra.bad_rows import check_rows
 from spin.infra.errors import InputError
+from spin.infra.inspection import check_rows, find_faults
 from spin.infra.run import Run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -107,7 +107,7 @@ def test_whatever_pillow_does_with_a_broken_image_the_row_is_faulty(
         raise error("of one of Pillow's readers,\r in two lines")
 
     monkeypatch.setattr("spin.infra.images.to_rgb", fail)
-    faults = list(CaptionedImages(image_folder, 8).find_faults())
+    faults = list(find_faults(CaptionedImages(image_folder, 8)))
     assert len(faults) == 12
     assert "metadata.jsonl line 1: " in faults[0]
     assert "0.jpg: not a readable image" in faults[0]

@@ -17,8 +17,8 @@ import train
 from spin import toy
 from spin.checkpoint import load_pipeline
 from spin.data import CaptionedImages, batch_rows, noise_generator
-from spin.infra.bad_rows import check_rows
 from spin.infra.errors import InputError
+from spin.infra.inspection import check_rows
 from spin.infra.run import Run
 from spin.infra.shards import LatentShards
 from spin.pairs import rows_of_steps
@@ -544,6 +544,7 @@ def test_all_that_changes_a_number_must_match():
         "score",
         "score_images",
         "follow_links",
+        "prediction_type",  # "predicts" depends on it
         "model",
         "unet",
         "data",
