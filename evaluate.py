@@ -211,6 +211,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     else:
         models = name_models(args.models, args.prediction_type)
     hashes = comparison.hash_models(models)
+    if args.run:
+        check_base(args.run, args.run_config, hashes["base"])
     for metric in args.metrics:
         locate_files(metric, args.scorers)  # fail on missing files before hours of sampling
 
@@ -320,6 +322,19 @@ def base_of_run(config: dict, prediction_type: str | None = None) -> ModelSource
     return ModelSource(model, config.get("unet"), prediction_type)
 
 
+def check_base(run: str, config: dict, base_hash: str) -> None:
+    """Raise InputError if theta_0, whose other parts all models share, is not the run's any more.
+
+    base_hash: its hash, see `comparison.hash_models`
+    """
+    files = [config[key] for key in ("model_hash", "unet_hash") if config.get(key)]
+    if base_hash.split("-")[: len(files)] != files:
+        raise InputError(
+            f"{run}: the files of {config['model']}, which it was started with, have changed; "
+            "restore them, or pass the checkpoints to --models"
+        )
+
+
 def name_models(
     arguments: list[str], prediction_type: str | None = None
 ) -> dict[str, ModelSource]:
@@ -327,7 +342,7 @@ def name_models(
 
     Without a NAME, a model is called by the last part of its path that is not "checkpoint" or
     "unet". A UNet alone, as the paper's authors published theirs, borrows the other parts of the
-    first model. Raises InputError if two have one name.
+    first model. Raises InputError if two have one name, and for a UNet with a text encoder.
     """
     models: dict[str, ModelSource] = {}
     for argument in arguments:
@@ -338,6 +353,11 @@ def name_models(
             )
         path = locate(source)
         if models and path.is_dir() and not (path / "vae").exists():
+            if (path / "text_encoder").exists():
+                raise InputError(
+                    f"{source}: has a text encoder of its own, but no VAE; pass {source}/unet to "
+                    "compare its UNet alone"
+                )
             first = next(iter(models.values()))
             models[name] = ModelSource(first.model, source, prediction_type)
         else:

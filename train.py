@@ -283,8 +283,9 @@ def is_due(step: int, every: int) -> bool:
 def resume(run: Run, name: str, parts: dict) -> int:
     """Load a model's last saved state, and return the number of optimizer steps it has seen.
 
-    Log lines of later steps are dropped. No random state is saved: every draw is a function of the
-    step.
+    Log lines of later steps are dropped and, where training starts anew, what was sampled and
+    scored of an earlier model of this name. No random state is saved: every draw is a function of
+    the step.
 
     parts: {name: module or optimizer}, which are loaded in place.
     """
@@ -296,6 +297,8 @@ def resume(run: Run, name: str, parts: dict) -> int:
     distributed.barrier()
     if distributed.is_main():
         run.truncate_log(name, done)
+        if done == 0:
+            report.forget_model(run, name)
     return done
 
 
@@ -598,7 +601,7 @@ def prepare_run(
         config = {**vars(args), **inputs, **provenance()}
         run.check_config(
             config,
-            settings_to_match(args),
+            settings_to_match(args, run),
             flag_defaults(args.preset),
             REMOVED,
             num_iterations=settled_iterations(args, run),
@@ -624,13 +627,14 @@ def hash_data(args: argparse.Namespace, run: Run, images: CaptionedImages) -> st
     return hash_files([], [toy.CURATED_SHA256, f"{len(images)} rows", str(images.with_rejected)])
 
 
-def settings_to_match(args: argparse.Namespace) -> list[str]:
+def settings_to_match(args: argparse.Namespace, run: Run) -> list[str]:
     """Return the settings that must be those which the run was started with.
 
-    More iterations may be added to self-play alone. The baselines take the steps of all of them.
+    More iterations may be added to self-play alone, and those that have not begun may be left out.
+    The baselines take the steps of all iterations, so that their number is settled.
     """
     settings = MUST_MATCH + settings_of_loss(args.loss)
-    if args.loss != "spin":
+    if args.loss != "spin" or args.iterations < run.begun_iterations():
         settings.append("iterations")
     return settings
 
@@ -639,7 +643,7 @@ def settled_iterations(args: argparse.Namespace, run: Run) -> int:
     """Return how many iterations' settings may no longer change: those that have begun."""
     if args.loss != "spin":
         return args.iterations
-    return min(args.iterations, run.begun_iterations())
+    return run.begun_iterations()
 
 
 def flag_defaults(preset: str) -> dict:

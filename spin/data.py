@@ -4,6 +4,7 @@ Every draw is a stateless function of (seed, iteration, step, position in the ba
 interrupted, or split into micro-batches or among ranks, draws the same numbers.
 """
 
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -120,6 +121,7 @@ class CaptionedImages:
         self.lines = index_lines(self.metadata, limit)  # [rows,2]: line number, byte offset
         if len(self.lines) == 0:
             raise InputError(f"{self.metadata}: no rows")
+        self.indexed_at = self.metadata.stat().st_mtime_ns
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -143,6 +145,8 @@ class CaptionedImages:
         """Return a row, whose images exist but have not been opened."""
         _, offset = self.lines[index].tolist()
         with open(self.metadata, "rb") as file:
+            if os.fstat(file.fileno()).st_mtime_ns != self.indexed_at:
+                raise InputError(f"{self.metadata}: has changed since it was read; start again")
             file.seek(offset)
             line = file.readline()
         return parse_row(

@@ -6,6 +6,7 @@
     tokenizer/     vocab.json and merges.txt, or tokenizer.json alone; without either, CLIP's own
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,8 @@ class Folder:
         if part == "unet" and not where.exists() and (self.path / "config.json").exists():
             where = self.path  # the folder unet/ alone
         config = read_config(where / "config.json", part)
+        if part == "unet" and is_from_before_0_9(config):
+            config["sample_size"] = max(64, config.get("sample_size") or 64)
         return StoredNetwork(config, read_network_tensors(where, part), where)
 
     def read_tokenizer(self, text_config: dict) -> Tokenizer:
@@ -92,6 +95,15 @@ def read_config(path: Path, part: str) -> dict:
             message = f"{key} is {value!r}, in Stable Diffusion 1.x and 2.x it is {expected!r}"
             raise InputError(f"{path}: {message}")
     return config
+
+
+def is_from_before_0_9(config: dict) -> bool:
+    """Return whether a UNet's config was written by diffusers before version 0.9.
+
+    Those state a sample_size of 32 for Stable Diffusion's 64, which diffusers corrects, too.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version")))
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 9)
 
 
 def read_scheduler(path: Path, prediction_type: str | None) -> Scheduler:

@@ -10,7 +10,7 @@ from spin.checkpoint import Pipeline
 from spin.eval import comparison, plots
 from spin.eval.comparison import Evaluation, ImageRequest, ModelSource
 from spin.eval.scorers import load_scorer
-from spin.infra.files import read_json
+from spin.infra.files import read_json, remove
 from spin.infra.images import read_image, save_png
 from spin.infra.run import Run
 from spin.sampler import SamplingOptions
@@ -37,6 +37,14 @@ def models_of_run(run: Run, base: ModelSource, iterations: int) -> dict[str, Mod
         if run.has(name):
             models[name] = replace(base, unet=str(run.checkpoint(name)))
     return models
+
+
+def forget_model(run: Run, name: str) -> None:
+    """Delete a model's samples, and results.json, before another model gets its name."""
+    samples = run.folder / "samples"
+    for folder in [samples / name, *samples.glob(f"{name}-step-*")]:
+        remove(folder)
+    remove(run.folder / "results.json")
 
 
 # ---- Samples -------------------------------------------------------------------------------------

@@ -47,6 +47,9 @@ def read_image(path: Path) -> Image.Image:
 
 def decode_image(file: Path | BytesIO) -> Image.Image:
     with Image.open(file) as image:
+        if image.format == "PNG":
+            image.verify()  # its checksums, which Pillow's decoder ignores
+    with Image.open(file) as image:
         return to_rgb(image)
 
 

@@ -127,7 +127,7 @@ def stamp(row: Row, folder: Path) -> str:
     parts: list = [row.caption]
     for path in row.image_files():
         status = path.stat()
-        name = str(path.relative_to(folder))
+        name = str(path).removeprefix(str(folder))
         parts.append([name, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
     return json.dumps(parts)
 
