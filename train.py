@@ -40,6 +40,7 @@ from spin.infra import distributed
 from spin.infra.cli import (
     SEED_TYPE,
     check_device,
+    flag_name,
     number,
     provenance,
     run_script,
@@ -92,7 +93,7 @@ def self_play(args: argparse.Namespace, run: Run) -> dict:
     images = load_images(args)
     cache = prepare_run(args, run, images, pipe.scheduler.prediction_type)
     real = LatentShards(cache, range(len(images)))
-    if real.count_missing() > 0:  # the first start with these captions
+    if real.count_missing() > 0:  # said once: at the first start, before latents are cached
         captions = (images.caption(row) for row in range(len(images)))
         warn_of_cut_prompts(pipe.text_encoder.tokenizer, captions)
     if args.dry_run:
@@ -505,11 +506,6 @@ def all_loss_settings() -> list[str]:
     return settings
 
 
-def flag_name(setting: str) -> str:
-    """Return the flag of a setting: --batch-size for batch_size."""
-    return "--" + setting.replace("_", "-")
-
-
 def one_per_iteration(values: list, iterations: int) -> list:
     """Repeat the last value until there is one for each iteration."""
     values = values[:iterations]
@@ -527,8 +523,8 @@ def absolute_if_local(source: str) -> str:
 # ---- Preparing a run -----------------------------------------------------------------------------
 
 #: Settings that change what is computed: a run cannot resume with a different value. Those that
-#: depend on --loss are added by `settings_to_match`. All other flags change rounding at most, or
-#: only what is shown.
+#: depend on --loss are added by `settings_to_match`. --data, --num-prompts and --skip-bad are
+#: covered by data_sha256. All other flags change rounding at most, or only what is shown.
 MUST_MATCH = [
     "loss",
     "predicts",
@@ -582,8 +578,10 @@ def prepare_run(
 ) -> Path:
     """Check data and settings, write config.json, and return the folder of the cached latents.
 
-    prediction_type: theta_0's, by --prediction-type or by its files.
-    Unusable rows of `images` are dropped with --skip-bad, and raise InputError without it.
+    images: loses its unusable rows with --skip-bad; without it, they raise InputError.
+    prediction_type: theta_0's, from --prediction-type or from its files.
+
+    Raises InputError if the run was started with other settings or inputs.
     """
     inputs = {
         "predicts": prediction_type,
@@ -592,7 +590,7 @@ def prepare_run(
         "data_sha256": hash_data(args, run, images),
     }
     if args.unet is not None:
-        inputs["unet_hash"] = hash_checkpoint(locate(args.unet, ("unet",)))
+        inputs["unet_hash"] = hash_checkpoint(locate(args.unet, ("unet", "scheduler")))
     mirrored = "-mirrored" if args.flip else ""
     key = f"{inputs['model_hash']}-{inputs['data_sha256']}-{args.resolution}px{mirrored}"
     cache = run.folder / "cache" / key
@@ -604,7 +602,7 @@ def prepare_run(
             settings_to_match(args, run),
             flag_defaults(args.preset),
             REMOVED,
-            num_iterations=settled_iterations(args, run),
+            num_settled=settled_iterations(args, run),
         )
         if not args.dry_run:
             run.write_config(config)

@@ -4,7 +4,6 @@ Every draw is a stateless function of (seed, iteration, step, position in the ba
 interrupted, or split into micro-batches or among ranks, draws the same numbers.
 """
 
-import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -143,10 +142,10 @@ class CaptionedImages:
 
     def read_row(self, index: int) -> Row:
         """Return a row, whose images exist but have not been opened."""
+        if self.metadata.stat().st_mtime_ns != self.indexed_at:
+            raise InputError(f"{self.metadata}: has changed since it was read; start again")
         _, offset = self.lines[index].tolist()
         with open(self.metadata, "rb") as file:
-            if os.fstat(file.fileno()).st_mtime_ns != self.indexed_at:
-                raise InputError(f"{self.metadata}: has changed since it was read; start again")
             file.seek(offset)
             line = file.readline()
         return parse_row(

@@ -117,13 +117,14 @@ def split_rows(rows: list[int], batch_size: int, bar) -> Iterator[list[int]]:
 def check_storable(
     tensors: dict[str, Tensor], rows: Sequence[int], images: CaptionedImages
 ) -> None:
-    """Raise InputError, which names the row, unless all latents are finite as float16.
+    """Raise InputError, with the row's line, unless all tensors are finite as float16.
 
-    tensors: [B,4,h,w] each, of the B rows. `LatentShards` stores them as float16.
+    tensors: [B,4,h,w] each, of the B rows: what `LatentShards` will store, as float16.
+    images:  says where a row stands, for the message.
     """
-    for name, latents in tensors.items():
-        for row, latent in zip(rows, latents.half()):
-            if not latent.isfinite().all():
+    for name, tensor in tensors.items():
+        for row, values in zip(rows, tensor.half()):
+            if not values.isfinite().all():
                 raise InputError(
                     f"{images.location(row)}: its latent ({name}) is not finite, or too large for "
                     "float16, in which latents are stored; the checkpoint is damaged, or the "

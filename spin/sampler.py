@@ -222,8 +222,8 @@ SAMPLERS = {
 def decode_latents(pipe, latents: Tensor) -> Tensor:
     """Decode scaled latents [B,4,h,w] to images [B,3,H,W], float32 in [0,1].
 
-    Where the VAE's output is not finite, the image is NaN. Finite values are clamped: that they are
-    far out of range, as those of a damaged checkpoint may be, cannot be seen any more.
+    Pixels that are not finite become NaN. Finite ones are clamped, however far out of range they
+    are: a damaged checkpoint whose output is finite is not noticed.
     """
     # one latent at a time at 512 px, since the decoder needs much memory
     batch_size = max(1, 64 * 64 // latents[0, 0].numel())

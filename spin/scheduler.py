@@ -63,9 +63,10 @@ class Scheduler:
         """
         timesteps = self.stride(steps) * torch.arange(steps).flip(0) + self.steps_offset
         if timesteps[0] >= self.num_train_timesteps:
-            most = self.num_train_timesteps - self.steps_offset
+            last = self.num_train_timesteps - 1
             raise InputError(
-                f"{steps} sampling steps: this checkpoint's schedule has room for {most}"
+                f"{steps} sampling steps: the first would be timestep {timesteps[0]}, but this "
+                f"checkpoint's schedule ends at {last}; choose fewer"
             )
         if self.prediction_type == "epsilon" and self.alphas_cumprod[timesteps[0]] == 0:
             raise InputError(

@@ -149,7 +149,7 @@ class AutoencoderKL(nn.Module):
 
         # configs of older checkpoints lack it and mean this
         self.scaling_factor: float = config.get("scaling_factor") or 0.18215
-        # whether float16 weights compute in float32; diffusers' default, too
+        # whether to compute in float32 if the weights are float16; True is diffusers' default, too
         self.force_upcast: bool = config.get("force_upcast", True)
         # f: pixels per latent, each way
         self.downscale = 2 ** (len(channels) - 1)
@@ -177,7 +177,7 @@ class AutoencoderKL(nn.Module):
         return vae.decoder(vae.post_quant_conv(latents.to(vae.post_quant_conv.weight.dtype)))
 
     def upcast(self) -> "AutoencoderKL":
-        """Return the network to compute with: itself, or a float32 copy of its float16 weights.
+        """Return the network to compute with: itself, or a float32 copy if its weights are float16.
 
         Activations of many VAEs, such as SDXL's, exceed float16's range. A config whose
         `force_upcast` is false states that those of its VAE do not.
@@ -188,5 +188,5 @@ class AutoencoderKL(nn.Module):
 
 
 def clamp_finite(values: Tensor, low: float, high: float) -> Tensor:
-    """Clamp finite values. Infinite ones become NaN: clamped, they would look like any other."""
+    """Clamp finite values. Infinite ones become NaN, since clamping would hide them."""
     return values.clamp(low, high).masked_fill(values.isinf(), torch.nan)

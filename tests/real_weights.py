@@ -2,9 +2,10 @@
 
     python tests/real_weights.py MODEL
 
-The tests of this project have random weights, since no others could be loaded where it is written.
-This loads MODEL, samples one image in float32 on the CPU, and compares with diffusers, if that and
-transformers are installed: the same prompt, noise and number of steps of DDIM. SD-1.5 needs about
+The tests load Stable Diffusion with random weights only, since no published ones could be
+downloaded where this project is written. This script loads MODEL, samples one image in float32 on
+the CPU and, if diffusers and transformers are installed, compares it with the image that diffusers
+samples from the same prompt, noise and number of DDIM steps. SD-1.5 needs about
 8 GB of memory and, on one core, half an hour.
 """
 
@@ -187,7 +188,10 @@ def latent_shape(pipe: Pipeline) -> tuple[int, int, int]:
 
 
 def compute_ours(pipe: Pipeline, prompt: str, steps: int, noise: Tensor) -> Outputs:
-    """noise: [1,4,h,w], which `sample` draws itself, from the same seed."""
+    """Return this project's outputs.
+
+    noise: [1,4,h,w], for the prediction alone. `sample` draws the same, from the same seed.
+    """
     context = pipe.encode_prompts(["", prompt])
     t = pipe.scheduler.timesteps(steps)[0]
     prediction = pipe.unet(noise, t, context[1:])
@@ -199,7 +203,11 @@ def compute_ours(pipe: Pipeline, prompt: str, steps: int, noise: Tensor) -> Outp
 
 
 def compute_theirs(theirs, prompt: str, steps: int, noise: Tensor, our_context: Tensor) -> Outputs:
-    """our_context: [2,77,D], for the prediction, so that it shows differences of the UNet alone."""
+    """Return the outputs of diffusers' pipeline `theirs`.
+
+    noise:       [1,4,h,w], what both sample from
+    our_context: [2,77,D], the UNet's input, so that predictions differ by the UNet alone
+    """
     positive, negative = theirs.encode_prompt(prompt, "cpu", 1, True, "")
     theirs.scheduler.set_timesteps(steps)
     t = theirs.scheduler.timesteps[0]

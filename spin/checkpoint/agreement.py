@@ -36,8 +36,11 @@ def refuse_other_schedules(path: Path, tensor_names: Iterable[str]) -> None:
     """Raise InputError if a single file, or the .yaml beside it, states another noise schedule."""
     for name in tensor_names:
         if name.startswith("edm_"):  # as ComfyUI marks them
-            raise InputError(f"{path}: its tensor {name}: {FOREIGN_SCHEDULERS['EDM']}")
+            raise InputError(f"{path}: its tensor {name} says EDM: {FOREIGN_SCHEDULERS['EDM']}")
     yaml_path, text = read_yaml(path)
+    scaling = re.search(r"denoiser_scaling\.(\w*EDM\w*)", text)
+    if scaling:
+        raise InputError(f"{yaml_path}: {scaling[1]}: {FOREIGN_SCHEDULERS['EDM']}")
     for key, expected in YAML_BUILT_IN.items():
         for value in yaml_values(text, key):
             if to_number(value) != expected:
@@ -69,14 +72,20 @@ def read_prediction_type(path: Path, tensor_names: Iterable[str]) -> str | None:
 
 
 def predictions_in_tensors(tensor_names: Iterable[str]) -> list[tuple[str, str]]:
-    """Return the place and the prediction type of each statement that a file's tensors make."""
+    """Return what a file's tensors say that its UNet predicts.
+
+    One pair for each statement: the place, for messages, and the prediction type.
+    """
     if V_MARKER in tensor_names:
         return [(f"its tensor {V_MARKER}", "v_prediction")]
     return []
 
 
 def predictions_in_metadata(path: Path) -> list[tuple[str, str]]:
-    """Return the same for a file's metadata. Unknown words of PREDICTION_KEYS are kept."""
+    """Return the same for a file's metadata.
+
+    Unknown words of PREDICTION_KEYS are kept as they are, and refused by `read_prediction_type`.
+    """
     metadata = read_metadata(path)
     statements = []
     for key, words in PREDICTION_METADATA.items():
@@ -87,13 +96,13 @@ def predictions_in_metadata(path: Path) -> list[tuple[str, str]]:
 
 
 def predictions_in_yaml(path: Path) -> list[tuple[str, str]]:
-    """Return the same for the .yaml beside a file. Unknown words are kept."""
+    """Return the same for the .yaml beside a file. Unknown words are kept as they are."""
     yaml_path, text = read_yaml(path)
     words = yaml_values(text, "parameterization")
     words += re.findall(r"denoiser_scaling\.(\w+)", text)
-    names_its_class = re.search(r"\.ddpm\w*\.", text) is not None
-    if not words and names_its_class:
-        words = ["eps"]  # the default of the original layout
+    is_of_original_code = re.search(r"\.ddpm\w*\.", text) is not None  # names its class
+    if not words and is_of_original_code:
+        words = ["eps"]  # that class's default
     return [(yaml_path.name, PREDICTION_YAML.get(word, word)) for word in words]
 
 
@@ -115,11 +124,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_yaml(path: Path) -> tuple[Path, str]:
-    """Return the path of the .yaml beside a single file and its text, "" if there is none."""
+    """Return the path of the .yaml beside a single file, and its text without comments.
+
+    The text is "" if there is no such file.
+    """
     yaml_path = path.with_suffix(".yaml")
     if not yaml_path.exists():
         return yaml_path, ""
-    return yaml_path, re.sub("#.*", "", read_text(yaml_path))  # without comments
+    return yaml_path, re.sub("#.*", "", read_text(yaml_path))
 
 
 def yaml_values(text: str, key: str) -> list[str]:
@@ -142,10 +154,10 @@ def to_number(value: str) -> float | str:
 def check_same_schedule(
     own: Scheduler, other: Scheduler, source: str | Path, unet_source: str | Path
 ) -> None:
-    """Raise InputError unless another checkpoint's UNet was trained as a model's own.
+    """Raise InputError unless a UNet from another checkpoint fits a model's scheduler.
 
     own, source:        the model's scheduler, and the model's name for messages
-    other, unet_source: those of the checkpoint that the UNet is from
+    other, unet_source: the scheduler and the name of the checkpoint that the UNet is from
     """
     if own.prediction_type != other.prediction_type:
         message = f"the UNet of {unet_source} predicts {other.prediction_type}"
@@ -155,6 +167,19 @@ def check_same_schedule(
     if not same_length or not torch.allclose(own.alphas_cumprod, other.alphas_cumprod, atol=1e-5):
         message = f"the UNet of {unet_source} was trained with another noise schedule"
         raise InputError(f"{message} than {source} states: they do not belong together")
+
+
+def check_same_vocabulary(text_encoder: TextEncoder, source: Path) -> None:
+    """Raise InputError unless a text encoder has one embedding for each token of its tokenizer.
+
+    source: the text encoder's folder or file, for messages
+    """
+    vocab_size = text_encoder.config["vocab_size"]
+    num_tokens = len(text_encoder.tokenizer.vocab)
+    if vocab_size != num_tokens:
+        message = f"{vocab_size} embeddings for {num_tokens} tokens of the tokenizer"
+        advice = "tokens added by textual inversion are not supported: use the model without them"
+        raise InputError(f"{source}: {message}; {advice}")
 
 
 def check_same_width(

@@ -146,8 +146,7 @@ SD_2 = {
     },
 }
 
-# Where the metadata of a .safetensors file may say what its UNet predicts, and in which words. Of
-# the first two, any other word is refused. Those of the others say nothing.
+# Where the metadata of a .safetensors file may say what its UNet predicts, and in which words.
 PREDICTION_METADATA = {
     "modelspec.prediction_type": {  # https://github.com/Stability-AI/ModelSpec
         "epsilon": "epsilon",
@@ -162,11 +161,12 @@ PREDICTION_METADATA = {
     },
     "ss_v_parameterization": {"False": "epsilon", "True": "v_prediction"},  # kohya's
 }
+# In these keys, any other word is refused; in the others, it is ignored.
 PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 
-# empty tensors by which a file says that its UNet predicts v, up to pure noise: ComfyUI's, NoobAI's
-V_MARKER = "v_pred"
-ZERO_SNR_MARKER = "ztsnr"
+# names of empty tensors, which ComfyUI reads as statements about a file's model
+V_MARKER = "v_pred"  # its UNet predicts v
+ZERO_SNR_MARKER = "ztsnr"  # its schedule ends at pure noise (a terminal SNR of zero)
 
 # What a .yaml beside a file (MODEL.yaml and MODEL.ckpt) says of a UNet's prediction, under
 # "parameterization" in the original layout, or by the class of its scaling in a later one.
@@ -219,6 +219,7 @@ BUILT_IN = {
         "resnet_out_scale_factor": 1.0,  # would divide the sums in residual blocks
         "timestep_post_act": None,  # an activation after the embedding's last layer
         "time_cond_proj_dim": None,  # guidance as an input, as in latent consistency models
+        "num_attention_heads": None,  # diffusers refuses it; attention_head_dim means the heads
         "class_embed_type": None,  # class labels as an input
         "num_class_embeds": None,  # class labels as an input, as in the SD x4 upscaler
         "addition_embed_type": None,  # sizes and pooled text as inputs: SDXL
@@ -243,6 +244,7 @@ BUILT_IN = {
     "text_encoder": {
         "model_type": "clip_text_model",
         "layer_norm_eps": 1e-05,
+        "use_attention_mask": False,  # would hide the padding
         "transformers_weights": None,  # another file of weights than the usual ones
     },
     "scheduler": {
@@ -287,7 +289,7 @@ BETAS = ("beta_schedule", "beta_start", "beta_end")
 # substrings of other classes' names -> why their models cannot be used
 FOREIGN_SCHEDULERS = {
     "Flow": "its network predicts a velocity between data and noise, not eps or v",
-    "EDM": "its network takes and gives other multiples of latents, by noise levels sigma (EDM)",
+    "EDM": "its network scales its inputs and outputs by noise levels sigma, not by alpha_bar",
     "CMStochastic": "its network is a consistency model, which predicts images",
     "KarrasVe": "its noise is added to latents that do not shrink: there is no alpha_bar",
     "ScoreSde": "its noise is added to latents that do not shrink: there is no alpha_bar",

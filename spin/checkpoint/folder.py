@@ -76,7 +76,10 @@ class Folder:
         return read_scheduler(self.path / "scheduler" / SCHEDULER_CONFIG, prediction_type)
 
     def read_scheduler_of_unet(self, prediction_type: str | None = None) -> Scheduler | None:
-        """Read the same if the folder has it, or for unet/ alone the folder that this is in."""
+        """Read the scheduler that a UNet was trained with, or return None if there is none.
+
+        It is in this folder or, if this is a folder unet/ alone, beside it.
+        """
         is_whole = (self.path / "unet").exists()
         folder = self.path if is_whole else self.path.resolve().parent
         path = folder / "scheduler" / SCHEDULER_CONFIG
@@ -109,7 +112,9 @@ def is_from_before_0_9(config: dict) -> bool:
 def read_scheduler(path: Path, prediction_type: str | None) -> Scheduler:
     """Return the scheduler of a config.
 
-    prediction_type: what the UNet predicts, whatever the config says, or None
+    prediction_type: what the UNet predicts, whatever the config says; None for what it says
+
+    Raises InputError if the config is not one of Stable Diffusion.
     """
     config = read_config(path, "scheduler")
     check_scheduler_class(config, path)
@@ -130,7 +135,7 @@ def check_scheduler_class(config: dict, path: Path) -> None:
         for part_of_name, why in FOREIGN_SCHEDULERS.items():
             if part_of_name in str(name):
                 reason = why
-        raise InputError(f"{path}: of a {name}: {reason}")
+        raise InputError(f"{path}: its _class_name is {name}: {reason}")
 
     if name not in SCHEDULERS and config.get("trained_betas") is None:
         missing = [key for key in BETAS if key not in config]

@@ -41,23 +41,22 @@ def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
         files += missing
 
 
-def missing_weights(folder: Path, part: str, asked: list[str]) -> list[str]:
-    """Return which files of a part's weights to download next, if any.
+def missing_weights(folder: Path, part: str, requested: list[str]) -> list[str]:
+    """Return which files of a part's weights to download next; [] if none is needed.
 
-    folder: what has been downloaded
-    asked:  what was asked for: where it is not in `folder`, the hub does not have it
-
-    An index, as any JSON file, has been downloaded if the hub has it.
+    folder:    what has been downloaded
+    requested: what was requested so far. The hub lacks those that are not in `folder`. All JSON
+               files have been requested, and so has every index.
     """
     for name in WEIGHT_FILES.get(part, ()):
         path = folder / part / name
         if is_index(path):
             if path.exists():
                 shards = [f"{part}/{shard}" for shard in read_index(path)]
-                return [shard for shard in shards if shard not in asked]
+                return [shard for shard in shards if shard not in requested]
         elif path.exists():
             return []
-        elif f"{part}/{name}" not in asked:
+        elif f"{part}/{name}" not in requested:
             return [f"{part}/{name}"]
     return []
 

@@ -11,9 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spin.checkpoint.agreement import check_same_schedule, check_same_width
+from spin.checkpoint.agreement import (
+    check_same_schedule,
+    check_same_vocabulary,
+    check_same_width,
+)
 from spin.checkpoint.folder import (
     PARTS,
+    SCHEDULER_CONFIG,
     Folder,
     StoredNetwork,
     write_model_index,
@@ -25,7 +30,6 @@ from spin.checkpoint.single_file import SingleFile, write_single_file
 from spin.checkpoint.tensors import config_errors, fill
 from spin.checkpoint.tokenizer import write_tokenizer
 from spin.checkpoint.weights import WEIGHT_FILES, list_weight_files
-from spin.infra.errors import InputError
 from spin.infra.files import hash_files, write_json
 from spin.scheduler import Scheduler
 from spin.text import TextEncoder, Tokenizer
@@ -65,8 +69,10 @@ def load_pipeline(
 
     source: a diffusers folder, a hub id "org/name", or a file in the original layout
     dtype:  of all weights
+    device: where the weights are put
     unet:   another source, or its folder unet/ alone, to take the UNet from
-    prediction_type: "epsilon" or "v_prediction", whatever the files say; None for what they say
+    prediction_type:
+            "epsilon" or "v_prediction", whatever the files say; None for what they say
 
     The UNet predicts the noise eps, or with prediction_type "v_prediction" the velocity
     v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0: SD-2.x at 768 px.
@@ -129,12 +135,7 @@ def make_text_encoder(
     """Build a text encoder from its config and tokenizer, and fill it with its tensors."""
     with config_errors(stored.where), torch.device("meta"):
         text_encoder = TextEncoder(stored.config, tokenizer)
-    vocab_size = stored.config["vocab_size"]
-    num_tokens = len(tokenizer.vocab)
-    if num_tokens != vocab_size:
-        message = f"{vocab_size} embeddings for {num_tokens} tokens of the tokenizer"
-        advice = "tokens added by textual inversion are not supported: use the model without them"
-        raise InputError(f"{stored.where}: {message}; {advice}")
+    check_same_vocabulary(text_encoder, stored.where)
     names = expand_names(TEXT_NAMES, i=stored.config["num_hidden_layers"])
     fill(text_encoder.tower, stored.tensors, stored.where, dtype, device, names)
     return text_encoder.eval()
@@ -167,7 +168,7 @@ def save_pipeline(pipe: Pipeline, folder: str | Path) -> None:
 
     scheduler_config = {"_class_name": "DDIMScheduler"}  # unless the config names another
     scheduler_config.update(pipe.scheduler.config)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config)
+    write_json(folder / "scheduler" / SCHEDULER_CONFIG, scheduler_config)
     write_model_index(folder, scheduler_config["_class_name"])
 
 
@@ -201,7 +202,10 @@ def hash_checkpoint(path: str | Path) -> str:
 
 
 def files_of_part(folder: Path, part: str) -> list[Path]:
-    """Return the files that are read of a part of a checkpoint, sorted by name."""
+    """Return a part's files whose contents may matter, sorted by name.
+
+    folder: the part's own folder, such as unet/
+    """
     if part in WEIGHT_FILES:
         configs = folder.glob("config.json")
         files = [*configs, *list_weight_files(folder, part)]

@@ -40,15 +40,14 @@ from spin.vae import AutoencoderKL
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-TEXT_PREFIX = "cond_stage_model."  # of the three that follow
+TEXT_PREFIX = "cond_stage_model."  # how the next three prefixes begin
 TEXT_1_PREFIX = "cond_stage_model.transformer.text_model."  # SD-1.x; then transformers' names
 TEXT_2_PREFIX = "cond_stage_model.model."  # SD-2.x; then open_clip's names, which are ours
+OLD_TEXT_PREFIX = "cond_stage_model.transformer."  # NovelAI's SD-1.x and merges with it
+# what follows OLD_TEXT_PREFIX in the names of a text tower's tensors
+OLD_TEXT_MODULES = ("embeddings.", "encoder.", "final_layer_norm.")
 
 SCALING_FACTOR = 0.18215  # of the VAE of every such file
-
-OLD_TEXT_PREFIX = "cond_stage_model.transformer."  # NovelAI's SD-1.x and merges with it
-# the modules of a text tower whose names follow that prefix
-OLD_TEXT_MODULES = ("embeddings.", "encoder.", "final_layer_norm.")
 
 # what each network is called in messages, and the beginning of its tensors' names
 NETWORKS = {
@@ -99,6 +98,10 @@ class SingleFile:
         return StoredNetwork(config, tensors, self.path)
 
     def read_text_tensors(self, num_layers: int) -> dict[str, Tensor]:
+        """Return the text tower's tensors by transformers' names, without "text_model.".
+
+        Raises InputError if a tensor is there under an old and a new name, with other values.
+        """
         if self.is_sd_2:
             tensors = with_prefix(self.tensors, TEXT_2_PREFIX)
             # leaves out what the file holds besides: a last layer, projections
@@ -109,10 +112,11 @@ class SingleFile:
         older.pop(POSITION_IDS, None)
         for name, tensor in older.items():
             if not name.startswith(OLD_TEXT_MODULES):
-                continue  # with "text_model.", or a projection that is not used
+                continue  # "text_model.", which `tensors` has already, or an unused projection
             if name in tensors and not torch.equal(tensors[name], tensor):
                 message = f"two different tensors, with and without text_model.: {name}"
-                raise InputError(f"{self.path}: its text tower has {message}")
+                advice = "use a file that was not merged"
+                raise InputError(f"{self.path}: its text tower has {message}; {advice}")
             tensors[name] = tensor
         return tensors
 
@@ -213,22 +217,9 @@ def write_single_file(
     Raises InputError if sizes, noise schedule, latents' scale or tokenizer are not Stable
     Diffusion's, since the file cannot state them.
     """
-    only = "so only those of Stable Diffusion can be saved"
-    if unet.config["block_out_channels"] != SD_1["unet"]["block_out_channels"]:
-        raise InputError(f"{path}: a single file states no sizes, {only}")
-    if vae.scaling_factor != SCALING_FACTOR:
-        message = f"a single file states no scaling_factor; it would mean {SCALING_FACTOR}"
-        raise InputError(f"{path}: {message}, not the VAE's {vae.scaling_factor}")
-    tokenizer = text_encoder.tokenizer
-    assumed = clip_tokenizer(text_encoder.config)
-    same_rows = (tokenizer.pad_token, tokenizer.length) == (assumed.pad_token, assumed.length)
-    if tokenizer.vocab != assumed.vocab or not same_rows:
-        message = "a single file states no tokenizer; it would mean CLIP's, padded with"
-        raise InputError(f"{path}: {message} {assumed.pad_token!r} to {assumed.length} tokens")
-    zero_snr = scheduler.config.get("rescale_betas_zero_snr", False)
-    published = Scheduler({**SD_1["scheduler"], "rescale_betas_zero_snr": zero_snr})
-    if not torch.equal(scheduler.alphas_cumprod, published.alphas_cumprod):
-        raise InputError(f"{path}: a single file states no betas, {only}")
+    refuse_other_networks(path, unet, vae)
+    refuse_other_tokenizers(path, text_encoder)
+    refuse_other_betas(path, scheduler)
 
     tensors = {}
     unet_state = unet.state_dict()
@@ -253,10 +244,40 @@ def write_single_file(
     empty = torch.empty(0, dtype=unet.conv_in.weight.dtype)
     if scheduler.prediction_type == "v_prediction":
         tensors[V_MARKER] = empty
-    if zero_snr:
+    if scheduler.config.get("rescale_betas_zero_snr", False):
         tensors[ZERO_SNR_MARKER] = empty
     prediction = scheduler.prediction_type.removesuffix("_prediction")
     write_safetensors(path, tensors, {"format": "pt", "modelspec.prediction_type": prediction})
+
+
+ONLY = "so only those of Stable Diffusion can be saved"
+
+
+def refuse_other_networks(path: Path, unet: UNet, vae: AutoencoderKL) -> None:
+    """Raise InputError unless the UNet's sizes and the latents' scale are Stable Diffusion's."""
+    if unet.config["block_out_channels"] != SD_1["unet"]["block_out_channels"]:
+        raise InputError(f"{path}: a single file states no sizes, {ONLY}")
+    if vae.scaling_factor != SCALING_FACTOR:
+        message = f"a single file states no scaling_factor; it would mean {SCALING_FACTOR}"
+        raise InputError(f"{path}: {message}, not the VAE's {vae.scaling_factor}")
+
+
+def refuse_other_tokenizers(path: Path, text_encoder: TextEncoder) -> None:
+    """Raise InputError unless the tokenizer is the one that a single file's reader assumes."""
+    own = text_encoder.tokenizer
+    assumed = clip_tokenizer(text_encoder.config)
+    same_rows = (own.pad_token, own.length) == (assumed.pad_token, assumed.length)
+    if own.vocab != assumed.vocab or not same_rows:
+        message = "a single file states no tokenizer; it would mean CLIP's, padded with"
+        raise InputError(f"{path}: {message} {assumed.pad_token!r} to {assumed.length} tokens")
+
+
+def refuse_other_betas(path: Path, scheduler: Scheduler) -> None:
+    """Raise InputError unless the noise schedule is Stable Diffusion's, rescaled or not."""
+    zero_snr = scheduler.config.get("rescale_betas_zero_snr", False)
+    published = Scheduler({**SD_1["scheduler"], "rescale_betas_zero_snr": zero_snr})
+    if not torch.equal(scheduler.alphas_cumprod, published.alphas_cumprod):
+        raise InputError(f"{path}: a single file states no betas, {ONLY}")
 
 
 def linear_to_convolutions(state: dict[str, Tensor]) -> dict[str, Tensor]:

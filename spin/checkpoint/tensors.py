@@ -90,7 +90,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file that torch.save wrote: a state dict, or one in "state_dict"."""
+    """Return the tensors of a file that torch.save wrote: a state dict, or one in "state_dict".
+
+    Raises InputError if the file is damaged, or refers to anything but tensors and UNUSED_GLOBALS.
+    """
     unused = [(Unused, name) for name in UNUSED_GLOBALS]
     try:
         with torch.serialization.safe_globals(unused):
@@ -182,7 +185,7 @@ def convert(tensor: Tensor, dtype: torch.dtype, device: str, label: str) -> Tens
 
     label: names the tensor in messages
 
-    Raises InputError if it is quantized, or not finite: it would turn every image black.
+    Raises InputError if the weight is quantized or not finite. One NaN turns every image black.
     """
     if not tensor.is_floating_point():
         raise InputError(f"{label} is {tensor.dtype}: quantized weights cannot be used")
@@ -201,27 +204,27 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(ends.isfinite().all())
 
 
-def compare_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
+def compare_tensors(stored: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
     """Raise InputError unless names and shapes are the same.
 
     The message holds at most five names of each kind of difference.
     """
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    reshaped = []
-    for name in sorted(found.keys() & expected.keys()):
-        shape = list(found[name].shape)
+    missing = sorted(expected.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - expected.keys())
+    misshapen = []
+    for name in sorted(stored.keys() & expected.keys()):
+        shape = list(stored[name].shape)
         expected_shape = list(expected[name].shape)
         if shape != expected_shape:
-            reshaped.append(f"{name} is {shape}, not {expected_shape}")
+            misshapen.append(f"{name} is {shape}, not {expected_shape}")
 
     differences = []
     if missing:
         differences.append(f"{len(missing)} missing ({first_five(missing)})")
     if unexpected:
         differences.append(f"{len(unexpected)} unexpected ({first_five(unexpected)})")
-    if reshaped:
-        differences.append(f"{len(reshaped)} of another shape ({first_five(reshaped)})")
+    if misshapen:
+        differences.append(f"{len(misshapen)} of another shape ({first_five(misshapen)})")
     if differences:
         listed = "; ".join(differences)
         raise InputError(f"{where}: its tensors do not match its config: {listed}")

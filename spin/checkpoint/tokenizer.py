@@ -61,7 +61,8 @@ def read_tokenizer(folder: Path, text_config: dict) -> Tokenizer:
     """
     whole = read_json_if_any(folder / "tokenizer.json")
     merges, vocab = read_merges_and_vocab(folder, whole)
-    # With a vocabulary, transformers pads with the end token by default. Without, it reads nothing.
+    # A vocabulary without a pad token is padded with the end token, as in transformers. Without a
+    # vocabulary there is no rule of transformers: pad as the text tower was trained.
     default_pad_token = usual_pad_token(text_config) if vocab is None else EOS
     try:
         settings = read_settings(folder, whole)
@@ -69,22 +70,33 @@ def read_tokenizer(folder: Path, text_config: dict) -> Tokenizer:
         length = read_length(settings, max_length(text_config))
         tokenizer = Tokenizer(merges, pad_token, length)
         added = read_added_tokens(folder, whole, settings)
-    except InputError:
+    except InputError:  # a ValueError, too, but its message is ready
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: not a tokenizer like CLIP's: {error}") from None
 
+    check_added_tokens(added, pad_token, folder)
+    if vocab is not None:
+        check_vocab(vocab, tokenizer, folder)
+    return tokenizer
+
+
+def check_added_tokens(added: list[str], pad_token: str, folder: Path) -> None:
+    """Raise InputError if a token was added to CLIP's."""
     foreign = [token for token in added if token not in (BOS, EOS, pad_token)]
     if foreign:
         message = f"has special or added tokens besides CLIP's ({first_five(foreign)})"
         advice = "as after textual inversion, which is not supported: use the model without them"
         raise InputError(f"{folder}: {message}, {advice}")
-    if vocab is not None and vocab != tokenizer.vocab:
+
+
+def check_vocab(vocab: dict[str, int], tokenizer: Tokenizer, folder: Path) -> None:
+    """Raise InputError unless a stored vocabulary is the one that the tokenizer's merges make."""
+    if vocab != tokenizer.vocab:
         tokens = sorted(vocab.keys() | tokenizer.vocab.keys())
         different = [token for token in tokens if vocab.get(token) != tokenizer.vocab.get(token)]
         message = "its vocabulary does not follow from its merges, as CLIP's does"
         raise InputError(f"{folder}: {message}: {first_five(different)}")
-    return tokenizer
 
 
 def read_merges_and_vocab(
@@ -126,11 +138,12 @@ def read_merges_and_vocab(
 def read_settings(folder: Path, whole: dict) -> dict:
     """Return what a tokenizer's files say besides its vocabulary.
 
-    whole: the contents of tokenizer.json, of which transformers obeys no more than the sides at
-           which it pads and cuts
+    whole: the contents of tokenizer.json. Only the sides at which it pads and cuts are used, as in
+           transformers.
 
-    special_tokens_map.json comes before tokenizer_config.json, unless the latter lists its tokens
-    by id: then transformers does not read the former, since version 4.34, which began such lists.
+    special_tokens_map.json overrides tokenizer_config.json, unless the latter lists its tokens by
+    id (added_tokens_decoder): transformers 4.34 and later, which write such lists, then ignore the
+    former.
 
     Raises ValueError if a setting has another value than in EXPECTED.
     """

@@ -11,9 +11,9 @@ from spin.checkpoint.tensors import first_five, read_tensors
 from spin.infra.errors import InputError
 from spin.infra.files import read_json
 
-# Of the files that a folder holds, the first one in these lists is read. The order is that of
-# diffusers and transformers, which differ about an index. Both read files in half precision only
-# when they are asked to; here, they are read where there is nothing else.
+# The first of these files that a folder holds is read. The order is that of diffusers and of
+# transformers: the former prefers an index to a .safetensors file, the latter the file. Both read
+# half precision only on request; this project reads it where there is nothing else.
 DIFFUSERS_FILES = (
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
@@ -100,7 +100,7 @@ def is_index(path: Path) -> bool:
 def read_index(path: Path) -> dict[str, set[str]]:
     """Return the names of each shard's tensors, by the shard's file name.
 
-    Raises InputError if the file is no index, or if a shard is not beside it.
+    Raises InputError if the file is no index, or if a shard's name leads to another folder.
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -64,7 +64,8 @@ class ModelSource:
         """Return the one or two checkpoints on this machine. A hub's is downloaded first."""
         paths = [locate(self.model)]
         if self.unet is not None:
-            paths.append(locate(self.unet, parts=("unet",)))
+            # what load() downloads, so that the hash is the same before and after it
+            paths.append(locate(self.unet, parts=("unet", "scheduler")))
         return paths
 
 
@@ -184,7 +185,7 @@ class Evaluation:
     def score(self, model: str, model_hash: str, scorer: Scorer) -> dict[str, np.ndarray]:
         """Return {metric: [N,images_per_prompt]} of a model's images, which have been sampled.
 
-        Scores are stored under a hash of the scorer and of the image's file, which states its prompt.
+        Scores are stored under a hash of the scorer and the image's file, which states its prompt.
         Raises InputError if a score is not finite.
         """
         requests = self.requests(model, model_hash)

@@ -60,12 +60,17 @@ def number(kind: type, low: float, high: float = math.inf):
 
 
 def utf8_text(text: str) -> str:
-    """A type for argparse: what the shell passed, unless its bytes were not UTF-8."""
-    text.encode()  # fails for the lone surrogates that stand for such bytes
+    """Return `text`. A type for argparse, which refuses arguments that are not UTF-8."""
+    text.encode()  # fails for lone surrogates, which stand for bytes that are not UTF-8
     return text
 
 
 utf8_text.__name__ = "UTF-8 text"  # which argparse puts into its message
+
+
+def flag_name(setting: str) -> str:
+    """Return the flag of a setting: --batch-size for batch_size."""
+    return "--" + setting.replace("_", "-")
 
 
 #: argparse's type of a --seed: torch and NumPy both take it, and there is room to count up

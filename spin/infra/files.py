@@ -13,6 +13,9 @@ from safetensors import SafetensorError
 
 from spin.infra.errors import InputError
 
+#: The first line of the small text file that stands for a large one in a Git repository.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -83,12 +86,11 @@ def describe_encoding(content: bytes, start: int) -> str:
     return f"line {line} has the byte 0x{content[start]:02x}"
 
 
-#: The first line of the small text file that stands for a large one in a Git repository.
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-
-
 def refuse_lfs_pointer(path: Path) -> None:
-    """Raise InputError if a file is a Git LFS pointer. A file that cannot be read is none."""
+    """Raise InputError if a file is a Git LFS pointer.
+
+    A file that cannot be opened is left to its reader, whose message says why.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(len(LFS_POINTER))

@@ -2,6 +2,7 @@
 
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -13,10 +14,10 @@ from spin.infra.files import atomic_write, refuse_lfs_pointer
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-# Chunks of a PNG that no pixel depends on, and no orientation unless it is stated in a text.
+# Names of PNG chunks that no pixel depends on. EXIF is not among them: it states the orientation.
 PNG_METADATA = b"tEXt zTXt iTXt tIME pHYs iCCP gAMA cHRM sRGB sBIT sPLT hIST bKGD".split()
 
-# How to turn an image upright, by its EXIF orientation. 1, and what is not defined: not at all.
+# EXIF orientation -> how to turn the image upright. 1 is upright; undefined values are ignored.
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -36,7 +37,9 @@ def read_image(path: Path) -> Image.Image:
     """
     refuse_lfs_pointer(path)
     try:
-        return decode_image(path)
+        # Given a path, Pillow maps some files into memory, and scrambles turned TIFFs (Pillow 13).
+        with open(path, "rb") as file:
+            return decode_image(file)
     except Exception as error:  # a broken file can make Pillow's many readers raise anything
         reason = str(error) or type(error).__name__
     try:
@@ -45,12 +48,13 @@ def read_image(path: Path) -> Image.Image:
         raise InputError(f"{path}: not a readable image ({reason})") from None
 
 
-def decode_image(file: Path | BytesIO) -> Image.Image:
-    with Image.open(file) as image:
-        if image.format == "PNG":
-            image.verify()  # its checksums, which Pillow's decoder ignores
-    with Image.open(file) as image:
-        return to_rgb(image)
+def decode_image(file: BinaryIO) -> Image.Image:
+    image = Image.open(file)
+    if image.format == "PNG":
+        image.verify()  # its checksums, which Pillow's decoder ignores; then it must be opened anew
+        file.seek(0)
+        image = Image.open(file)
+    return to_rgb(image)
 
 
 def read_png_without_metadata(path: Path) -> bytes:
@@ -78,7 +82,7 @@ def read_png_without_metadata(path: Path) -> bytes:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of 8 or 16 bits in RGB: rotated as its EXIF data says, on a white background.
 
-    Raises ValueError if it is not known which value is white.
+    Raises ValueError if which value is white cannot be known.
     """
     # Pillow reads 16 bits of PGM files as 32, scaled so that white is 65535.
     is_16_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
@@ -109,7 +113,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def check_white(tags) -> None:
-    """Raise ValueError for tags of a TIFF that Pillow reads as if white were 65535, and is not."""
+    """Raise ValueError if a 16-bit TIFF's tags say that white is not 65535, as Pillow assumes."""
     if tags.get(ExifTags.Base.BitsPerSample) == (12,):
         raise ValueError("12 bits per pixel; convert to 8 or 16 bits")
     if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:

@@ -1,6 +1,6 @@
-"""The look at all rows of the data before a run: what they are, and which cannot be used.
+"""Check all rows of the data before a run: hash their contents, and list those that are bad.
 
-`images` is a `spin.data.CaptionedImages`.
+`images` is a `spin.data.CaptionedImages`, whose module infra must not import.
 """
 
 import hashlib
@@ -24,14 +24,15 @@ CHUNK = 4096  # rows whose tasks are in memory at once
 
 
 def check_rows(images, folder: Path, skip: bool) -> str:
-    """Look at every row of the data, and return 16 hexadecimal digits that identify it.
+    """Check every row of the data, and return 16 hexadecimal digits that identify its contents.
 
-    They are of SHA-256 over what is read, in order: captions and the contents of image files. It
-    is recorded in folder/rows.txt, so that the next look only reads what has changed. The bad rows
-    are listed in folder/bad_rows.txt.
+    These begin a SHA-256 over the captions and image files of all good rows, in order.
+    folder/rows.txt records what each row was, so that the next start reads only what has changed.
+    folder/bad_rows.txt lists the bad rows.
 
-    With `skip`, drop them from `images`. Raises InputError if there are any and `skip` is off, or
-    if all rows are bad.
+    skip: whether to drop bad rows from `images`.
+
+    Raises InputError if there are bad rows and `skip` is off, or if all rows are bad.
     """
     recorded = folder / "rows.txt"
     listed = folder / "bad_rows.txt"
@@ -41,10 +42,10 @@ def check_rows(images, folder: Path, skip: bool) -> str:
 
     digest = hashlib.sha256()
     usable = np.zeros(len(images), dtype=bool)
-    for row, record in enumerate(read_records(recorded)):
-        sha256 = record.partition(" ")[0]
+    for index, record in enumerate(read_records(recorded)):
+        sha256, _ = split_record(record)
         digest.update(sha256.encode())
-        usable[row] = sha256 != ""
+        usable[index] = sha256 != ""
     num_bad = len(images) - int(usable.sum())
     if num_bad > 0:
         report_bad_rows(listed, num_bad, len(images), skip)
@@ -52,20 +53,26 @@ def check_rows(images, folder: Path, skip: bool) -> str:
     return digest.hexdigest()[:16]
 
 
-# ---- Looking at rows -----------------------------------------------------------------------------
+# ---- Inspecting rows -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a look at a row and its images found.
+    """What was found when a row and its images were read.
 
     fault: what is wrong, on one line; None if nothing is.
-    record: SHA-256 of what was read, in 64 hexadecimal digits; a space; and the row's stamp, which
-        tells whether it has changed since. "" for a bad row.
+    record: SHA-256 of caption and image files, in 64 hexadecimal digits; a space; and the row's
+        `stamp`, by which a later start knows whether the row has changed. "" for a bad row.
     """
 
     fault: str | None
     record: str
+
+
+def split_record(record: str) -> tuple[str, str]:
+    """Return the SHA-256 and the stamp of a record: "" and "" for a bad row's."""
+    sha256, _, row_stamp = record.partition(" ")
+    return sha256, row_stamp
 
 
 def find_faults(images) -> Iterator[str | None]:
@@ -75,40 +82,42 @@ def find_faults(images) -> Iterator[str | None]:
 
 
 def inspect(images, records: Iterable[str] = ()) -> Iterator[Inspection]:
-    """Look at every row and its images. All cores read images.
+    """Yield an Inspection of every row, in order. All cores read images.
 
-    records: those of an earlier look. What has not changed since is not read again.
+    records: those of the last start, row by row. Rows that have not changed are not read again.
     """
-    records = chain(records, repeat(""))
+    old_records = chain(records, repeat(""))
     with ThreadPool(os.cpu_count()) as pool:
         for start in range(0, len(images), CHUNK):
-            rows = range(start, min(start + CHUNK, len(images)))
+            indices = range(start, min(start + CHUNK, len(images)))
             unchanged = {}
-            for row, record in zip(rows, records):
-                if is_unchanged(images, row, record):
-                    unchanged[row] = Inspection(None, record)
-            tasks = [(images, row) for row in rows if row not in unchanged]
+            for index in indices:
+                record = next(old_records)
+                if is_unchanged(images, index, record):
+                    unchanged[index] = Inspection(None, record)
+            tasks = [(images, index) for index in indices if index not in unchanged]
             inspections = pool.imap(inspect_row, tasks, chunksize=16)
-            for row in rows:
-                yield unchanged[row] if row in unchanged else next(inspections)
+            for index in indices:
+                yield unchanged[index] if index in unchanged else next(inspections)
 
 
 def is_unchanged(images, index: int, record: str) -> bool:
-    """Return whether a row is as it was when `record` was made of it. "" is of a bad row."""
+    """Return whether a row is as it was when `record` was made: never for a bad row."""
     if not record:
         return False
+    _, old_stamp = split_record(record)
     try:
-        return record.partition(" ")[2] == stamp(images.read_row(index), images.folder)
+        return old_stamp == stamp(images.read_row(index), images.folder)
     except (InputError, OSError):
         return False
 
 
 def inspect_row(task: tuple) -> Inspection:
-    """Look at a row and its images. task: `images` and the row's index."""
+    """Read a row and its images. task: `images` and the row's index."""
     images, index = task
     try:
         row = images.read_row(index)
-        # made before the images are read: a change in the meantime is a change
+        # before the images are read, so that a change during the reading is seen at the next start
         row_stamp = stamp(row, images.folder)
         contents = [row.caption]
         for path in row.image_files():
@@ -127,17 +136,17 @@ def stamp(row: Row, folder: Path) -> str:
     parts: list = [row.caption]
     for path in row.image_files():
         status = path.stat()
-        name = str(path).removeprefix(str(folder))
+        name = os.path.relpath(path, folder)  # Path.relative_to refuses absolute names behind links
         parts.append([name, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
     return json.dumps(parts)
 
 
-# ---- The files of a look -------------------------------------------------------------------------
+# ---- rows.txt and bad_rows.txt -------------------------------------------------------------------
 
 
 def write_inspections(images, recorded: Path, listed: Path) -> None:
-    """Look at every row; write its record to one file, and its fault, if any, to the other."""
-    bar = distributed.progress_bar(total=len(images), desc="looking at the data", delay=1)
+    """Inspect every row. Write its record to `recorded`, and its fault, if any, to `listed`."""
+    bar = distributed.progress_bar(total=len(images), desc="checking the data", delay=1)
     with (
         bar,
         atomic_write(recorded) as new_records,

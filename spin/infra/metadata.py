@@ -1,4 +1,4 @@
-"""metadata.jsonl: a line for each image, and what is refused of it."""
+"""Read metadata.jsonl, one line per image. A line that cannot be used is refused by its number."""
 
 import codecs
 import json
@@ -15,7 +15,7 @@ from spin.infra.files import refuse_lfs_pointer
 
 NOT_A_ROW = "not a JSON object with file_name and text (or caption)"
 
-#: What is wrong with an image outside the folder that a link in the folder leads to.
+#: How the fault of an image ends that is reached through a link out of the folder.
 LEADS_OUT = "leads out of the folder through a link; --follow-links allows it"
 
 
@@ -37,7 +37,12 @@ class Row:
 
 
 def index_lines(path: Path, limit: int | None) -> np.ndarray:
-    """Return the line number, from 1 on, and byte offset of every line that is not empty: [N,2]."""
+    """Return line number (1-based) and byte offset of every line that is not empty: [N,2] int64.
+
+    limit: how many such lines to read at most; None for all.
+
+    Raises InputError if the file is missing or cannot be read.
+    """
     refuse_lfs_pointer(path)
     try:
         with open(path, "rb") as file:
@@ -160,14 +165,13 @@ def locate_image(folder: Path, name: str, follow_links: bool, location: str) -> 
     """Return an image's path. Raises InputError if it is outside the folder or does not exist."""
     path = folder / name
     try:
-        inside = path.resolve().is_relative_to(folder)
+        inside = path.resolve().is_relative_to(folder)  # links followed
         exists = path.is_file()
         is_link = path.is_symlink()
     except (OSError, ValueError, RuntimeError):  # no file can have this name, or links in a circle
-        inside = True
-        exists = False
-        is_link = False
-    if not inside and not Path(os.path.normpath(path)).is_relative_to(folder):
+        raise InputError(f"{location}: no image {name!r} in {folder}") from None
+    name_leaves = not Path(os.path.normpath(path)).is_relative_to(folder)  # links not followed
+    if not inside and name_leaves:
         raise InputError(f"{location}: {name!r} is outside the folder; move the image into it")
     if not exists:
         link = ", only a broken link" if is_link else ""

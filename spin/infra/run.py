@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from spin.infra.cli import flag_name
 from spin.infra.errors import InputError
 from spin.infra.files import atomic_write, read_json, write_json
 
@@ -63,7 +64,7 @@ class Run:
         must_match: Iterable[str],
         defaults: dict,
         removed: dict,
-        num_iterations: int,
+        num_settled: int,
     ) -> None:
         """Raise InputError if the run was started with settings that compute something else.
 
@@ -73,25 +74,28 @@ class Run:
             there, too, is not compared.
         removed: {key that no longer exists: its values that select the present behavior}. None for
             the values means any.
-        num_iterations: of lists with a value for each iteration, how many values must match.
+        num_settled: how many iterations have begun. Of a list with a value for each iteration, only
+            the values of these must match.
         """
         begun_with = self.read_config()
         if not begun_with:
             return
         differences = []
         for key in must_match:
-            value = begun_with.get(key, defaults.get(key))
-            now = config[key]
-            if key not in begun_with and value is None:
+            if key not in begun_with and defaults.get(key) is None:
                 continue
+            before = begun_with.get(key, defaults.get(key))
+            now = config[key]
             if isinstance(now, list):
-                value = value[:num_iterations]
-                now = now[:num_iterations]
-            if value != now:
-                differences.append(describe_difference(key, value, now))
+                before = before[:num_settled]
+                now = now[:num_settled]
+            if before != now:
+                differences.append(describe_difference(key, before, now))
         for key, value in begun_with.items():
-            known = key in config or (key in removed and removed[key] is None)
-            if not known and value not in removed.get(key, ()):
+            if key in config:
+                continue
+            supported = removed.get(key, [])
+            if supported is not None and value not in supported:
                 differences.append(f"{key} {value!r}, which this version does not support")
         if differences:
             raise InputError(
@@ -229,14 +233,14 @@ def max_iteration(folders: Iterable[Path]) -> int:
 CONTENTS = {"model_hash": "--model", "unet_hash": "--unet", "data_sha256": "--data"}
 
 
-def describe_difference(key: str, value, now) -> str:
-    """Return what a run was started with and what it is now, as a user would say it."""
+def describe_difference(key: str, before, now) -> str:
+    """Return a setting's value at the start of a run and its value now, as flags."""
     if key in CONTENTS:
-        return f"other contents of {CONTENTS[key]} ({value}, now {now})"
-    flag = f"--{key.replace('_', '-')}"
-    if key == "predicts":  # by the flag or by the model's files
+        return f"other contents of {CONTENTS[key]} ({before}, now {now})"
+    flag = flag_name(key)
+    if key == "predicts":  # from the flag or from the model's files
         flag = "--prediction-type"
-    return f"{flag} {as_argument(value)}, now {as_argument(now)}"
+    return f"{flag} {as_argument(before)}, now {as_argument(now)}"
 
 
 def as_argument(value) -> str:

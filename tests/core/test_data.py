@@ -512,7 +512,7 @@ def test_a_folder_behind_a_link_may_be_followed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../a.png", "photos/../../a.png", "/etc/passwd"])
-def test_a_name_that_leaves_the_folder_is_refused_even_so(name, tmp_path):
+def test_a_name_that_leaves_the_folder_is_refused_even_with_follow_links(name, tmp_path):
     folder = tmp_path / "data"
     (folder / "photos").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
@@ -531,6 +531,18 @@ def test_links_within_the_folder_and_to_the_folder_need_no_flag(follow_links, tm
     (tmp_path / "link").symlink_to(folder)
     images = CaptionedImages(tmp_path / "link", 8, follow_links=follow_links)
     assert list(find_faults(images)) == [None]
+
+
+def test_an_absolute_name_through_a_link_to_the_folder_is_hashed(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    entry = {"file_name": str(tmp_path / "link" / "a.png"), "text": "a caption"}
+    helpers.write_metadata(folder, [entry])
+    looks = tmp_path / "looks"
+    before = hash_rows(folder, looks)
+    assert hash_rows(folder, looks) == before
 
 
 @pytest.mark.parametrize("target", ["../missing.png", "missing.png", "a.png"])
@@ -605,6 +617,18 @@ def test_captions_and_the_order_of_rows_are_data(rows, tmp_path):
     metadata.write_text("".join(lines[:2]))
     hashes.add(hash_rows(rows, looks))
     assert len(hashes) == 4
+
+
+def test_metadata_that_changes_after_it_was_read_is_refused(rows):
+    """Its lines may have moved: a caption would go with another image."""
+    images = CaptionedImages(rows, 8)
+    images.caption(0)
+    lines = (rows / "metadata.jsonl").read_text().splitlines()
+    (rows / "metadata.jsonl").write_text("\n".join(reversed(lines)))
+    status = (rows / "metadata.jsonl").stat()
+    os.utime(rows / "metadata.jsonl", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(InputError, match="metadata.jsonl: has changed since it was read"):
+        images.caption(0)
 
 
 def test_two_images_that_change_places_are_other_data(rows, tmp_path, monkeypatch):

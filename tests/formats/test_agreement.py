@@ -225,7 +225,7 @@ def test_files_that_contradict_themselves_are_refused_until_the_user_decides(
         (metadata("modelspec.prediction_type", "vague"), "vague"),
         (metadata("modelspec.predict_key", "x0"), "x0"),
         ({"yaml": YAML.replace('"v"', "x0")}, "x0"),
-        ({"yaml": f"target: {SCALING}.EDMScaling"}, "EDMScaling"),
+        ({"yaml": f"target: {SCALING}.OddScaling"}, "OddScaling"),
     ],
 )
 def test_unknown_predictions_are_refused(stated, word, write_file):
@@ -239,6 +239,13 @@ def test_files_of_edm_are_refused(name, write_file):
     for prediction_type in (None, V):
         expected = (f"its tensor {name}", "EDM")
         assert_file_refused(path, *expected, prediction_type=prediction_type)
+
+
+@pytest.mark.parametrize("scaling", ["EDMScaling", "VScalingWithEDMcNoise"])
+def test_a_yaml_of_edm_is_refused_whatever_the_user_says(scaling, write_file):
+    path = write_file("SD-1", yaml=f"target: {SCALING}.{scaling}")
+    for prediction_type in (None, V):
+        assert_file_refused(path, "model.yaml", scaling, prediction_type=prediction_type)
 
 
 @pytest.mark.parametrize(

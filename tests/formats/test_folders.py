@@ -296,6 +296,17 @@ def test_impossible_configs_are_refused(part, changes, model_copy):
     assert_refused(model_copy, str(model_copy / part))
 
 
+@pytest.mark.parametrize(
+    "version, stated, expected", [("0.8.1", 32, 64), ("0.9.0", 32, 32), ("0.8.1", 96, 96)]
+)
+def test_the_sample_size_of_folders_from_before_diffusers_0_9_is_corrected(
+    version, stated, expected, model_copy
+):
+    path = model_copy / "unet" / "config.json"
+    edit_json(path, _diffusers_version=version, sample_size=stated)
+    assert load_unet(model_copy).sample_size == expected
+
+
 # -----------------------------------------------------------------------------
 # hashes
 

@@ -8,11 +8,18 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from spin.infra.errors import InputError
-from spin.infra.images import format_parameters, read_image, read_parameters
-from spin.infra.images import save_png, to_pil, to_rgb
+from spin.infra.images import (
+    TRANSPOSE,
+    format_parameters,
+    read_image,
+    read_parameters,
+    save_png,
+    to_pil,
+    to_rgb,
+)
 
 # ---- Reading -------------------------------------------------------------------------------------
 
@@ -195,7 +202,7 @@ def test_what_the_pixels_depend_on_is_not_metadata(chunk, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
-def test_a_color_profile_that_is_none_is_ignored(suffix, tmp_path):
+def test_an_invalid_color_profile_is_ignored(suffix, tmp_path):
     path = tmp_path / f"a.{suffix}"
     oriented_image().save(path, icc_profile=b"no profile")
     assert read_image(path).size == (12, 8)
@@ -314,6 +321,35 @@ def test_a_broken_file_is_refused_by_name(damage, tmp_path):
     path.write_bytes(damaged[damage])
     reason = r" \(Image size" if damage == "huge" else ""
     with pytest.raises(InputError, match=rf"a\.png: not a readable image{reason}"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "CMYK", "P"])
+@pytest.mark.parametrize("orientation", [5, 6, 8])
+def test_a_turned_tiff_is_not_scrambled(mode, orientation, tmp_path):
+    """As it is by Pillow 13, given a path, if it is not compressed."""
+    image = helpers.photograph("x", (64, 48)).convert("L")
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(tmp_path / "a.tif", exif=exif)
+    upright = image.transpose(TRANSPOSE[orientation])
+    expected = np.asarray(to_rgb(upright))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.tif")), expected)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.9])
+def test_a_png_that_ends_in_zeros_is_refused(kept, tmp_path):
+    """As after a power cut: Pillow's decoder does not look at checksums, and reads black rows."""
+    path = tmp_path / "a.png"
+    helpers.photograph("x", (160, 120)).save(path)
+    content = path.read_bytes()
+    length = int(kept * len(content))
+    path.write_bytes(content[:length] + bytes(len(content) - length))
+    with pytest.raises(InputError, match="not a readable image"):
         read_image(path)
 
 

@@ -33,7 +33,7 @@ def test_the_report_says_what_is_in_the_files_and_what_was_made_of_them(
     assert Image.open(tmp_path / "ours.png").size == (64, 64)
 
 
-def test_a_checkpoint_that_is_none_is_refused(tmp_path):
+def test_a_missing_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such"):
         real_weights.main([str(tmp_path / "missing")])
 

@@ -241,7 +241,7 @@ def without_text_model(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return {name.replace(TEXT_PREFIX, OLD_TEXT_PREFIX): value for name, value in tensors.items()}
 
 
-def test_a_text_tower_without_text_model(sd_1, tmp_path, assert_same_weights):
+def test_a_text_tower_without_text_model_in_its_names_is_read(sd_1, tmp_path, assert_same_weights):
     path = tmp_path / "merge.safetensors"
     tensors = without_text_model(load_file(sd_1.path))
     tensors[OLD_TEXT_PREFIX + "embeddings.position_ids"] = torch.arange(77)[None]

@@ -72,7 +72,7 @@ def assert_refused(folder: Path, expected: str) -> None:
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
-def test_a_vocabulary_from_vocab_and_merges(end, small_tokenizer, small_folder):
+def test_a_vocabulary_is_read_from_vocab_and_merges(end, small_tokenizer, small_folder):
     with open(small_folder / "merges.txt", "a") as file:
         file.write(end)
     ids = read_tokenizer(small_folder, OPENAI)([PROMPT])
@@ -80,14 +80,14 @@ def test_a_vocabulary_from_vocab_and_merges(end, small_tokenizer, small_folder):
 
 
 @pytest.mark.parametrize("merges", [MERGES, [merge.split() for merge in MERGES]])
-def test_a_vocabulary_from_tokenizer_json_alone(merges, small_tokenizer, tmp_path):
+def test_a_vocabulary_is_read_from_tokenizer_json_alone(merges, small_tokenizer, tmp_path):
     content = {"model": {"vocab": small_tokenizer.vocab, "merges": merges}}
     write_json(tmp_path / WHOLE, content)
     ids = read_tokenizer(tmp_path, OPENAI)([PROMPT])
     assert torch.equal(ids, small_tokenizer([PROMPT]))
 
 
-def test_a_vocabulary_that_is_stated_twice_alike(small_tokenizer, small_folder):
+def test_a_vocabulary_may_be_stated_twice_if_both_are_the_same(small_tokenizer, small_folder):
     write_json(small_folder / WHOLE, whole_tokenizer(small_tokenizer))
     ids = read_tokenizer(small_folder, OPENAI)([PROMPT])
     assert torch.equal(ids, small_tokenizer([PROMPT]))
@@ -355,7 +355,7 @@ def test_open_clips_names_of_special_tokens_are_plain_text():
 
 
 @pytest.mark.parametrize("prompt", ["a lone \ud800", "\udcff"])
-def test_a_prompt_that_is_no_utf_8_has_no_ids(prompt):
+def test_a_prompt_with_a_lone_surrogate_is_refused(prompt):
     with pytest.raises(UnicodeEncodeError):
         Tokenizer()([prompt])
     with pytest.raises(UnicodeEncodeError):

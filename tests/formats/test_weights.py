@@ -215,7 +215,7 @@ def hub(model_copy, tmp_path, monkeypatch) -> FakeHub:
     return hub
 
 
-def test_a_model_from_the_hub(hub, pipe, assert_same_pipelines):
+def test_a_model_is_loaded_from_the_hub(hub, pipe, assert_same_pipelines):
     """All at once, without the files beside those that are read."""
     unet = usual_file(hub.repository, "unet")
     for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"):
@@ -227,14 +227,14 @@ def test_a_model_from_the_hub(hub, pipe, assert_same_pipelines):
     assert hub.names == ["org/name"]
 
 
-def test_a_unet_from_the_hub(hub, pipe):
+def test_a_unet_is_loaded_from_the_hub(hub, pipe):
     unet = load_unet("UCLA-AGI/SPIN-Diffusion-iter1")
     assert torch.equal(unet.conv_in.bias, pipe.unet.conv_in.bias)
     assert {path.name for path in hub.cache.iterdir()} == {"unet"}
     assert hub.names == ["UCLA-AGI/SPIN-Diffusion-iter1"]
 
 
-def test_a_tokenizer_from_the_hub(hub, pipe):
+def test_a_tokenizer_is_downloaded_from_the_hub(hub, pipe):
     write_tokenizer(hub.repository / "tokenizer", pipe.text_encoder.tokenizer)
     load_pipeline("org/name")
     assert (hub.cache / "tokenizer/merges.txt").exists()
@@ -317,7 +317,7 @@ def folder_of_pickles(model_copy) -> Path:
     return model_copy
 
 
-def test_bin_files(folder_of_pickles, pipe, assert_same_pipelines):
+def test_bin_files_are_read(folder_of_pickles, pipe, assert_same_pipelines):
     assert_same_pipelines(load_pipeline(folder_of_pickles), pipe)
 
 
@@ -343,12 +343,12 @@ def test_numbers_of_numpy_beside_the_tensors_are_no_obstacle(value, numpy_core, 
     assert torch.equal(tensors["a"], torch.ones(2))
 
 
-def test_a_number_of_numpy_in_todays_format(tmp_path):
+def test_a_number_of_numpy_in_todays_format_is_no_obstacle(tmp_path):
     torch.save({"a": torch.ones(2), "global_step": np.int64(7)}, tmp_path / "model.ckpt")
     assert read_tensors(tmp_path / "model.ckpt").keys() == {"a"}
 
 
-def test_a_state_dict_in_a_state_dict(tmp_path):
+def test_a_state_dict_in_a_state_dict_is_read(tmp_path):
     content = {"state_dict": {"state_dict": {"a": torch.ones(2)}}}
     torch.save(content, tmp_path / "model.ckpt")
     assert read_tensors(tmp_path / "model.ckpt").keys() == {"a"}
@@ -399,7 +399,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(format, tmp_pa
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_is_refused_is_refused_by_the_name_of_what_it_holds(zipped, tmp_path):
+def test_a_refused_pickle_is_called_by_what_it_holds(zipped, tmp_path):
     path = tmp_path / "model.ckpt"
     proof = tmp_path / "it ran"
     content = {"a": torch.ones(2), "step": np.float64(1), "code": Harmful(proof)}
@@ -410,7 +410,7 @@ def test_a_pickle_that_is_refused_is_refused_by_the_name_of_what_it_holds(zipped
     assert not proof.exists()
 
 
-def test_the_name_of_what_is_not_allowed_is_said(tmp_path):
+def test_the_message_names_what_is_not_allowed(tmp_path):
     torch.save({"layer": nn.Identity()}, tmp_path / "model.bin")
     match = r"more than tensors \(torch.nn.modules.linear.Identity\)"
     with pytest.raises(InputError, match=match):
@@ -451,7 +451,7 @@ def test_a_git_lfs_pointer_in_a_folder_is_called_by_its_name(file, model_copy):
     ],
 )
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
-def test_what_is_no_weights_is_called_by_its_name(name, content, expected, tmp_path):
+def test_files_that_are_not_weights_are_called_what_they_are(name, content, expected, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"{name}: .*{expected}"):
         load_pipeline(tmp_path / name)

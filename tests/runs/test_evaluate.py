@@ -344,6 +344,26 @@ def test_another_model_that_has_moved_is_not_replaced_by_the_base():
         evaluate.base_of_run(config)
 
 
+def test_a_run_whose_base_has_changed_is_refused(toy_run, tmp_path):
+    """All models of the run have its VAE and its text encoder."""
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    base = shutil.copytree(toy.BASE, tmp_path / "base")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"model": str(base)}))
+    evaluate.main([str(run), "--device", "cpu", "--num-prompts", "1", "--num-images", "1"])
+    with open(base / "vae/config.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match="base, which it was started with, have changed"):
+        evaluate.main([str(run), "--device", "cpu"])
+
+
+def test_a_unet_with_a_text_encoder_of_its_own_is_refused(tmp_path):
+    for part in ("unet", "text_encoder"):
+        shutil.copytree(toy.BASE / part, tmp_path / part)
+    with pytest.raises(InputError, match="has a text encoder of its own, but no VAE"):
+        evaluate.name_models([str(toy.BASE), f"tuned={tmp_path}"])
+
+
 def test_names_of_models(monkeypatch):
     base = str(toy.BASE)
     assert evaluate.name_models([base]) == {"base": ModelSource(base)}

@@ -480,10 +480,26 @@ def test_self_play_goes_on_for_more_iterations(finished, flags, tmp_path):
     assert_same_models(out, finished)
 
 
-def test_fewer_iterations_leave_the_others_alone(finished, flags, tmp_path):
+def test_only_iterations_that_have_not_begun_may_be_left_out(finished, flags, tmp_path):
+    with pytest.raises(InputError, match="--iterations 2, now 1. Go back to that"):
+        train.main(flags(finished, "--iterations 1"))
     out = copy_run(finished, tmp_path)
+    shutil.rmtree(out / "iter2")
     train.main(flags(out, "--iterations 1"))
+    train.main(flags(out, "--iterations 2"))
     assert_same_models(out, finished)
+
+
+def test_a_model_that_is_trained_anew_is_sampled_anew(finished, flags, tmp_path):
+    out = copy_run(finished, tmp_path)
+    shutil.rmtree(out / "iter2")
+    (out / "results.json").write_text("{}")
+    before = read_files(out / "samples")
+    train.main(flags(out, "--lr 1e-5 1e-3"))
+    after = read_files(out / "samples")
+    assert after["spin-1/0.png"] == before["spin-1/0.png"]
+    assert after["spin-2/0.png"] != before["spin-2/0.png"]
+    assert not (out / "results.json").exists()
 
 
 def test_an_iteration_that_has_not_begun_may_have_other_settings(finished, flags, tmp_path):
@@ -501,9 +517,9 @@ def test_a_baseline_takes_the_steps_of_all_iterations(loss, tmp_path):
     """So their number is settled when it begins."""
     started = train.parse_args(["--loss", loss, "--iterations", "2"])
     now = train.parse_args(["--loss", loss, "--iterations", "3"])
-    must_match = set(train.settings_to_match(now)) & vars(now).keys()
     run = Run(tmp_path)
     run.write_config(vars(started))
+    must_match = set(train.settings_to_match(now, run)) & vars(now).keys()
     with pytest.raises(InputError, match="--iterations 2, now 3"):
         settled = train.settled_iterations(now, run)
         run.check_config(vars(now), must_match, {}, {}, settled)
