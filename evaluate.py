@@ -177,6 +177,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.sampler == config.get("sampler"):
         steps = config["sampler_steps"]
     args.steps = args.steps or steps
+    if args.eta > 0 and args.sampler != "ddim":
+        parser.error(f"--eta: --sampler {args.sampler} does not use it")
     args.guidance = args.guidance or [config.get("guidance", 7.5)]
     args.resolution = args.resolution or config.get("resolution")
     args.dtype = args.dtype or config.get("dtype", "float32")

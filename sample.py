@@ -140,6 +140,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.steps = args.steps or SAMPLERS[args.sampler].steps
     if args.save_single and not args.save_single.endswith(".safetensors"):
         parser.error(f"--save-single {args.save_single}: the name must end in .safetensors")
+    if args.eta > 0 and args.sampler != "ddim":
+        parser.error(f"--eta: --sampler {args.sampler} does not use it")
     if not (args.prompt or args.prompts or args.save_single):
         parser.error("nothing to sample: give --prompt or --prompts")
     return args
@@ -161,7 +163,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
         print(f"the model is in {args.save_single}")
     if not prompts:
         return []
-    warn_of_cut_prompts(pipe.text_encoder.tokenizer, prompts)
+    all_prompts = [*prompts, args.negative_prompt]
+    warn_of_cut_prompts(pipe.text_encoder.tokenizer, all_prompts)
 
     # ---- an image for each prompt and seed
     out = Path(args.out)

@@ -210,8 +210,7 @@ def train(
             line["grad_norm"] = grad_norm.item()
             if not math.isfinite(line["loss"] + line["grad_norm"]):
                 raise InputError(
-                    f"{stage.name}, step {step}: the loss or its gradient is not finite; "
-                    f"the last good model is {start}"
+                    f"{stage.name}, step {step}: the loss or its gradient is not finite: {DIVERGED}"
                 )
             optimizer.param_groups[0]["lr"] = line["lr"]
             optimizer.step()
@@ -227,9 +226,13 @@ def train(
 
             # ---- periodically: sample images, and save a state to resume from
             is_last = step == num_steps
-            if is_due(step, args.sample_every) and not is_last:
+            is_sampled = is_due(step, args.sample_every) and not is_last
+            is_saved = is_due(step, args.save_every) or is_last or stopping
+            if is_sampled or is_saved:  # bad weights must not replace a good state
+                check_weights(stage.name, step, policy)
+            if is_sampled:
                 sample_in_training(args, run, stage.name, step, loader, policy)
-            if is_due(step, args.save_every) or is_last or stopping:
+            if is_saved:
                 save_state(run, stage.name, step, parts)
                 stop.advice = f"{stage.name} resumes from step {step + 1}"
             if is_last:  # no later step would see a signal that came after the sum
@@ -273,6 +276,17 @@ def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
     return peak * min(1.0, rise, fall)
 
 
+#: What to do about a policy or a loss that is not finite.
+DIVERGED = "training diverged; what was saved before is kept. Lower --lr and choose another --out"
+
+
+def check_weights(name: str, step: int, policy: torch.nn.Module) -> None:
+    """Raise InputError if a weight is not finite after optimizer step `step`."""
+    for parameter in policy.parameters():
+        if not parameter.isfinite().all():
+            raise InputError(f"{name}, step {step}: a weight is not finite: {DIVERGED}")
+
+
 def is_due(step: int, every: int) -> bool:
     """Return whether `step` is a multiple of `every`. An `every` of 0 means never."""
     return every > 0 and step % every == 0
@@ -314,15 +328,8 @@ def save_state(run: Run, name: str, step: int, parts: dict) -> None:
 
 
 def save_model(run: Run, name: str, num_steps: int, pipe: Pipeline) -> None:
-    """Save a trained model as a checkpoint, which takes the place of its state.
-
-    Raises InputError if a weight is not finite.
-    """
-    for parameter in pipe.unet.parameters():
-        if not parameter.isfinite().all():
-            raise InputError(
-                f"{name}: its weights are not finite after the last step; no checkpoint was saved"
-            )
+    """Save a trained model as a checkpoint, which takes the place of its state."""
+    check_weights(name, num_steps, pipe.unet)
     if distributed.is_main():
         with atomic_write(run.checkpoint(name)) as temporary:
             save_pipeline(pipe, temporary)
@@ -537,15 +544,15 @@ MUST_MATCH = [
     "resolution",
     "flip",
     "prompt_dropout",
-    "guidance",
-    "sampler",
-    "sampler_steps",
     "seed",
     "dtype",
     "model_hash",
     "unet_hash",
     "data_sha256",
 ]
+
+#: Those of self-play alone. A baseline's images are only looked at.
+HOW_OPPONENTS_SAMPLE = ["guidance", "sampler", "sampler_steps"]
 
 #: Keys of earlier versions: {name: the values that select the present behavior, None for all}.
 REMOVED = {
@@ -632,6 +639,8 @@ def settings_to_match(args: argparse.Namespace, run: Run) -> list[str]:
     The baselines take the steps of all iterations, so that their number is settled.
     """
     settings = MUST_MATCH + settings_of_loss(args.loss)
+    if args.loss in ("spin", "all"):
+        settings += HOW_OPPONENTS_SAMPLE
     if args.loss != "spin" or args.iterations < run.begun_iterations():
         settings.append("iterations")
     return settings

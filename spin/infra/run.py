@@ -167,8 +167,12 @@ class Run:
     # ---- The log ---------------------------------------------------------------------------------
 
     def append_log(self, line: dict) -> None:
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.folder / "log.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
     def read_log(self) -> list[dict]:
         """Return all lines of log.jsonl, except a last one that a kill cut short."""

@@ -99,6 +99,7 @@ WRONG_SAMPLE = {
     "--model {model} --prompt a --steps 2000 --device cpu": "2000 sampling steps",
     "--model {model} --prompt \udcff": "argument --prompt: invalid UTF-8 text value: '\\udcff'",
     "--model {model} --prompt a --negative-prompt \udcff": "invalid UTF-8 text value",
+    "--model {model} --prompt a --sampler ddpm --eta 1": "--eta: --sampler ddpm does not use it",
     "--model {model} --prompt a --prediction-type v": "--prediction-type: invalid choice: 'v'",
 }
 WRONG_EVALUATE = {
@@ -113,6 +114,9 @@ WRONG_EVALUATE = {
     "--models {model} nowhere --metrics toy": "nowhere: no such folder or file",
     "--models {model} {model} --metrics toy": (
         "two models are named base; rename one of them: base-2={model}"
+    ),
+    "--models {model} --metrics toy --sampler dpm++ --eta 1": (
+        "--eta: --sampler dpm++ does not use it"
     ),
     "--models {model} --metrics toy --prediction-type x": "--prediction-type: invalid choice: 'x'",
     "--models {model} --prompts {prompts} --metrics beauty": "invalid choice: 'beauty'",
@@ -179,6 +183,12 @@ def test_sample_says_how_many_prompts_are_cut(prompts, tmp_path, capsys):
     flags = f"--model {toy.BASE} --prompts {prompts} --steps 1 --device cpu --out {tmp_path}"
     sample.main(flags.split())
     assert capsys.readouterr().err.count(NOTE) == 1
+
+
+def test_a_negative_prompt_that_is_cut_counts(tmp_path, capsys):
+    flags = f"--model {toy.BASE} --prompt a --steps 1 --device cpu --out {tmp_path}".split()
+    sample.main([*flags, "--negative-prompt", "ugly " * 100])
+    assert "note: 1 prompt has more than 77 tokens" in capsys.readouterr().err
 
 
 def test_evaluate_says_how_many_prompts_are_cut_once_for_all_models(
