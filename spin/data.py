@@ -121,6 +121,7 @@ class CaptionedImages:
         if len(self.lines) == 0:
             raise InputError(f"{self.metadata}: no rows")
         self.indexed_at = self.metadata.stat().st_mtime_ns
+        self.inspected: np.ndarray | None = None  # [rows,2]: hashes, see spin.infra.inspection
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -128,6 +129,8 @@ class CaptionedImages:
     def select(self, rows: np.ndarray) -> None:
         """Keep only these rows. rows: their indices, or whether to keep each."""
         self.lines = self.lines[rows]
+        if self.inspected is not None:
+            self.inspected = self.inspected[rows]
 
     def caption(self, index: int) -> str:
         return self.read_row(index).caption

@@ -14,6 +14,7 @@ from spin.checkpoint import Pipeline
 from spin.data import CaptionedImages, batch_rows, noise_generator, random_draws
 from spin.infra import distributed
 from spin.infra.errors import InputError
+from spin.infra.inspection import check_unchanged
 from spin.infra.shards import LatentShards
 from spin.sampler import SamplingOptions, sample
 from spin.step import mixed_precision
@@ -31,6 +32,9 @@ def encode_images(
     """Store mean and log-variance of every image's latent, where they are missing.
 
     mirrored: whether to store those of the mirrored images, too.
+
+    Raises InputError if an image is not readable or has changed since `check_rows` read it, or if a
+    latent cannot be stored.
     """
     for shard, batches in missing_batches(latents, ENCODE_BATCH, "encoding real images"):
         encoded = []
@@ -40,6 +44,7 @@ def encode_images(
             if images.with_rejected:
                 pixels = torch.stack([images.rejected_image(row) for row in rows]).to(device)
                 tensors.update(encode(vae, pixels, "rejected_", mirrored))
+            check_unchanged(images, rows)
             check_storable(tensors, rows, images)
             encoded.append(tensors)
         latents.write(shard, encoded)

@@ -134,7 +134,7 @@ class AutoencoderKL(nn.Module):
     """The VAE of SD-1.x and SD-2.x.
 
     config: the contents of diffusers' vae/config.json, which fixes every size.
-    Raises ValueError for an unknown block type.
+    Raises ValueError for an unknown block type, and for a `scaling_factor` that is not positive.
     """
 
     def __init__(self, config: dict):
@@ -147,8 +147,7 @@ class AutoencoderKL(nn.Module):
         groups = config.get("norm_num_groups", 32)
         latent_channels = config.get("latent_channels", 4)
 
-        # configs of older checkpoints lack it and mean this
-        self.scaling_factor: float = config.get("scaling_factor") or 0.18215
+        self.scaling_factor = read_scaling_factor(config)
         # whether to compute in float32 if the weights are float16; True is diffusers' default, too
         self.force_upcast: bool = config.get("force_upcast", True)
         # f: pixels per latent, each way
@@ -185,6 +184,16 @@ class AutoencoderKL(nn.Module):
         if self.force_upcast and self.quant_conv.weight.dtype == torch.float16:
             return deepcopy(self).float()
         return self
+
+
+def read_scaling_factor(config: dict) -> float:
+    """Return what a VAE's config says that its latents are multiplied by."""
+    scaling_factor = config.get("scaling_factor")
+    if scaling_factor is None:
+        return 0.18215  # configs of older checkpoints lack it and mean this
+    if not 0 < scaling_factor < float("inf"):
+        raise ValueError(f"scaling_factor {scaling_factor!r}: must be a positive number")
+    return scaling_factor
 
 
 def clamp_finite(values: Tensor, low: float, high: float) -> Tensor:

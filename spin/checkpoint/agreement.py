@@ -3,7 +3,8 @@
 Of a folder, the config of its scheduler states the noise schedule and what the UNet predicts. A
 single file has no config. Its schedule is Stable Diffusion's, perhaps rescaled to end at pure
 noise; what its UNet predicts may be stated by its metadata, by empty tensors, and by a .yaml beside
-it. All are read. If they disagree, the user is asked.
+it. All are read. If they disagree, the user is asked. What is said of anything else must be what is
+assumed of every such file.
 """
 
 import re
@@ -12,39 +13,120 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from spin.checkpoint.configs import (
+    ARCHITECTURE_KEYS,
+    BOOLEANS,
+    DISCRETIZATION,
+    FOREIGN_ARCHITECTURES,
     FOREIGN_SCHEDULERS,
     PREDICTION_KEYS,
     PREDICTION_METADATA,
     PREDICTION_YAML,
+    PREDICTION_YAML_KEYS,
+    SCALE_TENSOR,
+    SCHEDULE_TENSORS,
+    SD_1,
     V_MARKER,
     YAML_BUILT_IN,
+    ZERO_SNR_KEYS,
     ZERO_SNR_MARKER,
 )
 from spin.infra.errors import InputError
 from spin.infra.files import read_text
-from spin.scheduler import PREDICTION_TYPES, Scheduler
+from spin.scheduler import PREDICTION_TYPES, Scheduler, rescale_to_zero_snr
 from spin.text import TextEncoder
 from spin.unet import UNet
 
 ASK = "say which with --prediction-type"
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+OTHER_MODEL = "not Stable Diffusion 1.x or 2.x"
+
 
 # ---- Single files --------------------------------------------------------------------------------
-def refuse_other_schedules(path: Path, tensor_names: Iterable[str]) -> None:
-    """Raise InputError if a single file, or the .yaml beside it, states another noise schedule."""
-    for name in tensor_names:
+def refuse_other_statements(path: Path, tensors: dict[str, Tensor], is_sd_2: bool) -> None:
+    """Raise InputError if a single file, or the .yaml beside it, states what is not assumed of it.
+
+    That is: another noise schedule, scale of the latents, layer of the text tower, or architecture.
+    What the UNet predicts, and whether the schedule ends at pure noise, may be stated.
+    """
+    refuse_other_tensors(path, tensors)
+    refuse_other_yaml(path, is_sd_2)
+    metadata = read_metadata(path)
+    for key in ARCHITECTURE_KEYS:
+        word = metadata.get(key, "")
+        if any(part in word.lower() for part in FOREIGN_ARCHITECTURES):
+            raise InputError(f"{path}: its metadata {key} says {word}: {OTHER_MODEL}")
+
+
+def refuse_other_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise InputError if a single file holds the tensors of another noise schedule or scale."""
+    for name in tensors:
         if name.startswith("edm_"):  # as ComfyUI marks them
             raise InputError(f"{path}: its tensor {name} says EDM: {FOREIGN_SCHEDULERS['EDM']}")
+    plain = Scheduler(SD_1["scheduler"]).alphas_cumprod
+    rescaled = rescale_to_zero_snr(plain)
+    for name, alphas_cumprod in stored_schedules(tensors):
+        if not is_close(alphas_cumprod, plain) and not is_close(alphas_cumprod, rescaled):
+            message = f"its tensor {name} is of another noise schedule than Stable Diffusion's"
+            raise InputError(f"{path}: {message}")
+    expected = YAML_BUILT_IN[SCALE_TENSOR]
+    scale = tensors.get(SCALE_TENSOR, torch.tensor(expected))
+    if not is_close(scale.flatten(), torch.tensor([expected])):
+        message = f"its tensor {SCALE_TENSOR} is not {expected}"
+        raise InputError(f"{path}: {message}, which scales the latents of Stable Diffusion")
+
+
+def stored_schedules(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Return the noise schedules that a single file holds: a tensor's name, and alpha_bar_t.
+
+    Those in float8 are left out: they are too coarse to be told apart.
+    """
+    schedules = []
+    for name in SCHEDULE_TENSORS:
+        if name not in tensors or tensors[name].dtype in FLOAT8:
+            continue
+        values = tensors[name].double()
+        if name == "betas":
+            values = torch.cumprod(1 - values, dim=0)
+        elif name == "denoiser.sigmas":  # noise / signal, in either order
+            values = 1 / (1 + values.sort().values ** 2)
+        schedules.append((name, values))
+    return schedules
+
+
+def is_close(stored: Tensor, expected: Tensor) -> bool:
+    """Return whether a stored tensor may be the expected one, rounded to half precision."""
+    if stored.shape != expected.shape:
+        return False
+    return torch.allclose(stored.double(), expected.double(), rtol=1e-2, atol=1e-4)
+
+
+def refuse_other_yaml(path: Path, is_sd_2: bool) -> None:
+    """Raise InputError if the .yaml beside a single file states what is not assumed of the file."""
     yaml_path, text = read_yaml(path)
     scaling = re.search(r"denoiser_scaling\.(\w*EDM\w*)", text)
     if scaling:
         raise InputError(f"{yaml_path}: {scaling[1]}: {FOREIGN_SCHEDULERS['EDM']}")
-    for key, expected in YAML_BUILT_IN.items():
+    for discretization in re.findall(r"discretizer\.(\w+)", text):
+        if discretization != DISCRETIZATION:
+            message = f"{discretization} is another noise schedule than Stable Diffusion's"
+            raise InputError(f"{yaml_path}: {message}")
+    given_betas = re.search(r"\bgiven_betas[\"']?\s*:\s*([^\s,}]+)", text)
+    if given_betas and given_betas[1].lower() not in ("null", "none", "~"):
+        message = "given_betas is another noise schedule than Stable Diffusion's"
+        raise InputError(f"{yaml_path}: {message}")
+
+    # Which layer of the text tower is read. Another is what "clip skip" means.
+    built_in = dict(YAML_BUILT_IN, layer="penultimate" if is_sd_2 else "last")
+    for key, expected in built_in.items():
         for value in yaml_values(text, key):
             if to_number(value) != expected:
-                message = f"{key} is {value}, in Stable Diffusion 1.x and 2.x it is {expected}"
+                family = "2.x" if is_sd_2 else "1.x"
+                message = f"{key} is {value}, in Stable Diffusion {family} it is {expected}"
                 raise InputError(f"{yaml_path}: {message}")
 
 
@@ -88,17 +170,23 @@ def predictions_in_metadata(path: Path) -> list[tuple[str, str]]:
     """
     metadata = read_metadata(path)
     statements = []
-    for key, words in PREDICTION_METADATA.items():
-        word = metadata.get(key)
-        if word in words or (word is not None and key in PREDICTION_KEYS):
-            statements.append((f"its metadata {key}", words.get(word, word)))
+    for key, predictions in PREDICTION_METADATA.items():
+        if key not in metadata:
+            continue
+        word = metadata[key]
+        unknown = word if key in PREDICTION_KEYS else None
+        prediction_type = predictions.get(word.lower(), unknown)
+        if prediction_type is not None:
+            statements.append((f"its metadata {key}", prediction_type))
     return statements
 
 
 def predictions_in_yaml(path: Path) -> list[tuple[str, str]]:
     """Return the same for the .yaml beside a file. Unknown words are kept as they are."""
     yaml_path, text = read_yaml(path)
-    words = yaml_values(text, "parameterization")
+    words = []
+    for key in PREDICTION_YAML_KEYS:
+        words += yaml_values(text, key)
     words += re.findall(r"denoiser_scaling\.(\w+)", text)
     is_of_original_code = re.search(r"\.ddpm\w*\.", text) is not None  # names its class
     if not words and is_of_original_code:
@@ -106,12 +194,24 @@ def predictions_in_yaml(path: Path) -> list[tuple[str, str]]:
     return [(yaml_path.name, PREDICTION_YAML.get(word, word)) for word in words]
 
 
-def ends_at_pure_noise(path: Path, tensor_names: Iterable[str]) -> bool:
-    """Return whether a file states that its schedule is rescaled to a terminal SNR of zero."""
-    _, yaml = read_yaml(path)
-    in_yaml = [value.lower() for value in yaml_values(yaml, "rescale_betas_zero_snr")]
-    in_metadata = read_metadata(path).get("ss_zero_terminal_snr")  # kohya's
-    return ZERO_SNR_MARKER in tensor_names or in_metadata == "True" or "true" in in_yaml
+def ends_at_pure_noise(path: Path, tensors: dict[str, Tensor]) -> bool:
+    """Return whether a file states that its schedule is rescaled to a terminal SNR of zero.
+
+    The schedule among its tensors may be the one before a training that rescaled it, so that this
+    is no contradiction. Raises InputError if the answer is neither yes nor no.
+    """
+    statements = [ZERO_SNR_MARKER in tensors]
+    for _, alphas_cumprod in stored_schedules(tensors):
+        last = alphas_cumprod[-1]
+        statements.append(is_close(last, torch.zeros(())))
+    metadata = read_metadata(path)
+    yaml_path, yaml = read_yaml(path)
+    for key in ZERO_SNR_KEYS:
+        if key in metadata:
+            statements.append(to_boolean(metadata[key], f"{path}: its metadata {key}"))
+        for word in yaml_values(yaml, key):
+            statements.append(to_boolean(word, f"{yaml_path}: {key}"))
+    return any(statements)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -140,6 +240,13 @@ def yaml_values(text: str, key: str) -> list[str]:
     This is all of YAML that the configs of single files need.
     """
     return re.findall(rf"\b{key}[\"']?\s*:\s*[\"']?([\w.+-]+)", text)
+
+
+def to_boolean(word: str, place: str) -> bool:
+    """Return the truth value that a word stands for. `place` says in messages where it is."""
+    if word.lower() not in BOOLEANS:
+        raise InputError(f"{place} is {word!r}, neither true nor false")
+    return BOOLEANS[word.lower()]
 
 
 def to_number(value: str) -> float | str:

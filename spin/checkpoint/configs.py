@@ -146,8 +146,48 @@ SD_2 = {
     },
 }
 
-# Where the metadata of a .safetensors file may say what its UNet predicts, and in which words.
+# Settings that networks use -> the value of a config without them. A single file states none of
+# them. Left out are those that BUILT_IN below fixes, sample_size (a default, not a fact about the
+# weights) and force_upcast (how exactly a VAE computes).
+SETTINGS = {
+    "unet": {
+        "block_out_channels": None,
+        "layers_per_block": 2,
+        "down_block_types": None,
+        "up_block_types": None,
+        "cross_attention_dim": None,
+        "attention_head_dim": 8,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "use_linear_projection": False,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    },
+    "vae": {
+        "block_out_channels": None,
+        "layers_per_block": 1,
+        "norm_num_groups": 32,
+    },
+    "text_encoder": {
+        "hidden_size": None,
+        "intermediate_size": None,
+        "num_hidden_layers": None,
+        "num_attention_heads": None,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+    },
+}
+
+# Where the metadata of a .safetensors file may say what its UNet predicts, and in which words, in
+# lower case. None says nothing.
 PREDICTION_METADATA = {
+    "prediction_type": {
+        "epsilon": "epsilon",
+        "eps": "epsilon",
+        "v": "v_prediction",
+        "v_prediction": "v_prediction",
+    },
     "modelspec.prediction_type": {  # https://github.com/Stability-AI/ModelSpec
         "epsilon": "epsilon",
         "eps": "epsilon",
@@ -159,20 +199,69 @@ PREDICTION_METADATA = {
         "stable-diffusion-v2-512": "epsilon",
         "stable-diffusion-v2-768-v": "v_prediction",
     },
-    "ss_v_parameterization": {"False": "epsilon", "True": "v_prediction"},  # kohya's
+    "ss_v_parameterization": {  # kohya's, like those that follow
+        "false": "epsilon",
+        "0": "epsilon",
+        "true": "v_prediction",
+        "1": "v_prediction",
+        "none": None,
+    },
+    "ss_base_model_version": {"sd_v1_v": "v_prediction", "sd_v2_v": "v_prediction"},
 }
 # In these keys, any other word is refused; in the others, it is ignored.
-PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+PREDICTION_KEYS = (
+    "prediction_type",
+    "modelspec.prediction_type",
+    "modelspec.predict_key",
+    "ss_v_parameterization",
+)
+# Where the metadata may say that the model is another one, and substrings of the words that do.
+ARCHITECTURE_KEYS = ("modelspec.architecture", "ss_base_model_version")
+FOREIGN_ARCHITECTURES = (
+    "xl",
+    "v3",
+    "sd3",
+    "flux",
+    "inpaint",
+    "pix2pix",
+    "depth",
+    "unclip",
+)
 
 # names of empty tensors, which ComfyUI reads as statements about a file's model
 V_MARKER = "v_pred"  # its UNet predicts v
 ZERO_SNR_MARKER = "ztsnr"  # its schedule ends at pure noise (a terminal SNR of zero)
 
+# keys of the metadata or of a .yaml that say the same of the schedule
+ZERO_SNR_KEYS = (
+    "rescale_betas_zero_snr",
+    "zero_terminal_snr",
+    "ss_zero_terminal_snr",
+    "zsnr",
+    "ztsnr",
+)
+# the words for yes and no, in lower case
+BOOLEANS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+    "none": False,
+    "null": False,
+}
+
 # What a .yaml beside a file (MODEL.yaml and MODEL.ckpt) says of a UNet's prediction, under
-# "parameterization" in the original layout, or by the class of its scaling in a later one.
+# PREDICTION_YAML_KEYS in the original layout, or by the class of its scaling in a later one.
+PREDICTION_YAML_KEYS = ("parameterization", "prediction_type")
 PREDICTION_YAML = {
     "eps": "epsilon",
+    "epsilon": "epsilon",
     "v": "v_prediction",
+    "v_prediction": "v_prediction",
     "EpsScaling": "epsilon",
     "VScaling": "v_prediction",
 }
@@ -182,8 +271,11 @@ YAML_BUILT_IN = {
     "linear_start": 0.00085,  # beta_start
     "linear_end": 0.012,  # beta_end
     "timesteps": 1000,
+    "num_timesteps": 1000,
+    "num_idx": 1000,
     "scale_factor": 0.18215,  # the VAE's scaling_factor
 }
+DISCRETIZATION = "LegacyDDPMDiscretization"  # the class of the noise levels in later files
 
 # substrings of tensor names -> what a file with such names really is
 FOREIGN = {
@@ -195,6 +287,54 @@ FOREIGN = {
     "emb_params": "a textual inversion",
     "control_model.": "a ControlNet",
 }
+
+# Other tensors that a training leaves in a file, which say nothing about its networks. Exact names,
+# or the beginnings of names if they end with a dot.
+LEFTOVERS = (
+    "model_ema.",  # an average of the UNet's weights
+    "first_stage_model.loss.",  # what trained the VAE
+    "first_stage_model.model_ema.",
+    "safety_checker.",
+    # the rest of a CLIP: its projections, its other tower, its 24th layer, and the numbers 0 to 76
+    "cond_stage_model.logit_scale",
+    "cond_stage_model.text_projection",
+    "cond_stage_model.transformer.logit_scale",
+    "cond_stage_model.transformer.text_projection",
+    "cond_stage_model.transformer.text_projection.weight",
+    "cond_stage_model.transformer.visual_projection.weight",
+    "cond_stage_model.transformer.vision_model.",
+    "cond_stage_model.transformer.embeddings.position_ids",
+    "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    "cond_stage_model.model.logit_scale",
+    "cond_stage_model.model.logit_bias",
+    "cond_stage_model.model.text_projection",
+    "cond_stage_model.model.text_projection.weight",
+    "cond_stage_model.model.attn_mask",
+    "cond_stage_model.model.visual.",
+    "cond_stage_model.model.transformer.resblocks.23.",
+    # steps of the training
+    "global_step",
+    "step",
+    "epoch",
+    "iteration",
+    # what the original code computes from alphas_cumprod
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "lvlb_weights",
+    "logvar",
+    "denoiser.log_sigmas",
+)
+# other tensors that are read: the noise schedule in several forms, and the VAE's scaling_factor
+SCHEDULE_TENSORS = ("betas", "alphas_cumprod", "denoiser.sigmas")
+SCALE_TENSOR = "scale_factor"
 
 # ---- Folders -------------------------------------------------------------------------------------
 # Settings in config.json that must have this value, for each part of a folder. Any other value
@@ -251,13 +391,43 @@ BUILT_IN = {
         "predict_epsilon": True,  # an older spelling of prediction_type "sample" when it is False
         "use_flow_sigmas": False,  # flow matching
         "timestep_type": "discrete",  # "continuous" in Stable Video Diffusion: logarithms of noise
+        "thresholding": False,  # would bound the predicted latents by their own quantile
     },
+}
+
+# What model_index.json may say: the classes of the parts that are read (a scheduler's are below),
+# and the names of parts that change no image.
+PART_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+UNUSED_PARTS = ("safety_checker", "feature_extractor")
+
+# substrings of pipelines' class names -> why their parts cannot be used
+FOREIGN_PIPELINES = {
+    "AltDiffusion": "its text encoder is not CLIP's",
+    "LatentConsistency": "its UNet is distilled, and images are made without classifier-free "
+    "guidance",
+    "GLIGEN": "its UNet has boxes as an input",
+}
+
+# files in a folder that is taken for a model by mistake -> what the folder really holds
+OTHER_FOLDERS = {
+    "pytorch_lora_weights.safetensors": "LoRA weights: merge them into a model first",
+    "pytorch_lora_weights.bin": "LoRA weights: merge them into a model first",
+    "adapter_config.json": "LoRA weights: merge them into a model first",  # peft's
+    "learned_embeds.safetensors": "a textual inversion, which is not supported",
+    "learned_embeds.bin": "a textual inversion, which is not supported",
+    "random_states_0.pkl": "a training state of accelerate, whose weights have no config: choose "
+    "the folder of the model that the training saved",
 }
 
 # ---- Schedulers ----------------------------------------------------------------------------------
 # Every sampler of diffusers that Stable Diffusion is saved with states the noise schedule and the
 # prediction type in the same words. The rest of its config says how that sampler works, and nothing
-# about the model: clip_sample, thresholding, timestep_spacing, use_karras_sigmas, algorithm_type...
+# about the model: clip_sample, timestep_spacing, use_karras_sigmas, algorithm_type...
 
 # classes in whose configs missing betas are those of DDIMScheduler
 SCHEDULERS = (

@@ -1,9 +1,10 @@
 """The folder layout of diffusers. Several generations of it are read, the newest is written.
 
-    unet/, vae/    config.json, diffusion_pytorch_model.safetensors
-    text_encoder/  config.json, model.safetensors
-    scheduler/     scheduler_config.json
-    tokenizer/     vocab.json and merges.txt, or tokenizer.json alone; without either, CLIP's own
+    unet/, vae/       config.json, diffusion_pytorch_model.safetensors
+    text_encoder/     config.json, model.safetensors
+    scheduler/        scheduler_config.json
+    tokenizer/        vocab.json and merges.txt, or tokenizer.json alone; without either, CLIP's own
+    model_index.json  the classes of the parts, which must be Stable Diffusion's if it is there
 """
 
 import re
@@ -16,22 +17,31 @@ from torch import Tensor
 from spin.checkpoint.configs import (
     BETAS,
     BUILT_IN,
+    FOREIGN_PIPELINES,
     FOREIGN_SCHEDULERS,
+    OTHER_FOLDERS,
+    PART_CLASSES,
     SCHEDULERS,
     SCHEDULERS_WITH_OTHER_BETAS,
+    UNUSED_PARTS,
 )
 from spin.checkpoint.names import OLD_VAE_NAMES, replace_parts
-from spin.checkpoint.tensors import config_errors
+from spin.checkpoint.tensors import config_errors, first_five
 from spin.checkpoint.tokenizer import read_tokenizer
 from spin.checkpoint.weights import USUAL_FILE, read_weights
 from spin.infra.errors import InputError
 from spin.infra.files import atomic_write, read_json, write_json
 from spin.scheduler import Scheduler
 from spin.text import Tokenizer
+from spin.vae import read_scaling_factor
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 SCHEDULER_CONFIG = "scheduler_config.json"
+MODEL_INDEX = "model_index.json"
+
+# Their configs are read by diffusers, the text encoder's by transformers.
+PARTS_OF_DIFFUSERS = ("unet", "vae", "scheduler")
 
 # the numbers 0 to 76, which older versions of transformers stored with a text tower
 POSITION_IDS = "embeddings.position_ids"
@@ -53,16 +63,23 @@ class StoredNetwork:
 
 # ---- Reading -------------------------------------------------------------------------------------
 class Folder:
-    """A checkpoint's folder, whose parts are read when they are asked for."""
+    """A checkpoint's folder, whose parts are read when they are asked for.
+
+    Raises InputError if its model_index.json says that it is a model of another kind.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self.classes = read_model_index(path / MODEL_INDEX)
 
     def read_network(self, part: str) -> StoredNetwork:
         """Read "unet", "vae" or "text_encoder". Raises InputError if it cannot be used."""
         where = self.path / part
-        if part == "unet" and not where.exists() and (self.path / "config.json").exists():
-            where = self.path  # the folder unet/ alone
+        if not where.exists():
+            if part == "unet" and is_unet_alone(self.path):
+                where = self.path
+            else:
+                refuse_other_folders(self.path)
         config = read_config(where / "config.json", part)
         if part == "unet" and is_from_before_0_9(config):
             config["sample_size"] = max(64, config.get("sample_size") or 64)
@@ -73,24 +90,100 @@ class Folder:
 
     def read_scheduler(self, prediction_type: str | None = None) -> Scheduler:
         """Read the noise schedule and what the UNet predicts, unless `prediction_type` says so."""
-        return read_scheduler(self.path / "scheduler" / SCHEDULER_CONFIG, prediction_type)
+        path = self.path / "scheduler" / SCHEDULER_CONFIG
+        return read_scheduler(path, prediction_type, self.classes.get("scheduler"))
 
     def read_scheduler_of_unet(self, prediction_type: str | None = None) -> Scheduler | None:
-        """Read the scheduler that a UNet was trained with, or return None if there is none.
+        """Read the scheduler that a UNet was trained with, or return None if there is none."""
+        folder = self.folder_around_unet()
+        if not (folder / "scheduler" / SCHEDULER_CONFIG).exists():
+            return None
+        return Folder(folder).read_scheduler(prediction_type)
 
-        It is in this folder or, if this is a folder unet/ alone, beside it.
+    def read_scaling_factor_of_unet(self) -> float | None:
+        """Read the scale of the latents that a UNet was trained with, or return None.
+
+        The config of the VAE beside it states it.
         """
-        is_whole = (self.path / "unet").exists()
-        folder = self.path if is_whole else self.path.resolve().parent
-        path = folder / "scheduler" / SCHEDULER_CONFIG
+        path = self.folder_around_unet() / "vae/config.json"
         if not path.exists():
             return None
-        return read_scheduler(path, prediction_type)
+        config = without_defaults(read_json(path), path)
+        with config_errors(path.parent):
+            return read_scaling_factor(config)
+
+    def folder_around_unet(self) -> Path:
+        """Return this folder or, if it is a folder unet/ alone, the one that it is in."""
+        return self.path if (self.path / "unet").exists() else self.path.resolve().parent
+
+
+def read_model_index(path: Path) -> dict[str, str]:
+    """Return the class of each part that model_index.json states; {} if there is no such file.
+
+    Raises InputError if the parts, or their classes, are not those of Stable Diffusion.
+    """
+    if not path.exists():
+        return {}
+    index = read_json(path)
+    for part_of_name, why in FOREIGN_PIPELINES.items():
+        pipeline = str(index.get("_class_name"))
+        if part_of_name in pipeline:
+            raise InputError(f"{path}: {pipeline}: {why}")
+
+    classes = {}
+    for part, value in index.items():
+        # [library, class], or [null, null] for a part that the model lacks; others are settings
+        is_part = isinstance(value, list) and len(value) == 2 and not part.startswith("_")
+        if not is_part or None in value or part in UNUSED_PARTS:
+            continue
+        name = value[1]
+        if part not in PARTS:
+            message = f"has a part {part} ({name}), which is not supported"
+            raise InputError(f"{path}: {message}: images would be made without it")
+        if part == "scheduler":
+            check_scheduler_class(name, path)
+        elif name not in PART_CLASSES[part]:
+            expected = " or ".join(PART_CLASSES[part])
+            message = f"its {part} is {name}, in Stable Diffusion 1.x and 2.x it is {expected}"
+            raise InputError(f"{path}: {message}")
+        classes[part] = name
+    return classes
+
+
+def is_unet_alone(path: Path) -> bool:
+    """Return whether a folder is unet/ alone."""
+    return (path / "config.json").exists() and any(path.glob("diffusion_pytorch_model*"))
+
+
+def refuse_other_folders(path: Path) -> None:
+    """Raise InputError if a folder without one of the parts is known to be something else."""
+    has_unet = (path / "unet").exists() or is_unet_alone(path)
+    if has_unet and not (path / "vae").exists() and not (path / "text_encoder").exists():
+        raise InputError(f"{path}: holds only a UNet: pass it as --unet, and its base as --model")
+    if has_unet:
+        return
+
+    # a run of train.py, one of its iterations, a repository in the hub's cache
+    models = [folder.parent for folder in [*path.glob("*/unet"), *path.glob("*/*/unet")]]
+    if models:
+        names = sorted(str(model.relative_to(path)) for model in models)
+        message = f"no model itself, but folders in it are: choose one ({first_five(names)})"
+        raise InputError(f"{path}: {message}")
+
+    for file, content in OTHER_FOLDERS.items():
+        if (path / file).exists():
+            raise InputError(f"{path}: {content}")
+
+    files = sorted(file.name for file in [*path.glob("*.safetensors"), *path.glob("*.ckpt")])
+    if files:
+        raise InputError(f"{path}: a folder of single files: choose one ({first_five(files)})")
 
 
 def read_config(path: Path, part: str) -> dict:
     """Return a config. Raises InputError if a setting in BUILT_IN has another value."""
     config = read_json(path)
+    if part in PARTS_OF_DIFFUSERS:
+        config = without_defaults(config, path)
     for key, expected in BUILT_IN[part].items():
         value = config.get(key, expected)
         per_block = value if isinstance(value, list) else [value]
@@ -98,6 +191,18 @@ def read_config(path: Path, part: str) -> dict:
             message = f"{key} is {value!r}, in Stable Diffusion 1.x and 2.x it is {expected!r}"
             raise InputError(f"{path}: {message}")
     return config
+
+
+def without_defaults(config: dict, path: Path) -> dict:
+    """Return a config without the settings that diffusers ignores in it, and takes defaults for.
+
+    path: the config's, for messages
+    """
+    config = dict(config)
+    ignored = config.pop("_use_default_values", [])
+    if not isinstance(ignored, list):
+        raise InputError(f"{path}: _use_default_values is {ignored!r}, not a list of settings")
+    return {key: value for key, value in config.items() if key not in ignored}
 
 
 def is_from_before_0_9(config: dict) -> bool:
@@ -109,34 +214,47 @@ def is_from_before_0_9(config: dict) -> bool:
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 9)
 
 
-def read_scheduler(path: Path, prediction_type: str | None) -> Scheduler:
+def read_scheduler(
+    path: Path, prediction_type: str | None, class_in_index: str | None = None
+) -> Scheduler:
     """Return the scheduler of a config.
 
     prediction_type: what the UNet predicts, whatever the config says; None for what it says
+    class_in_index:  the class that model_index.json states. In diffusers, it counts in place of the
+                     config's; here, neither may be another family's.
 
     Raises InputError if the config is not one of Stable Diffusion.
     """
     config = read_config(path, "scheduler")
-    check_scheduler_class(config, path)
+    own_class = config.get("_class_name")
+    check_scheduler_class(own_class, path)
+    for name in (own_class, class_in_index or own_class):
+        check_betas_are_stated(config, name, path)
     if prediction_type is not None:
         config["prediction_type"] = prediction_type
     with config_errors(path.parent):
         return Scheduler(config)
 
 
-def check_scheduler_class(config: dict, path: Path) -> None:
-    """Raise InputError unless a scheduler's config can be read as DDIMScheduler's.
+def check_scheduler_class(name: str | None, path: Path) -> None:
+    """Raise InputError unless a scheduler of this class can be read as a DDIMScheduler.
 
-    path: the config's, for messages
+    path: of the file that states the class, for messages
     """
-    name = config.get("_class_name")
     if name is not None and name not in SCHEDULERS + SCHEDULERS_WITH_OTHER_BETAS:
         reason = "not a sampler that Stable Diffusion 1.x or 2.x is known to have"
         for part_of_name, why in FOREIGN_SCHEDULERS.items():
             if part_of_name in str(name):
                 reason = why
-        raise InputError(f"{path}: its _class_name is {name}: {reason}")
+        raise InputError(f"{path}: its scheduler is {name}: {reason}")
 
+
+def check_betas_are_stated(config: dict, name: str | None, path: Path) -> None:
+    """Raise InputError if a scheduler's config lacks betas whose defaults are not DDIMScheduler's.
+
+    name: the scheduler's class
+    path: the config's, for messages
+    """
     if name not in SCHEDULERS and config.get("trained_betas") is None:
         missing = [key for key in BETAS if key not in config]
         if missing:
@@ -188,4 +306,4 @@ def write_model_index(folder: Path, scheduler_class: str) -> None:
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", scheduler_class],
     }
-    write_json(folder / "model_index.json", index)
+    write_json(folder / MODEL_INDEX, index)

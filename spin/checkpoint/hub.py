@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from spin.checkpoint.folder import PARTS
+from spin.checkpoint.folder import MODEL_INDEX, PARTS
 from spin.checkpoint.weights import USUAL_FILE, WEIGHT_FILES, is_index, read_index
 from spin.infra.errors import InputError
 
@@ -26,7 +26,7 @@ def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
     if looks_like_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise InputError(f"{source}: no such folder or file, and not a hub id such as org/name")
 
-    files = []
+    files = [MODEL_INDEX, "*/config.json"]  # what even parts from elsewhere must agree with
     for part in parts:
         files += [f"{part}/*.json", f"{part}/*.txt"]  # configs, indices and a tokenizer's merges
         if part in USUAL_FILE:

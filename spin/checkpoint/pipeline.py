@@ -26,10 +26,11 @@ from spin.checkpoint.folder import (
 )
 from spin.checkpoint.hub import locate
 from spin.checkpoint.names import TEXT_NAMES, expand_names, unfuse
-from spin.checkpoint.single_file import SingleFile, write_single_file
+from spin.checkpoint.single_file import SCALING_FACTOR, SingleFile, write_single_file
 from spin.checkpoint.tensors import config_errors, fill
-from spin.checkpoint.tokenizer import write_tokenizer
+from spin.checkpoint.tokenizer import FILES, write_tokenizer
 from spin.checkpoint.weights import WEIGHT_FILES, list_weight_files
+from spin.infra.errors import InputError
 from spin.infra.files import hash_files, write_json
 from spin.scheduler import Scheduler
 from spin.text import TextEncoder, Tokenizer
@@ -100,6 +101,8 @@ def load_pipeline(
     # the networks
     network = make_network(UNet, stored_unet, dtype, device)
     vae = make_network(AutoencoderKL, stored_vae, dtype, device)
+    if unet is not None:
+        check_same_scaling(vae, unet_checkpoint, source, unet)
     text_encoder = make_text_encoder(stored_text, tokenizer, dtype, device)
     check_same_width(network, text_encoder, source, unet or source)
 
@@ -118,6 +121,27 @@ def open_checkpoint(path: Path) -> Folder | SingleFile:
     if path.is_file():
         return SingleFile(path)
     return Folder(path)
+
+
+def check_same_scaling(
+    vae: AutoencoderKL,
+    unet_checkpoint: Folder | SingleFile,
+    source: str | Path,
+    unet_source: str | Path,
+) -> None:
+    """Raise InputError if a UNet from another checkpoint is for latents of another scale.
+
+    source, unet_source: the names of the model and of the other checkpoint, for messages
+    """
+    scaling_factor = SCALING_FACTOR
+    if isinstance(unet_checkpoint, Folder):
+        scaling_factor = unet_checkpoint.read_scaling_factor_of_unet()
+    if scaling_factor not in (None, vae.scaling_factor):
+        message = f"the UNet of {unet_source} is for latents times {scaling_factor}"
+        raise InputError(
+            f"{message} (scaling_factor), but {source} states {vae.scaling_factor}: they do not "
+            "belong together"
+        )
 
 
 def make_network(
@@ -175,8 +199,8 @@ def save_pipeline(pipe: Pipeline, folder: str | Path) -> None:
 def save_single_file(pipe: Pipeline, path: str | Path) -> None:
     """Write a model as one .safetensors file in the original layout, which other programs read.
 
-    load_pipeline gives back every bit. Raises InputError if sizes, noise schedule or latents' scale
-    are not Stable Diffusion's.
+    load_pipeline gives back every bit. Raises InputError if a network's settings, the noise
+    schedule, the latents' scale or the tokenizer are not Stable Diffusion's.
     """
     write_single_file(Path(path), pipe.unet, pipe.vae, pipe.text_encoder, pipe.scheduler)
 
@@ -186,7 +210,8 @@ def hash_checkpoint(path: str | Path) -> str:
 
     path: a folder, its folder unet/ alone, or a single file
 
-    Other files beside them, such as the same weights in half precision, change nothing.
+    Other files beside them, such as the same weights in half precision, change nothing. Nor does
+    model_index.json: what it says is either what is assumed, or refused.
     """
     path = Path(path)
     if path.is_file():
@@ -207,8 +232,9 @@ def files_of_part(folder: Path, part: str) -> list[Path]:
     folder: the part's own folder, such as unet/
     """
     if part in WEIGHT_FILES:
-        configs = folder.glob("config.json")
-        files = [*configs, *list_weight_files(folder, part)]
+        files = [folder / "config.json", *list_weight_files(folder, part)]
+    elif part == "tokenizer":
+        files = [folder / name for name in FILES]
     else:
-        files = [*folder.glob("*.json"), *folder.glob("*.txt")]
-    return sorted(files)
+        files = [folder / SCHEDULER_CONFIG]
+    return sorted(filter(Path.exists, files))

@@ -4,8 +4,8 @@
     first_stage_model.*       VAE
     cond_stage_model.*        text tower
 
-Such a file holds no config: that of SD_1 or SD_2 in configs.py is assumed. Other tensors of a
-training checkpoint (model_ema.*, denoiser.sigmas, ...) are not read.
+Such a file holds no config: that of SD_1 or SD_2 in configs.py is assumed. Other tensors must agree
+with it (alphas_cumprod, ...) or be LEFTOVERS, which are not read (model_ema.*, ...).
 """
 
 from pathlib import Path
@@ -17,10 +17,20 @@ from spin.checkpoint.agreement import (
     ASK,
     ends_at_pure_noise,
     read_prediction_type,
-    refuse_other_schedules,
+    refuse_other_statements,
 )
-from spin.checkpoint.configs import FOREIGN, SD_1, SD_2, V_MARKER, ZERO_SNR_MARKER
-from spin.checkpoint.folder import POSITION_IDS, StoredNetwork, write_safetensors
+from spin.checkpoint.configs import (
+    FOREIGN,
+    LEFTOVERS,
+    SCALE_TENSOR,
+    SCHEDULE_TENSORS,
+    SD_1,
+    SD_2,
+    SETTINGS,
+    V_MARKER,
+    ZERO_SNR_MARKER,
+)
+from spin.checkpoint.folder import StoredNetwork, write_safetensors
 from spin.checkpoint.names import (
     ORIGINAL_RESNET_NAMES,
     ORIGINAL_UNET_NAMES,
@@ -30,12 +40,12 @@ from spin.checkpoint.names import (
     replace_parts,
     unfuse,
 )
-from spin.checkpoint.tensors import config_errors, read_tensors
+from spin.checkpoint.tensors import config_errors, first_five, read_tensors
 from spin.checkpoint.tokenizer import clip_tokenizer
 from spin.infra.errors import InputError
 from spin.scheduler import Scheduler
 from spin.text import TextEncoder, Tokenizer
-from spin.unet import UNet
+from spin.unet import UNet, heads_per_block
 from spin.vae import AutoencoderKL
 
 UNET_PREFIX = "model.diffusion_model."
@@ -56,8 +66,8 @@ NETWORKS = {
     "text_encoder": ("text tower", TEXT_PREFIX),
 }
 
-# what trained the VAE and is no part of it
-LEFTOVERS = ("first_stage_model.loss.", "first_stage_model.model_ema.")
+AVERAGE_PREFIX = "model_ema."
+AVERAGE = f"an average of a UNet's weights ({AVERAGE_PREFIX}*), which is not read"
 
 # a tensor whose width is that of the context: 768 in SD-1.x, 1024 in SD-2.x
 CONTEXT_WEIGHT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -71,12 +81,19 @@ class SingleFile:
         self.path = path
         tensors = read_tensors(path)
         refuse_other_models(tensors, path)
-        self.tensors = {}
-        for name, tensor in tensors.items():
-            if not name.startswith(LEFTOVERS):
-                self.tensors[name] = tensor
+        self.has_average = any(name.startswith(AVERAGE_PREFIX) for name in tensors)
+        self.tensors = without_leftovers(tensors)
         self.is_sd_2 = is_from_sd_2(self.tensors)
         self.configs = SD_2 if self.is_sd_2 else SD_1
+        refuse_unknown_tensors(self.tensors, path, self.text_names())
+
+    def text_names(self) -> list[str]:
+        """Return the names of the text tower's tensors, or their beginnings."""
+        if not self.is_sd_2:
+            older = [OLD_TEXT_PREFIX + module for module in OLD_TEXT_MODULES]
+            return [TEXT_1_PREFIX, *older]
+        names = expand_names(TEXT_NAMES, i=self.configs["text_encoder"]["num_hidden_layers"])
+        return [TEXT_2_PREFIX + ours for _, ours in names]
 
     def read_network(self, part: str) -> StoredNetwork:
         """Return "unet", "vae" or "text_encoder", with the names that a folder has.
@@ -85,8 +102,10 @@ class SingleFile:
         """
         network, prefix = NETWORKS[part]
         if not any(name.startswith(prefix) for name in self.tensors):
-            message = f"holds no {network} ({prefix}*); use a file with all three networks"
-            raise InputError(f"{self.path}: {message}")
+            message = f"holds no {network} ({prefix}*)"
+            if part == "unet" and self.has_average:
+                message += f", only {AVERAGE}"
+            raise InputError(f"{self.path}: {message}; use a file with all three networks")
         config = self.configs[part]
         if part == "unet":
             tensors = from_original(self.tensors, UNET_PREFIX, original_unet_names(config))
@@ -104,15 +123,12 @@ class SingleFile:
         """
         if self.is_sd_2:
             tensors = with_prefix(self.tensors, TEXT_2_PREFIX)
-            # leaves out what the file holds besides: a last layer, projections
             return unfuse(tensors, expand_names(TEXT_NAMES, i=num_layers))
         tensors = with_prefix(self.tensors, TEXT_1_PREFIX)
         older = with_prefix(self.tensors, OLD_TEXT_PREFIX)
-        tensors.pop(POSITION_IDS, None)
-        older.pop(POSITION_IDS, None)
         for name, tensor in older.items():
             if not name.startswith(OLD_TEXT_MODULES):
-                continue  # "text_model.", which `tensors` has already, or an unused projection
+                continue  # "text_model.", which `tensors` has already
             if name in tensors and not torch.equal(tensors[name], tensor):
                 message = f"two different tensors, with and without text_model.: {name}"
                 advice = "use a file that was not merged"
@@ -129,14 +145,13 @@ class SingleFile:
         Raises InputError if the file does not say what, and neither does `prediction_type`. An
         SD-1.x need not say that it predicts the noise.
         """
-        names = self.tensors.keys()
-        refuse_other_schedules(self.path, names)
+        refuse_other_statements(self.path, self.tensors, self.is_sd_2)
         config = dict(self.configs["scheduler"])
-        if ends_at_pure_noise(self.path, names):
+        if ends_at_pure_noise(self.path, self.tensors):
             config["rescale_betas_zero_snr"] = True
             config["prediction_type"] = None  # hardly the noise: the file must say
         if prediction_type is None:
-            prediction_type = read_prediction_type(self.path, names)
+            prediction_type = read_prediction_type(self.path, self.tensors)
         if prediction_type is not None:
             config["prediction_type"] = prediction_type
         if config["prediction_type"] is None:
@@ -156,8 +171,39 @@ def refuse_other_models(tensors: dict[str, Tensor], path: Path) -> None:
             raise InputError(f"{path}: not Stable Diffusion 1.x or 2.x, but {model}")
     prefixes = tuple(prefix for _, prefix in NETWORKS.values())
     if not any(name.startswith(prefixes) for name in tensors):
+        if any(name.startswith(AVERAGE_PREFIX) for name in tensors):
+            message = f"holds only {AVERAGE}; use a file with all three networks"
+            raise InputError(f"{path}: {message}")
         message = "not a complete Stable Diffusion; put a network alone into a diffusers folder"
         raise InputError(f"{path}: {message}")
+
+
+def without_leftovers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a file that are not LEFTOVERS of its training."""
+    prefixes = tuple(entry for entry in LEFTOVERS if entry.endswith("."))
+    kept = {}
+    for name, tensor in tensors.items():
+        if name not in LEFTOVERS and not name.startswith(prefixes):
+            kept[name] = tensor
+    return kept
+
+
+def refuse_unknown_tensors(tensors: dict[str, Tensor], path: Path, text_names: list[str]) -> None:
+    """Raise InputError if some tensors belong to no network of Stable Diffusion, and state nothing.
+
+    text_names: the names of the text tower's tensors, or their beginnings
+
+    Those of the UNet and of the VAE are compared with the networks later, one by one.
+    """
+    statements = (V_MARKER, ZERO_SNR_MARKER, SCALE_TENSOR, *SCHEDULE_TENSORS)
+    prefixes = (UNET_PREFIX, VAE_PREFIX, "edm_", *text_names)
+    unknown = []
+    for name in sorted(tensors):
+        if name not in statements and not name.startswith(prefixes):
+            unknown.append(name)
+    if unknown:
+        message = f"holds tensors of no network of Stable Diffusion ({first_five(unknown)})"
+        raise InputError(f"{path}: {message}; use a file without them, since they are not read")
 
 
 def is_from_sd_2(tensors: dict[str, Tensor]) -> bool:
@@ -214,12 +260,17 @@ def write_single_file(
 ) -> None:
     """Write a .safetensors file in the original layout.
 
-    Raises InputError if sizes, noise schedule, latents' scale or tokenizer are not Stable
-    Diffusion's, since the file cannot state them.
+    Raises InputError if the networks' settings, the noise schedule, the latents' scale or the
+    tokenizer are not Stable Diffusion's, since the file cannot state them.
     """
-    refuse_other_networks(path, unet, vae)
+    is_sd_2 = text_encoder.config.get("hidden_act") == "gelu"
+    configs = SD_2 if is_sd_2 else SD_1
+    refuse_other_settings(path, "unet", unet.config, configs)
+    refuse_other_settings(path, "vae", vae.config, configs)
+    refuse_other_settings(path, "text_encoder", text_encoder.config, configs)
+    refuse_other_scales(path, vae)
     refuse_other_tokenizers(path, text_encoder)
-    refuse_other_betas(path, scheduler)
+    refuse_other_schedules(path, scheduler)
 
     tensors = {}
     unet_state = unet.state_dict()
@@ -231,7 +282,7 @@ def write_single_file(
         tensors[original] = vae_state[name]
 
     text_state = text_encoder.tower.state_dict()
-    if text_encoder.config.get("hidden_act") == "gelu":
+    if is_sd_2:
         text_prefix = TEXT_2_PREFIX
     else:
         text_prefix = TEXT_1_PREFIX
@@ -250,13 +301,34 @@ def write_single_file(
     write_safetensors(path, tensors, {"format": "pt", "modelspec.prediction_type": prediction})
 
 
-ONLY = "so only those of Stable Diffusion can be saved"
+def refuse_other_settings(path: Path, part: str, config: dict, configs: dict[str, dict]) -> None:
+    """Raise InputError unless a network's settings are those that a file's reader assumes.
+
+    part:    "unet", "vae" or "text_encoder"
+    config:  the network's
+    configs: SD_1 or SD_2
+    """
+    network, _ = NETWORKS[part]
+    own = settings_in_use(part, config)
+    assumed = settings_in_use(part, configs[part])
+    for key, value in own.items():
+        if value != assumed[key]:
+            message = f"a single file states no {key}; it would mean {assumed[key]}"
+            raise InputError(f"{path}: {message}, not the {network}'s {value}")
 
 
-def refuse_other_networks(path: Path, unet: UNet, vae: AutoencoderKL) -> None:
-    """Raise InputError unless the UNet's sizes and the latents' scale are Stable Diffusion's."""
-    if unet.config["block_out_channels"] != SD_1["unet"]["block_out_channels"]:
-        raise InputError(f"{path}: a single file states no sizes, {ONLY}")
+def settings_in_use(part: str, config: dict) -> dict:
+    """Return the SETTINGS of a network, with the defaults of those that its config leaves out."""
+    settings = {}
+    for key, default in SETTINGS[part].items():
+        settings[key] = config.get(key, default)
+    if part == "unet":
+        settings["attention_head_dim"] = heads_per_block(config)  # one number, or one per block
+    return settings
+
+
+def refuse_other_scales(path: Path, vae: AutoencoderKL) -> None:
+    """Raise InputError unless the latents' scale is Stable Diffusion's."""
     if vae.scaling_factor != SCALING_FACTOR:
         message = f"a single file states no scaling_factor; it would mean {SCALING_FACTOR}"
         raise InputError(f"{path}: {message}, not the VAE's {vae.scaling_factor}")
@@ -272,12 +344,22 @@ def refuse_other_tokenizers(path: Path, text_encoder: TextEncoder) -> None:
         raise InputError(f"{path}: {message} {assumed.pad_token!r} to {assumed.length} tokens")
 
 
-def refuse_other_betas(path: Path, scheduler: Scheduler) -> None:
-    """Raise InputError unless the noise schedule is Stable Diffusion's, rescaled or not."""
+def refuse_other_schedules(path: Path, scheduler: Scheduler) -> None:
+    """Raise InputError unless the noise schedule is Stable Diffusion's, rescaled or not.
+
+    So must be the timesteps at which sampling begins and ends.
+    """
     zero_snr = scheduler.config.get("rescale_betas_zero_snr", False)
     published = Scheduler({**SD_1["scheduler"], "rescale_betas_zero_snr": zero_snr})
     if not torch.equal(scheduler.alphas_cumprod, published.alphas_cumprod):
-        raise InputError(f"{path}: a single file states no betas, {ONLY}")
+        message = "a single file states no betas, so only those of Stable Diffusion can be saved"
+        raise InputError(f"{path}: {message}")
+    if scheduler.steps_offset != published.steps_offset:
+        message = f"a single file states no steps_offset; it would mean {published.steps_offset}"
+        raise InputError(f"{path}: {message}, not {scheduler.steps_offset}")
+    if scheduler.final_alpha_cumprod != published.final_alpha_cumprod:
+        message = "a single file states no set_alpha_to_one; it would mean False, not True"
+        raise InputError(f"{path}: {message}")
 
 
 def linear_to_convolutions(state: dict[str, Tensor]) -> dict[str, Tensor]:

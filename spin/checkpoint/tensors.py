@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from spin.checkpoint.configs import V_MARKER, ZERO_SNR_MARKER
 from spin.checkpoint.names import NameMap, fuse, unfuse
 from spin.infra.errors import InputError
 from spin.infra.files import refuse_lfs_pointer
@@ -31,6 +32,11 @@ class Unused:
         pass
 
 
+def make_dict(*args) -> dict:
+    """Return an empty dictionary in place of a defaultdict, whose items are then put into it."""
+    return {}
+
+
 # What a pickle may refer to, besides tensors and Python's own types. In place of each, an Unused is
 # made: nothing of these packages runs.
 UNUSED_GLOBALS = (
@@ -44,6 +50,46 @@ UNUSED_GLOBALS = (
     "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar",
     "numpy._core.multiarray._reconstruct",
+    # types themselves, as settings or as a defaultdict's default
+    "builtins.bool",
+    "builtins.dict",
+    "builtins.float",
+    "builtins.int",
+    "builtins.list",
+    "builtins.str",
+    "builtins.tuple",
+    "numpy.bool_",
+    "numpy.bool",
+    "numpy.float16",
+    "numpy.float32",
+    "numpy.float64",
+    "numpy.int32",
+    "numpy.int64",
+    # settings of a training
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    # when and where it ran; Python 3.13 keeps paths in another module
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.time",
+    "datetime.timedelta",
+    "datetime.timezone",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+    "pathlib.PureWindowsPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.Path",
+    "pathlib._local.PosixPath",
+    "pathlib._local.PurePosixPath",
+    "pathlib._local.PureWindowsPath",
+    "pathlib._local.WindowsPath",
+)
+# dictionaries of other types, which are read as plain ones
+DICTIONARIES = (
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
 )
 
 
@@ -94,9 +140,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
     Raises InputError if the file is damaged, or refers to anything but tensors and UNUSED_GLOBALS.
     """
-    unused = [(Unused, name) for name in UNUSED_GLOBALS]
+    allowed = [(Unused, name) for name in UNUSED_GLOBALS]
+    allowed += [(dict, name) for name in DICTIONARIES]
+    allowed.append((make_dict, "collections.defaultdict"))
     try:
-        with torch.serialization.safe_globals(unused):
+        with torch.serialization.safe_globals(allowed):
             mmap = is_zipfile(path)  # the older format cannot be left on disk
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         state = content.get("state_dict", content)
@@ -110,6 +158,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if isinstance(name, str) and isinstance(value, Tensor):
             tensors[name] = value
+    # These may also stand beside the state dict, or be no tensors. Their names are what counts.
+    for marker in (V_MARKER, ZERO_SNR_MARKER):
+        value = state.get(marker, content.get(marker))
+        if value is not None and value is not False:
+            tensors[marker] = torch.empty(0)
     return tensors
 
 

@@ -26,6 +26,16 @@ EXPECTED = {
     "split_special_tokens": False,  # would read a written-out special token as plain text
 }
 
+# the files that may be read
+FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
 # From here on, a model_max_length says that there is no limit: transformers writes 1e30.
 NO_LIMIT = 10**20
 
@@ -143,7 +153,7 @@ def read_settings(folder: Path, whole: dict) -> dict:
 
     special_tokens_map.json overrides tokenizer_config.json, unless the latter lists its tokens by
     id (added_tokens_decoder): transformers 4.34 and later, which write such lists, then ignore the
-    former.
+    former. A setting that is null states nothing.
 
     Raises ValueError if a setting has another value than in EXPECTED.
     """
@@ -151,9 +161,9 @@ def read_settings(folder: Path, whole: dict) -> dict:
     for part in ("padding", "truncation"):
         if whole.get(part) is not None:
             settings[f"{part}_side"] = whole[part]["direction"].lower()
-    settings.update(read_json_if_any(folder / "tokenizer_config.json"))
+    settings.update(read_stated(folder / "tokenizer_config.json"))
     if "added_tokens_decoder" not in settings:
-        settings.update(read_json_if_any(folder / "special_tokens_map.json"))
+        settings.update(read_stated(folder / "special_tokens_map.json"))
 
     for key, expected in EXPECTED.items():
         value = token_text(settings.get(key, expected))
@@ -199,6 +209,11 @@ def token_text(token: str | dict) -> str:
     if isinstance(token, dict):
         return token["content"]
     return token
+
+
+def read_stated(path: Path) -> dict:
+    """Return the settings in a file that are not null; {} if there is no such file."""
+    return {key: value for key, value in read_json_if_any(path).items() if value is not None}
 
 
 def read_json_if_any(path: Path) -> dict:

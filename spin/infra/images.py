@@ -1,5 +1,6 @@
 """Image files: read as RGB, and written as PNGs that state how the image was made."""
 
+import zlib
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -13,9 +14,12 @@ from spin.infra.errors import InputError
 from spin.infra.files import atomic_write, refuse_lfs_pointer
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # what a PNG's pixels depend on
+PNG_XMP = b"XML:com.adobe.xmp\0\0"  # how an iTXt chunk begins that holds XMP, uncompressed
 
-# Names of PNG chunks that no pixel depends on. EXIF is not among them: it states the orientation.
-PNG_METADATA = b"tEXt zTXt iTXt tIME pHYs iCCP gAMA cHRM sRGB sBIT sPLT hIST bKGD".split()
+JPEG_SIGNATURE = b"\xff\xd8"
+JPEG_EXIF = b"Exif\0\0"
+JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
 # EXIF orientation -> how to turn the image upright. 1 is upright; undefined values are ignored.
 TRANSPOSE = {
@@ -43,7 +47,7 @@ def read_image(path: Path) -> Image.Image:
     except Exception as error:  # a broken file can make Pillow's many readers raise anything
         reason = str(error) or type(error).__name__
     try:
-        return decode_image(BytesIO(read_png_without_metadata(path)))
+        return decode_image(BytesIO(read_without_metadata(path)))
     except Exception:
         raise InputError(f"{path}: not a readable image ({reason})") from None
 
@@ -57,26 +61,75 @@ def decode_image(file: BinaryIO) -> Image.Image:
     return to_rgb(image)
 
 
-def read_png_without_metadata(path: Path) -> bytes:
-    """Return a PNG file without its PNG_METADATA. Raises ValueError for another file.
+def read_without_metadata(path: Path) -> bytes:
+    """Return a PNG or JPEG file without its metadata, but for what states the orientation.
 
-    Pillow refuses a PNG for a text of more than a mebibyte, or for one wrong bit in a text.
+    Pillow refuses a whole file for a wrong bit, a missing byte or a long text in its metadata.
+    Raises ValueError for another file, IndexError for a JPEG of which only metadata are left.
     """
     with open(path, "rb") as file:
-        signature = file.read(len(PNG_SIGNATURE))
-        if signature != PNG_SIGNATURE:
-            raise ValueError("not a PNG")
-        chunks = file.read()
+        start = file.read(len(PNG_SIGNATURE))
+        if start == PNG_SIGNATURE:
+            return strip_png(start + file.read())
+        if start.startswith(JPEG_SIGNATURE):
+            return strip_jpeg(start + file.read())
+    raise ValueError("neither PNG nor JPEG")
 
-    kept = [signature]
-    start = 0
-    while start < len(chunks):
-        length = int.from_bytes(chunks[start : start + 4], "big")
-        end = start + 4 + 4 + length + 4  # its length, its name, its content, and a checksum
-        if chunks[start + 4 : start + 8] not in PNG_METADATA:
-            kept.append(chunks[start:end])
-        start = end
+
+def strip_png(png: bytes) -> bytes:
+    # a PNG is a series of chunks: length of the content, name, content, checksum
+    kept = [PNG_SIGNATURE]
+    start = len(PNG_SIGNATURE)
+    while start < len(png):
+        length = int.from_bytes(png[start : start + 4], "big")
+        name = png[start + 4 : start + 8]
+        end = start + 8 + length
+        content = png[start + 8 : end]
+        checksum = png[end : end + 4]
+        if not is_png_metadata(name) or states_orientation(name, content, checksum):
+            kept.append(png[start : end + 4])
+        start = end + 4
     return b"".join(kept)
+
+
+def is_png_metadata(name: bytes) -> bool:
+    """Return whether no pixel depends on a chunk of this name, be one letter of it damaged."""
+    for needed in PIXEL_CHUNKS:
+        equal_letters = [letter == other for letter, other in zip(name, needed)]
+        if sum(equal_letters) >= 3:
+            return False
+    return name[:1].islower()  # which is how PNG marks a chunk that a decoder may ignore
+
+
+def states_orientation(name: bytes, content: bytes, checksum: bytes) -> bool:
+    """Return whether a PNG's chunk is undamaged EXIF or XMP."""
+    if zlib.crc32(name + content) != int.from_bytes(checksum, "big"):
+        return False
+    return name == b"eXIf" or (name == b"iTXt" and content.startswith(PNG_XMP))
+
+
+def strip_jpeg(jpeg: bytes) -> bytes:
+    # a JPEG begins with segments: 255, marker, length of what follows, content
+    kept = [JPEG_SIGNATURE]
+    start = len(JPEG_SIGNATURE)
+    while jpeg[start] == 0xFF and jpeg[start + 1] != 0xDA:  # until the pixels begin
+        end = start + 2 + int.from_bytes(jpeg[start + 2 : start + 4], "big")
+        if not is_jpeg_metadata(jpeg[start + 1], jpeg[start + 4 : end]):
+            kept.append(jpeg[start:end])
+        start = end
+    return b"".join([*kept, jpeg[start:]])
+
+
+def is_jpeg_metadata(marker: int, content: bytes) -> bool:
+    """Return whether neither the colors nor the orientation depend on a JPEG's segment."""
+    if marker not in range(0xE0, 0xF0):  # APP0 to APP15
+        return False
+    if marker == 0xE1:
+        return not content.startswith((JPEG_EXIF, JPEG_XMP))
+    # libjpeg learns from these two whether the colors are YCbCr, and ignores shorter ones
+    is_jfif = marker == 0xE0 and content.startswith(b"JFIF\0") and len(content) >= 14
+    is_adobe = marker == 0xEE and content.startswith(b"Adobe") and len(content) >= 12
+    return not (is_jfif or is_adobe)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

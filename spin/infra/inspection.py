@@ -32,6 +32,8 @@ def check_rows(images, folder: Path, skip: bool) -> str:
 
     skip: whether to drop bad rows from `images`.
 
+    images.inspected is set, for `check_unchanged`.
+
     Raises InputError if there are bad rows and `skip` is off, or if all rows are bad.
     """
     recorded = folder / "rows.txt"
@@ -42,15 +44,47 @@ def check_rows(images, folder: Path, skip: bool) -> str:
 
     digest = hashlib.sha256()
     usable = np.zeros(len(images), dtype=bool)
+    inspected = np.zeros((len(images), 2), dtype=np.uint64)
+    num_small = 0
     for index, record in enumerate(read_records(recorded)):
-        sha256, _ = split_record(record)
+        sha256, short_side, row_stamp = split_record(record)
         digest.update(sha256.encode())
         usable[index] = sha256 != ""
+        inspected[index] = hash64(row_stamp), hash64(sha256)
+        if usable[index] and int(short_side) < images.resolution:
+            num_small += 1
+    images.inspected = inspected
     num_bad = len(images) - int(usable.sum())
     if num_bad > 0:
         report_bad_rows(listed, num_bad, len(images), skip)
         images.select(usable)
+    report_small_images(num_small, images)
     return digest.hexdigest()[:16]
+
+
+def check_unchanged(images, rows: Iterable[int]) -> None:
+    """Raise InputError if one of these rows is not what it was when `check_rows` read it.
+
+    Latents of its new contents would be kept under the name of its old ones.
+    """
+    if images.inspected is None:  # not data of the user's
+        return
+    for index in rows:
+        old_stamp, old_sha256 = images.inspected[index].tolist()
+        if hash64(stamp(images.read_row(index), images.folder)) == old_stamp:
+            continue
+        # Backups change a file's times, and on some network drives each machine has its own.
+        sha256, _, _ = split_record(inspect_row((images, index)).record)
+        if hash64(sha256) != old_sha256:
+            raise InputError(
+                f"{images.location(index)}: an image has changed since the data were checked; "
+                "start again"
+            )
+
+
+def hash64(text: str) -> int:
+    """Return the first 64 bits of a string's SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 # ---- Inspecting rows -----------------------------------------------------------------------------
@@ -61,18 +95,20 @@ class Inspection:
     """What was found when a row and its images were read.
 
     fault: what is wrong, on one line; None if nothing is.
-    record: SHA-256 of caption and image files, in 64 hexadecimal digits; a space; and the row's
-        `stamp`, by which a later start knows whether the row has changed. "" for a bad row.
+    record: SHA-256 of caption and image files, in 64 hexadecimal digits; the short side of the
+        smallest image, in pixels; and the row's `stamp`, by which a later start knows whether the
+        row has changed; with a space between them. "" for a bad row.
     """
 
     fault: str | None
     record: str
 
 
-def split_record(record: str) -> tuple[str, str]:
-    """Return the SHA-256 and the stamp of a record: "" and "" for a bad row's."""
-    sha256, _, row_stamp = record.partition(" ")
-    return sha256, row_stamp
+def split_record(record: str) -> tuple[str, str, str]:
+    """Return the SHA-256, the short side and the stamp of a record: all "" for a bad row's."""
+    sha256, _, rest = record.partition(" ")
+    short_side, _, row_stamp = rest.partition(" ")
+    return sha256, short_side, row_stamp
 
 
 def find_faults(images) -> Iterator[str | None]:
@@ -105,7 +141,7 @@ def is_unchanged(images, index: int, record: str) -> bool:
     """Return whether a row is as it was when `record` was made: never for a bad row."""
     if not record:
         return False
-    _, old_stamp = split_record(record)
+    _, _, old_stamp = split_record(record)
     try:
         return old_stamp == stamp(images.read_row(index), images.folder)
     except (InputError, OSError):
@@ -120,15 +156,16 @@ def inspect_row(task: tuple) -> Inspection:
         # before the images are read, so that a change during the reading is seen at the next start
         row_stamp = stamp(row, images.folder)
         contents = [row.caption]
+        short_sides = []
         for path in row.image_files():
-            read_image(path)
+            short_sides.append(min(read_image(path).size))
             contents.append(hash_content(path))
     except (InputError, OSError) as error:
         location = f"{images.location(index)}: "
         message = str(error).removeprefix(location)
         return Inspection(location + " ".join(message.splitlines()), "")
     sha256 = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-    return Inspection(None, f"{sha256} {row_stamp}")
+    return Inspection(None, f"{sha256} {min(short_sides)} {row_stamp}")
 
 
 def stamp(row: Row, folder: Path) -> str:
@@ -184,7 +221,18 @@ def report_bad_rows(listed: Path, num_bad: int, num_rows: int, skip: bool) -> No
 
     if num_links > 0:
         summary += f". {num_links} lead out of the folder through a link; --follow-links allows it"
+    if num_links < num_bad:
+        summary += ". Fix them" if num_links == 0 else ". Fix the others"
     if num_bad == num_rows:
-        raise InputError(f"{summary}. Fix them")
+        raise InputError(summary)
     if not skip:
-        raise InputError(f"{summary}. Fix them, or skip them with --skip-bad")
+        raise InputError(f"{summary}, or skip them with --skip-bad")
+
+
+def report_small_images(num_small: int, images) -> None:
+    """Print how many rows have an image that must be enlarged, which makes it blurred."""
+    if num_small > 0:
+        distributed.print0(
+            f"note: {num_small} of {len(images)} rows have an image smaller than "
+            f"{images.resolution} pixels on its short side, which is enlarged"
+        )

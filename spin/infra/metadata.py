@@ -3,6 +3,7 @@
 import codecs
 import json
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,7 @@ import numpy as np
 
 from spin.infra.errors import InputError
 from spin.infra.files import refuse_lfs_pointer
+from spin.infra.hints import describe_missing_metadata, hint_at_image
 
 NOT_A_ROW = "not a JSON object with file_name and text (or caption)"
 
@@ -50,19 +52,10 @@ def index_lines(path: Path, limit: int | None) -> np.ndarray:
                 raise InputError(f"{path}: it begins as UTF-16 does; save it as UTF-8")
             file.seek(0)
             return np.fromiter(islice(numbered_lines(file), limit), dtype=np.dtype((np.int64, 2)))
-    except FileNotFoundError:
-        raise InputError(f"{path}: {describe_missing(path.parent)}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(describe_missing_metadata(path.parent)) from None
     except OSError as error:
         raise InputError(f"{path}: not readable ({error.strerror})") from None
-
-
-def describe_missing(folder: Path) -> str:
-    """Return what to say of a folder without metadata.jsonl."""
-    needed = "it must have a line with file_name and text for each image"
-    for name in ("metadata.csv", "metadata.parquet"):
-        if (folder / name).exists():
-            return f"no such file; convert {name} to it: {needed}"
-    return f"no such file; {needed}"
 
 
 def numbered_lines(file) -> Iterator[tuple[int, int]]:
@@ -107,16 +100,24 @@ def parse_entry(line: bytes, location: str) -> dict:
     Raises InputError if the line is anything else.
     """
     try:
-        entry = json.loads(line.decode("utf-8-sig"), object_pairs_hook=dict_of_pairs)
+        text = line.decode("utf-8-sig")
+        entry = json.loads(text, object_pairs_hook=dict_of_pairs)
     except UnicodeDecodeError:
         raise InputError(f"{location}: not UTF-8 text; save the file as UTF-8") from None
     except (json.JSONDecodeError, RecursionError):
-        raise InputError(f"{location}: {NOT_A_ROW}") from None
+        raise InputError(f"{location}: {NOT_A_ROW}{hint_at_list(text)}") from None
     except ValueError as error:
         raise InputError(f"{location}: {error}") from None
     if not isinstance(entry, dict) or "file_name" not in entry:
-        raise InputError(f"{location}: {NOT_A_ROW}")
+        raise InputError(f"{location}: {NOT_A_ROW}{hint_at_list(text)}")
     return entry
+
+
+def hint_at_list(text: str) -> str:
+    """Return what to say of a line with which a list begins, as in a file of .json: "" if none."""
+    if text.lstrip().startswith("["):
+        return ", but a list; write each of its entries on a line of its own, without the list"
+    return ""
 
 
 def dict_of_pairs(pairs: list[tuple]) -> dict:
@@ -130,14 +131,20 @@ def dict_of_pairs(pairs: list[tuple]) -> dict:
 
 
 def choose_caption(entry: dict, location: str) -> str:
-    """Return an entry's `text` or, where that is missing or null, its `caption`."""
-    key = "caption" if entry.get("text") is None else "text"
+    """Return an entry's `text` or, where that is missing, null or blank, its `caption`."""
+    key = "text"
+    if is_blank(entry.get("text")) and "caption" in entry:
+        key = "caption"
     if key not in entry:
         raise InputError(f"{location}: {NOT_A_ROW}")
     caption = check_string(entry[key], key, location)
-    if not caption.strip():
+    if is_blank(caption):
         raise InputError(f"{location}: an empty caption")
     return caption
+
+
+def is_blank(value) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def check_string(value, key: str, location: str) -> str:
@@ -163,19 +170,36 @@ def as_text(value) -> str:
 
 def locate_image(folder: Path, name: str, follow_links: bool, location: str) -> Path:
     """Return an image's path. Raises InputError if it is outside the folder or does not exist."""
-    path = folder / name
     try:
+        path = normalize_name(folder, name)
         inside = path.resolve().is_relative_to(folder)  # links followed
+        name_leaves = not Path(os.path.normpath(path)).is_relative_to(folder)  # links not followed
         exists = path.is_file()
         is_link = path.is_symlink()
     except (OSError, ValueError, RuntimeError):  # no file can have this name, or links in a circle
         raise InputError(f"{location}: no image {name!r} in {folder}") from None
-    name_leaves = not Path(os.path.normpath(path)).is_relative_to(folder)  # links not followed
     if not inside and name_leaves:
-        raise InputError(f"{location}: {name!r} is outside the folder; move the image into it")
+        hint = hint_at_image(folder, name) or "; move the image into it"
+        raise InputError(f"{location}: {name!r} is outside the folder{hint}")
     if not exists:
-        link = ", only a broken link" if is_link else ""
-        raise InputError(f"{location}: no image {name!r} in {folder}{link}")
+        hint = ", only a broken link" if is_link else hint_at_image(folder, name)
+        raise InputError(f"{location}: no image {name!r} in {folder}{hint}")
     if not inside and not follow_links:
         raise InputError(f"{location}: {name!r} {LEADS_OUT}")
     return path
+
+
+def normalize_name(folder: Path, name: str) -> Path:
+    """Return an image's path, also if its accents are written in Unicode's other form.
+
+    macOS writes "e" and an accent (NFD) where other systems and most tables have one letter (NFC).
+    """
+    path = folder / name
+    if path.exists():
+        return path
+    found = []
+    for form in ("NFC", "NFD"):
+        other = folder / unicodedata.normalize(form, name)
+        if other.is_file():
+            found.append(other)
+    return found[0] if len(found) == 1 else path

@@ -59,10 +59,12 @@ def parse_json_line(line: str, position: str):
 def parse_prompt(entry, position: str) -> str:
     """Return the prompt that an entry is or holds. Raises ValueError for anything else.
 
-    Of an object it is the first of `prompt`, `text` and `caption` that is there and not null.
+    Of an object it is the first of `prompt`, `text` and `caption` that is there and not null. Its
+    other keys are ignored, but for a negative prompt, without which it would be another image.
     """
     prompt = entry
     if isinstance(entry, dict):
+        refuse_negative_prompt(entry, position)
         given = [entry[key] for key in ("prompt", "text", "caption") if entry.get(key) is not None]
         if not given:
             raise ValueError(f"no prompt, text or caption in {position}")
@@ -71,3 +73,12 @@ def parse_prompt(entry, position: str) -> str:
         return as_text(prompt)
     except ValueError as error:
         raise ValueError(f"the prompt in {position} is {error}") from None
+
+
+def refuse_negative_prompt(entry: dict, position: str) -> None:
+    """Raise ValueError if an entry has a negative prompt, under whichever of its usual keys."""
+    for key, value in entry.items():
+        if "negative" in key.lower() and isinstance(value, str) and value.strip():
+            raise ValueError(
+                f"{position} has a {key}, which is not read; --negative-prompt gives one for all"
+            )

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tracemalloc
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from torch.utils.data import default_collate
 from spin.data import CaptionedImages, batch_rows, noise_generator, random_draws
 from spin.infra.errors import InputError
 from spin.infra.images import read_image
-from spin.infra.inspection import check_rows, find_faults
+from spin.infra.inspection import check_rows, check_unchanged, find_faults
 
 seeds = st.integers(0, 2**62)
 iterations = st.integers(1, 9)
@@ -284,6 +285,7 @@ BAD_METADATA = {
     "line 1: no image 'b.png'": '{"file_name": "b.png", "text": "a"}',
     "line 1: no image 'a\\nb'": '{"file_name": "a\\nb", "text": "a"}',
     "line 1: file_name is malformed: it has a NUL": '{"file_name": "\\u0000", "text": "a"}',
+    "line 1: no image 'xx": json.dumps({"file_name": "x" * 254, "text": "a"}),
     "line 1: no image 'xxx": json.dumps({"file_name": "x" * 5000, "text": "a"}),
     "line 1: text is malformed: it has a lone": '{"file_name": "a.png", "text": "\\ud800"}',
     "line 1: not a JSON object": "[" * 100_000,
@@ -292,7 +294,13 @@ BAD_METADATA = {
     "line 1: text is true, not a string": '{"file_name": "a.png", "text": true, "caption": "a"}',
     "line 1: caption is 0.5, not a string": '{"file_name": "a.png", "caption": 0.5}',
     "line 1: caption is null, not a": '{"file_name": "a.png", "text": null, "caption": null}',
-    "line 1: not a JSON object with file_": '{"file_name": "a.png", "text": null}',
+    "line 1: text is null, not a string": '{"file_name": "a.png", "text": null}',
+    "line 1: an empty": '{"file_name": "a.png", "text": "", "caption": " "}',
+    "line 1: caption is null, not": '{"file_name": "a.png", "text": "", "caption": null}',
+    "line 1: not a JSON object with file_name and text (or caption), but a list; write each of": (
+        f"[\n{GOOD_ROW},\n{GOOD_ROW}\n]"
+    ),
+    "(or caption), but a list; write each of its entries on a line": f"[{GOOD_ROW}, {GOOD_ROW}]",
     "line 1: file_name is 5, not a string": '{"file_name": 5, "text": "a"}',
     "line 1: file_name is null, not a string": '{"file_name": null, "text": "a"}',
     "line 1: file_name is a list; choose one": '{"file_name": ["a.png"], "text": "a"}',
@@ -313,11 +321,12 @@ def test_bad_metadata_is_refused_in_one_line(message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_null_text_leaves_the_caption(tmp_path):
+@pytest.mark.parametrize("text", [None, "", "  "])
+def test_a_text_that_says_nothing_leaves_the_caption(text, tmp_path):
     """A table whose two columns are exported as JSON has both keys in every line."""
     folder = write_row(tmp_path, Image.new("RGB", (8, 8)))
     helpers.write_metadata(
-        folder, [{"file_name": "a.png", "text": None, "caption": "a good caption"}]
+        folder, [{"file_name": "a.png", "text": text, "caption": "a good caption"}]
     )
     assert CaptionedImages(folder, 8).caption(0) == "a good caption"
 
@@ -391,6 +400,126 @@ def test_a_folder_without_metadata_is_refused(tmp_path):
     with pytest.raises(InputError, match="metadata.jsonl: no such file") as error:
         CaptionedImages(tmp_path, 8)
     assert "\n" not in str(error.value)
+
+
+# the file that is there -> what is said of it, after "metadata.jsonl: no such file; "
+IN_PLACE_OF_METADATA = {
+    "metadata.json1": "rename 'metadata.json1' to it",
+    "metadata.json": "rename 'metadata.json' to it",
+    "metadata.jsonl.txt": "rename 'metadata.jsonl.txt' to it",
+    "Metadata.JSONL": "rename 'Metadata.JSONL' to it",
+    "captions.jsonl": "rename 'captions.jsonl' to it",
+    "train/metadata.jsonl": "there is one in '/.*/train': give that folder",
+    "data/train/metadata.jsonl": "there is one in '/.*/data/train': give that folder",
+    "a.txt": "captions in files like 'a.txt' are not read; it must have a line",
+    "a.caption": "captions in files like 'a.caption' are not read; it must have a line",
+    "a.png.txt": "captions in files like 'a.png.txt' are not read; it must have a line",
+    "images.zip": "unpack 'images.zip' first",
+    "notes.txt": "it must have a line with file_name and text for each image",
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE_OF_METADATA)
+def test_what_is_there_in_place_of_metadata_is_named(name, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(GOOD_ROW)
+    reason = f"metadata.jsonl: no such file; {IN_PLACE_OF_METADATA[name]}"
+    with pytest.raises(InputError, match=reason) as error:
+        CaptionedImages(tmp_path, 8)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_folder_is_quoted_so_that_a_blank_is_seen(tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(InputError, match="/images ': no such folder"):
+        CaptionedImages(f"{tmp_path}/images ", 8)
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("images.zip", "images.zip: not a folder; unpack it first"),
+        ("images.tar.gz", "images.tar.gz: not a folder; unpack it first"),
+        ("IMAGES.ZIP", "IMAGES.ZIP: not a folder; unpack it first"),
+        ("metadata.jsonl", "metadata.jsonl: not a folder; give the one that it is in"),
+        ("0.png", "0.png: not a folder$"),
+    ],
+)
+def test_a_file_in_place_of_the_folder_is_not_called_missing(name, reason, tmp_path):
+    (tmp_path / name).write_text(GOOD_ROW)
+    with pytest.raises(InputError, match=reason):
+        CaptionedImages(tmp_path / name, 8)
+
+
+def test_metadata_behind_a_broken_link_is_called_that(tmp_path):
+    (tmp_path / "metadata.jsonl").symlink_to("missing.jsonl")
+    with pytest.raises(InputError, match="metadata.jsonl: only a broken link"):
+        CaptionedImages(tmp_path, 8)
+
+
+@pytest.mark.parametrize(
+    "name, there",
+    [
+        ("train/0.jpg", "0.jpg"),
+        ("data/train/a/0.jpg", "a/0.jpg"),
+        ("../train/0.jpg", "0.jpg"),
+        ("/home/me/train/0.jpg", "0.jpg"),
+        ("0.jpg", "images/0.jpg"),
+        ("train\\0.jpg", "train/0.jpg"),
+        ("C:\\train\\0.jpg", "0.jpg"),
+        ("0.jpg", "0.JPG"),
+        ("0.JPG", "0.jpg"),
+        ("train/IMG_0.JPG", "img_0.jpg"),
+        ("img_0.bmp", "IMG_0.BMP"),
+        ("0.jpg", "0.png"),
+        ("0", "0.webp"),
+    ],
+)
+def test_where_a_missing_image_may_be_is_said(name, there, tmp_path):
+    folder = tmp_path / "data"
+    (folder / there).parent.mkdir(parents=True)
+    (folder / there).write_text("an image")
+    helpers.write_metadata(folder, [{"file_name": name, "text": "a caption"}])
+    [fault] = find_faults(CaptionedImages(folder, 8))
+    assert fault.endswith(f", but {there!r} is there: correct the name")
+
+
+def test_images_that_are_still_in_an_archive_are_to_be_unpacked(tmp_path):
+    (tmp_path / "images.zip").write_bytes(b"PK")
+    helpers.write_metadata(tmp_path, [{"file_name": "0.jpg", "text": "a caption"}])
+    [fault] = find_faults(CaptionedImages(tmp_path, 8))
+    assert fault.endswith("; if it is in 'images.zip', unpack that first")
+
+
+@pytest.mark.parametrize("on_disk, in_metadata", [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("name", ["größe.png", "é/が.png"])
+def test_a_name_in_the_other_form_of_unicode_is_the_same_name(name, on_disk, in_metadata, tmp_path):
+    """macOS splits letters from their accents (NFD); most tables do not (NFC)."""
+    path = tmp_path / unicodedata.normalize(on_disk, name)
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8), "red").save(path)
+    row = {"file_name": unicodedata.normalize(in_metadata, name), "text": "a caption"}
+    helpers.write_metadata(tmp_path, [row])
+    images = CaptionedImages(tmp_path, 8)
+    assert list(find_faults(images)) == [None]
+    assert images.image(0)[0].min() == 1  # red
+
+
+def test_a_name_of_two_forms_that_could_be_two_images_is_neither(tmp_path):
+    """A name that is there as it is written is that image."""
+    composed = unicodedata.normalize("NFC", "éé.png")
+    decomposed = unicodedata.normalize("NFD", "éé.png")
+    Image.new("RGB", (8, 8), "white").save(tmp_path / composed)
+    Image.new("RGB", (8, 8), "black").save(tmp_path / decomposed)
+    mixed = composed[0] + decomposed[2:]
+    rows = [{"file_name": name, "text": "a"} for name in (composed, decomposed, mixed)]
+    helpers.write_metadata(tmp_path, rows)
+    images = CaptionedImages(tmp_path, 8)
+    assert images.image(0).min() == 1
+    assert images.image(1).max() == -1
+    with pytest.raises(InputError, match="line 3: no image"):
+        images.image(2)
 
 
 FAULTS = {
@@ -769,3 +898,108 @@ def test_links_that_leave_the_folder_are_counted(tmp_path):
     with pytest.raises(InputError, match=reason):
         hash_rows(snapshot, tmp_path / "looks")
     hash_rows(snapshot, tmp_path / "looks", follow_links=True)
+
+
+def test_where_all_faults_are_links_there_is_nothing_to_fix(tmp_path):
+    snapshot = write_snapshot(tmp_path)
+    with pytest.raises(InputError, match="--follow-links allows it$"):
+        hash_rows(snapshot, tmp_path / "looks", skip=True)
+    with open(snapshot / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "missing.png", "text": "a caption"}\n')
+    with pytest.raises(InputError, match="--follow-links allows it. Fix the others$"):
+        hash_rows(snapshot, tmp_path / "looks", skip=True)
+
+
+# -----------------------------------------------------------------------------
+# check_rows: images that are enlarged
+
+
+def write_sizes(folder: Path, sizes: list[tuple[int, int]]) -> Path:
+    folder.mkdir()
+    lines = []
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size).save(folder / f"{i}.png")
+        lines.append({"file_name": f"{i}.png", "text": "a caption"})
+    helpers.write_metadata(folder, lines)
+    return folder
+
+
+def test_images_that_are_enlarged_are_counted_at_every_start(tmp_path, capsys):
+    """Also at a later one, which does not read them."""
+    folder = write_sizes(tmp_path / "rows", [(514, 2), (1, 1), (7, 9), (8, 8), (8, 100)])
+    looks = tmp_path / "looks"
+    note = "note: 3 of 5 rows have an image smaller than 8 pixels on its short side, which is"
+    first = hash_rows(folder, looks)
+    assert capsys.readouterr().out.count(note) == 1
+    assert hash_rows(folder, looks) == first
+    assert capsys.readouterr().out.count(note) == 1
+    check_rows(CaptionedImages(folder, 9), looks, skip=False)
+    assert "note: 5 of 5 rows have an image smaller than 9 pixels" in capsys.readouterr().out
+
+
+def test_a_rejected_image_that_is_enlarged_counts_for_its_row(rows, tmp_path, capsys):
+    Image.new("RGB", (8, 7)).save(rows / "rejected-1.tiff")
+    hash_rows(rows)
+    assert "note" not in capsys.readouterr().out
+    hash_rows(rows, with_rejected=True)
+    assert "note: 1 of 3 rows" in capsys.readouterr().out
+
+
+def test_bad_rows_are_not_counted_as_small(tmp_path, capsys):
+    folder = write_sizes(tmp_path / "rows", [(4, 4), (4, 4), (8, 8)])
+    (folder / "0.png").unlink()
+    hash_rows(folder, skip=True)
+    assert "note: 1 of 2 rows" in capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------
+# check_unchanged: between the look at an image and its encoding
+
+
+def checked(folder: Path, **settings) -> CaptionedImages:
+    images = CaptionedImages(folder, 8, **settings)
+    check_rows(images, folder.with_name("looks"), skip=True)
+    return images
+
+
+@pytest.mark.parametrize("name", ["0.bmp", "1.tiff", "rejected-2.ppm"])
+def test_an_image_that_changes_after_it_was_checked_is_refused_by_its_row(name, rows):
+    """Although its size and its time of modification are what they were."""
+    images = checked(rows, with_rejected=True)
+    check_unchanged(images, range(3))
+    old = (rows / name).stat()
+    Image.new("RGB", (8, 8), "red").save(rows / name)
+    os.utime(rows / name, ns=(old.st_atime_ns, old.st_mtime_ns))
+    line = int(name.split(".")[0].removeprefix("rejected-")) + 1
+    check_unchanged(images, [row for row in range(3) if row != line - 1])
+    with pytest.raises(InputError, match=f"line {line}: an image has changed since the data were"):
+        check_unchanged(images, range(3))
+
+
+def test_an_image_whose_times_alone_change_is_unchanged(rows):
+    """Backups do that, and on some network drives each machine has times of its own."""
+    images = checked(rows)
+    os.utime(rows / "0.bmp")
+    (rows / "1.tiff").chmod(0o600)
+    check_unchanged(images, range(3))
+
+
+def test_an_image_that_breaks_after_it_was_checked_is_refused(rows):
+    images = checked(rows)
+    (rows / "0.bmp").write_bytes(b"BM")
+    with pytest.raises(InputError, match="line 1: an image has changed"):
+        check_unchanged(images, [0])
+
+
+def test_after_bad_rows_are_skipped_the_others_are_still_known(rows):
+    (rows / "0.bmp").unlink()
+    images = checked(rows)
+    check_unchanged(images, range(2))
+    Image.new("RGB", (8, 8), "red").save(rows / "2.ppm")
+    check_unchanged(images, [0])
+    with pytest.raises(InputError, match="line 3: an image has changed"):
+        check_unchanged(images, [1])
+
+
+def test_data_that_were_not_checked_are_not_compared(rows):
+    check_unchanged(CaptionedImages(rows, 8), range(3))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import MANIFEST, write_json
@@ -51,6 +52,7 @@ model:
     scale_factor: 0.18215
     use_ema: False # we set this to false because this is an inference only config
 """
+DISCRETIZER = "sgm.modules.diffusionmodules.discretizer"
 SCALING = "sgm.modules.diffusionmodules.denoiser_scaling"
 YAML_EPS = YAML.replace('    parameterization: "v"\n', "")
 
@@ -152,7 +154,16 @@ def metadata(key: str, value: str) -> dict:
         ("SD-1", metadata("modelspec.prediction_type", "v"), V),
         ("SD-1", metadata("modelspec.prediction_type", "epsilon"), EPS),
         ("SD-1", metadata("modelspec.predict_key", "v"), V),
+        ("SD-1", metadata("modelspec.prediction_type", "V_Prediction"), V),
+        ("SD-1", metadata("prediction_type", "v_prediction"), V),
         ("SD-1", metadata("ss_v_parameterization", "True"), V),
+        ("SD-1", metadata("ss_v_parameterization", "true"), V),
+        ("SD-1", metadata("ss_v_parameterization", "1"), V),
+        ("SD-1", metadata("ss_v_parameterization", "None"), EPS),
+        ("SD-1", metadata("ss_base_model_version", "sd_v1_v"), V),
+        ("SD-1", metadata("ss_base_model_version", "sd_v1"), EPS),
+        ("SD-1", metadata("sd_merge_recipe", "{}"), EPS),
+        ("SD-1", {"yaml": "prediction_type: v_prediction"}, V),
         ("SD-1", metadata("modelspec.architecture", "stable-diffusion-v1"), EPS),
         ("SD-1", {"yaml": YAML, "suffix": ".ckpt"}, V),
         ("SD-1", {"yaml": YAML_EPS}, EPS),
@@ -166,7 +177,10 @@ def metadata(key: str, value: str) -> dict:
         ("SD-2", metadata("ss_v_parameterization", "False"), EPS),
         ("SD-2", {"yaml": YAML, "suffix": ".ckpt"}, V),
         ("SD-2", {"yaml": YAML_EPS, "suffix": ".ckpt"}, EPS),
+        ("SD-2", metadata("ss_base_model_version", "sd_v2_v"), V),
         ("SD-2", {"yaml": f"scaling_config:\n  target: {SCALING}.VScaling"}, V),
+        ("SD-2", {"yaml": f"{YAML}\n      layer: penultimate"}, V),
+        ("SD-2", {"yaml": f"{YAML}\n  target: {DISCRETIZER}.LegacyDDPMDiscretization"}, V),
     ],
 )
 def test_a_file_says_what_its_network_predicts(family, stated, expected, write_file):
@@ -224,6 +238,8 @@ def test_files_that_contradict_themselves_are_refused_until_the_user_decides(
     [
         (metadata("modelspec.prediction_type", "vague"), "vague"),
         (metadata("modelspec.predict_key", "x0"), "x0"),
+        (metadata("ss_v_parameterization", "maybe"), "maybe"),
+        ({"yaml": "prediction_type: sample"}, "sample"),
         ({"yaml": YAML.replace('"v"', "x0")}, "x0"),
         ({"yaml": f"target: {SCALING}.OddScaling"}, "OddScaling"),
     ],
@@ -271,7 +287,10 @@ def test_a_yaml_of_another_schedule_is_refused(key, value, built_in, write_file)
         {"markers": ["v_pred", "ztsnr"]},
         {"markers": ["v_pred", "ztsnr"], "suffix": ".ckpt"},
         {"metadata": {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}},
+        {"metadata": {"ss_v_parameterization": "true", "ss_zero_terminal_snr": "1"}},
         {"yaml": YAML + "    rescale_betas_zero_snr: True"},
+        {"yaml": YAML + "    zsnr: true"},
+        {"yaml": YAML + "    zero_terminal_snr: on"},
     ],
 )
 @pytest.mark.parametrize("family", ["SD-1", "SD-2"])
@@ -279,6 +298,50 @@ def test_a_file_says_that_its_schedule_ends_at_pure_noise(family, stated, write_
     scheduler = SingleFile(write_file(family, **stated)).read_scheduler()
     assert scheduler.alphas_cumprod[-1] == 0
     assert scheduler.prediction_type == V
+
+
+@pytest.mark.parametrize(
+    "stated", [metadata("ss_zero_terminal_snr", "half"), {"yaml": "zsnr: half"}], ids=str
+)
+def test_neither_yes_nor_no_is_refused(stated, write_file):
+    path = write_file("SD-1", **stated)
+    assert_file_refused(path, "snr is 'half', neither true nor false", prediction_type=V)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("modelspec.architecture", "stable-diffusion-xl-v1-base"),
+        ("modelspec.architecture", "stable-diffusion-v1-inpainting"),
+        ("ss_base_model_version", "sdxl_base_v1-0"),
+    ],
+)
+def test_metadata_of_another_architecture_is_refused(key, value, write_file):
+    path = write_file("SD-1", **metadata(key, value))
+    assert_file_refused(path, f"its metadata {key} says {value}", "not Stable Diffusion 1.x or 2.x")
+
+
+@pytest.mark.parametrize(
+    "family, line",
+    [
+        ("SD-1", "layer: penultimate"),
+        ("SD-1", "params: {layer: hidden, layer_idx: -2}"),
+        ("SD-2", 'layer: "last"'),
+        ("SD-1", f"target: {DISCRETIZER}.EDMDiscretization"),
+        ("SD-1", f"target: {DISCRETIZER}.ZeroSNRDDPMDiscretization"),
+        ("SD-1", "given_betas: [0.1, 0.2]"),
+        ("SD-2", "num_idx: 500"),
+    ],
+)
+def test_a_yaml_of_another_model_is_refused(family, line, write_file):
+    path = write_file(family, yaml=f"{YAML}\n    {line}")
+    assert_file_refused(path, "model.yaml: ", prediction_type=V)
+
+
+@pytest.mark.parametrize("line", ["layer: last", "given_betas: null"])
+def test_a_yaml_may_state_what_is_assumed(line, write_file):
+    path = write_file("SD-1", yaml=f"{YAML_EPS}\n    {line}")
+    assert SingleFile(path).read_scheduler().prediction_type == EPS
 
 
 def test_a_folder_keeps_that_its_schedule_ends_at_pure_noise(write_file, tmp_path):
@@ -293,6 +356,130 @@ def test_the_user_is_asked_what_is_predicted_at_pure_noise(write_file):
     path = write_file("SD-1", markers=["ztsnr"])
     assert_file_refused(path, "does not say", "--prediction-type")
     assert SingleFile(path).read_scheduler(V).alphas_cumprod[-1] == 0
+
+
+# -----------------------------------------------------------------------------
+# the schedule among a file's tensors
+
+
+def training_buffers(alphas_cumprod: Tensor) -> dict[str, Tensor]:
+    """Return what the original code and that of SD-2.1's successors store of a schedule."""
+    alpha_bar = alphas_cumprod.double()
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    betas = 1 - alpha_bar / previous
+    variance = betas * (1 - previous) / (1 - alpha_bar)
+    buffers = {
+        "betas": betas,
+        "alphas_cumprod": alpha_bar,
+        "alphas_cumprod_prev": previous,
+        "sqrt_alphas_cumprod": alpha_bar.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alpha_bar).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - alpha_bar).log(),
+        "sqrt_recip_alphas_cumprod": (1 / alpha_bar).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / alpha_bar - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * previous.sqrt() / (1 - alpha_bar),
+        "posterior_mean_coef2": (1 - previous) * (1 - betas).sqrt() / (1 - alpha_bar),
+        "logvar": torch.zeros(1000),
+        "lvlb_weights": torch.ones(1000),
+        "scale_factor": torch.tensor(0.18215),
+        "denoiser.sigmas": (1 / alpha_bar - 1).sqrt(),
+        "model_ema.decay": torch.tensor(0.9999),
+    }
+    return {name: buffer.float() for name, buffer in buffers.items()}
+
+
+@pytest.fixture
+def write_buffers(plain_tensors, tmp_path):
+    """Return a function that writes a single file of SD-1.x with these tensors besides."""
+
+    def write(buffers: dict[str, Tensor]) -> Path:
+        save_file(plain_tensors["SD-1"] | buffers, tmp_path / "buffers.safetensors")
+        return tmp_path / "buffers.safetensors"
+
+    return write
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_buffers_of_a_training_change_nothing(
+    dtype, write_buffers, pipes, assert_same_pipelines
+):
+    buffers = training_buffers(pipes["SD-1"].scheduler.alphas_cumprod)
+    path = write_buffers({name: buffer.to(dtype) for name, buffer in buffers.items()})
+    assert_same_pipelines(load_pipeline(path), pipes["SD-1"])
+
+
+@pytest.mark.parametrize("name", ["betas", "alphas_cumprod", "denoiser.sigmas"])
+def test_buffers_in_float8_are_too_coarse_to_say_anything(name, write_buffers, pipes):
+    alphas_cumprod = pipes["SD-1"].scheduler.alphas_cumprod
+    buffer = training_buffers(alphas_cumprod)[name].to(torch.float8_e4m3fn)
+    scheduler = SingleFile(write_buffers({name: buffer})).read_scheduler()
+    assert torch.equal(scheduler.alphas_cumprod, alphas_cumprod)
+
+
+@pytest.mark.parametrize("name", ["betas", "alphas_cumprod", "denoiser.sigmas"])
+@pytest.mark.parametrize("changes", [{"beta_schedule": "linear"}, {"beta_end": 0.02}], ids=str)
+def test_the_buffers_of_another_schedule_are_refused(name, changes, write_buffers):
+    other = Scheduler(SD_1["scheduler"] | changes).alphas_cumprod
+    path = write_buffers({name: training_buffers(other)[name]})
+    for prediction_type in (None, V):
+        expected = f"its tensor {name} is of another noise schedule"
+        assert_file_refused(path, expected, prediction_type=prediction_type)
+
+
+@pytest.mark.parametrize("name", ["betas", "alphas_cumprod", "denoiser.sigmas"])
+@pytest.mark.parametrize(
+    "values", [torch.ones(1), torch.zeros(1000), torch.full((1000,), torch.nan)]
+)
+def test_broken_buffers_are_refused(name, values, write_buffers):
+    assert_file_refused(write_buffers({name: values}), f"its tensor {name} is of another")
+
+
+def test_another_scale_factor_is_refused(write_buffers):
+    path = write_buffers({"scale_factor": torch.tensor(0.13025)})
+    assert_file_refused(path, "its tensor scale_factor is not 0.18215")
+
+
+@pytest.mark.parametrize("name", ["betas", "alphas_cumprod", "denoiser.sigmas"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_buffers_of_a_schedule_that_ends_at_pure_noise_say_so(name, dtype, write_buffers):
+    expected = Scheduler(SD_1["scheduler"] | {ZERO_SNR: True}).alphas_cumprod
+    buffer = training_buffers(expected)[name].to(dtype)
+    path = write_buffers({name: buffer})
+    assert_file_refused(path, "does not say", "--prediction-type")
+    assert torch.equal(SingleFile(path).read_scheduler(V).alphas_cumprod, expected)
+
+
+def test_a_statement_outlives_the_buffers_of_the_model_before(write_buffers, pipes):
+    """As in files of kohya's, which keep the tensors of the file that a training began with."""
+    buffers = training_buffers(pipes["SD-1"].scheduler.alphas_cumprod)
+    path = write_buffers(buffers | {"ztsnr": torch.empty(0), "v_pred": torch.empty(0)})
+    scheduler = SingleFile(path).read_scheduler()
+    assert scheduler.alphas_cumprod[-1] == 0
+    assert scheduler.prediction_type == V
+
+
+@pytest.mark.parametrize("value", [True, 1, torch.tensor([]), np.bool_(True)], ids=repr)
+@pytest.mark.parametrize("is_beside", [True, False])
+def test_statements_in_a_pickle_need_not_be_tensors(value, is_beside, plain_tensors, tmp_path):
+    content = {"state_dict": dict(plain_tensors["SD-1"])}
+    place = content if is_beside else content["state_dict"]
+    place["v_pred"] = value
+    place["ztsnr"] = value
+    torch.save(content, tmp_path / "model.ckpt")
+    scheduler = SingleFile(tmp_path / "model.ckpt").read_scheduler()
+    assert scheduler.prediction_type == V
+    assert scheduler.alphas_cumprod[-1] == 0
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_a_statement_in_a_pickle_may_be_a_denial(value, plain_tensors, tmp_path):
+    content = {"state_dict": plain_tensors["SD-1"], "v_pred": value, "ztsnr": value}
+    torch.save(content, tmp_path / "model.ckpt")
+    scheduler = SingleFile(tmp_path / "model.ckpt").read_scheduler()
+    assert scheduler.prediction_type == EPS
+    assert scheduler.alphas_cumprod[-1] > 0
 
 
 # -----------------------------------------------------------------------------

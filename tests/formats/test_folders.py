@@ -5,6 +5,7 @@ generations. Anything else is refused in one line.
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 import spin
 from spin.checkpoint import hash_checkpoint, load_pipeline, load_unet, save_pipeline
+from spin.checkpoint.pipeline import check_same_scaling
+from spin.checkpoint.single_file import SingleFile
 from spin.infra.errors import InputError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -181,6 +184,201 @@ def test_values_that_mean_the_default(model_copy, pipe, assert_same_pipelines):
     assert_same_pipelines(load_pipeline(model_copy), pipe)
 
 
+@pytest.mark.parametrize(
+    "file, setting",
+    [
+        ("unet/config.json", {"freq_shift": 5}),
+        ("unet/config.json", {"downsample_padding": 0}),
+        ("unet/config.json", {"class_embed_type": "timestep"}),
+        ("vae/config.json", {"scaling_factor": 5.0}),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}),
+    ],
+)
+def test_settings_that_are_listed_as_defaults_have_the_default(
+    file, setting, model_copy, pipe, assert_same_pipelines
+):
+    """diffusers drops the settings that a config lists under _use_default_values."""
+    [key] = setting
+    edit_json(model_copy / file, **setting, _use_default_values=[key])
+    loaded = load_pipeline(model_copy)
+    assert_same_pipelines(loaded, pipe)
+    assert loaded.vae.scaling_factor == 0.18215
+    assert key not in loaded.unet.config
+
+
+def test_transformers_knows_no_list_of_defaults(model_copy):
+    path = model_copy / "text_encoder/config.json"
+    edit_json(path, hidden_act="gelu", _use_default_values=["hidden_act"])
+    assert load_pipeline(model_copy).text_encoder.config["hidden_act"] == "gelu"
+
+
+def test_a_list_of_defaults_that_is_none_is_refused(model_copy):
+    edit_json(model_copy / "unet/config.json", _use_default_values="freq_shift")
+    assert_refused(model_copy, "_use_default_values is 'freq_shift', not a list")
+
+
+# -----------------------------------------------------------------------------
+# model_index.json
+
+# as published with Stable Diffusion
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.6.0",
+    "requires_safety_checker": True,
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "image_encoder": [None, None],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"feature_extractor": ["transformers", "CLIPFeatureExtractor"]},
+        {"feature_extractor": [None, None], "safety_checker": None},
+        {"tokenizer": ["transformers", "CLIPTokenizerFast"]},
+        {"scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"]},
+        {"_class_name": "StableDiffusionImg2ImgPipeline"},
+        {"_class_name": "StableDiffusionInpaintPipelineLegacy"},
+        {"_class_name": ["my_pipeline", "MyPipeline"], "_name_or_path": "org/name"},
+    ],
+    ids=str,
+)
+def test_the_index_of_a_stable_diffusion_changes_nothing(
+    changes, model_copy, pipe, assert_same_pipelines
+):
+    before = hash_checkpoint(model_copy)
+    (model_copy / "model_index.json").write_text(json.dumps(INDEX | changes))
+    assert_same_pipelines(load_pipeline(model_copy), pipe)
+    assert hash_checkpoint(model_copy) == before
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"_class_name": "AltDiffusionPipeline"}, "AltDiffusionPipeline: its text encoder is not"),
+        ({"_class_name": "LatentConsistencyModelPipeline"}, "without classifier-free guidance"),
+        ({"_class_name": "StableDiffusionGLIGENPipeline"}, "its UNet has boxes as an input"),
+        ({"controlnet": ["diffusers", "ControlNetModel"]}, "a part controlnet (ControlNetModel)"),
+        ({"controlnet": ["diffusers", ["ControlNetModel"] * 2]}, "a part controlnet (['Control"),
+        ({"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}, "image_encoder"),
+        ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "a part text_encoder_2"),
+        ({"motion_adapter": ["diffusers", "MotionAdapter"]}, "a part motion_adapter"),
+        ({"unet": ["diffusers", "UNetMotionModel"]}, "its unet is UNetMotionModel"),
+        ({"vae": ["diffusers", "AsymmetricAutoencoderKL"]}, "its vae is AsymmetricAuto"),
+        ({"text_encoder": ["alt", "RobertaSeriesModel"]}, "it is CLIPTextModel"),
+        ({"tokenizer": ["transformers", "XLMRobertaTokenizer"]}, "CLIPTokenizer or CLIPTokenizer"),
+    ],
+    ids=str,
+)
+def test_an_index_of_another_model_is_refused(changes, expected, model_copy):
+    (model_copy / "model_index.json").write_text(json.dumps(INDEX | changes))
+    assert_refused(model_copy, expected)
+    with pytest.raises(InputError, match="model_index.json: "):
+        load_unet(model_copy)
+
+
+def test_a_saved_folder_has_an_index_that_is_accepted(pipe, tmp_path, assert_same_pipelines):
+    save_pipeline(pipe, tmp_path)
+    assert (tmp_path / "model_index.json").exists()
+    assert_same_pipelines(load_pipeline(tmp_path), pipe)
+
+
+# -----------------------------------------------------------------------------
+# folders that are taken for a model
+
+
+def remove_parts(folder: Path, *parts: str) -> None:
+    for part in parts:
+        shutil.rmtree(folder / part)
+
+
+@pytest.mark.parametrize("beside", ["optimizer.bin", "random_states_0.pkl", "unet_ema"])
+def test_a_training_state_holds_only_a_unet(beside, model_copy, tiny_folder):
+    remove_parts(model_copy, "vae", "text_encoder", "scheduler")
+    (model_copy / beside).touch()
+    assert_refused(model_copy, "holds only a UNet: pass it as --unet, and its base as --model")
+    load_pipeline(tiny_folder, unet=model_copy)
+
+
+def test_a_training_state_with_a_text_encoder_is_not_called_a_unet(model_copy):
+    """With --unet, the trained text encoder would be lost."""
+    remove_parts(model_copy, "vae", "scheduler")
+    (model_copy / "random_states_0.pkl").touch()
+    assert_refused(model_copy, "vae/config.json: no such file")
+
+
+def test_a_folder_unet_alone_is_no_model(tiny_folder):
+    assert_refused(tiny_folder / "unet", "holds only a UNet: pass it as --unet")
+
+
+@pytest.mark.parametrize(
+    "model", ["iter1/checkpoint", "checkpoint", "checkpoint-500", "snapshots/0a1b2c"]
+)
+def test_a_folder_of_models_says_where_they_are(model, model_copy, tmp_path):
+    """A run of train.py, an iteration of it, a training by diffusers, the cache of the hub."""
+    folder = tmp_path / "folder"
+    shutil.move(model_copy, folder / model)
+    (folder / "config.json").write_text("{}")
+    assert_refused(folder, f"no model itself, but folders in it are: choose one ({model})")
+    with pytest.raises(InputError, match="choose one"):
+        load_unet(folder)
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        (["pytorch_lora_weights.safetensors"], "LoRA weights: merge them"),
+        (["adapter_config.json", "adapter_model.safetensors"], "LoRA weights: merge them"),
+        (["pytorch_lora_weights.safetensors", "random_states_0.pkl"], "LoRA weights: merge them"),
+        (["learned_embeds.bin"], "a textual inversion"),
+        (["pytorch_model.bin", "random_states_0.pkl"], "a training state of accelerate"),
+        (["model.safetensors", "optimizer.bin", "random_states_0.pkl"], "a training state of"),
+        (["b.ckpt", "a.safetensors", "a.yaml"], "choose one (a.safetensors, b.ckpt)"),
+        ([], "unet/config.json: no such file"),
+    ],
+    ids=str,
+)
+def test_other_folders_are_called_what_they_are(files, expected, tmp_path):
+    for file in files:
+        (tmp_path / file).touch()
+    assert_refused(tmp_path, expected)
+
+
+# -----------------------------------------------------------------------------
+# a UNet of latents of another scale
+
+
+def test_a_unet_of_latents_of_another_scale_is_refused(tiny_folder, model_copy):
+    edit_json(model_copy / "vae/config.json", scaling_factor=0.13025)
+    for source in (model_copy, model_copy / "unet"):
+        with pytest.raises(InputError, match=f"UNet of {source} is for latents times 0.13025"):
+            load_pipeline(tiny_folder, unet=source)
+    load_pipeline(model_copy)
+    edit_json(model_copy / "vae/config.json", _use_default_values=["scaling_factor"])
+    load_pipeline(tiny_folder, unet=model_copy)
+
+
+def test_a_unet_of_a_single_file_is_of_latents_of_the_usual_scale(model_copy):
+    file = Mock(spec=SingleFile)
+    check_same_scaling(load_pipeline(model_copy).vae, file, "model", "file.ckpt")
+    edit_json(model_copy / "vae/config.json", scaling_factor=0.5)
+    with pytest.raises(InputError, match="of file.ckpt is for latents times 0.18215 .*states 0.5:"):
+        check_same_scaling(load_pipeline(model_copy).vae, file, "model", "file.ckpt")
+
+
+def test_a_unet_without_a_vae_beside_it_may_have_any_scale(tiny_folder, model_copy, tmp_path):
+    shutil.copytree(tiny_folder / "unet", tmp_path / "alone/unet")
+    edit_json(model_copy / "vae/config.json", scaling_factor=0.5)
+    assert load_pipeline(model_copy, unet=tmp_path / "alone").vae.scaling_factor == 0.5
+
+
 # -----------------------------------------------------------------------------
 # refusals
 
@@ -288,6 +486,10 @@ def test_configs_of_other_models_are_refused(file, changes, expected, model_copy
         ("text_encoder", {"hidden_size": 0}),
         ("text_encoder", {"num_hidden_layers": 0}),
         ("vae", {"block_out_channels": None}),
+        ("vae", {"scaling_factor": 0}),
+        ("vae", {"scaling_factor": -0.5}),
+        ("vae", {"scaling_factor": float("nan")}),
+        ("vae", {"scaling_factor": "0.18215"}),
         ("vae", {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}),
     ],
 )

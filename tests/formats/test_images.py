@@ -160,6 +160,11 @@ BAD_CHUNKS = {
     "half a gamma": png_chunk(b"gAMA", b"\0"),
     "a large color profile": png_chunk(b"iCCP", b"icc\0\0" + LONG_TEXT),
     "a color profile compressed in an unknown way": png_chunk(b"iCCP", b"icc\0\x07profile"),
+    "EXIF data with a wrong checksum": png_chunk(b"eXIf", b"MM\0*", checksum=0),
+    "C2PA's chunk with a wrong checksum": png_chunk(b"caBX", b"jumb", checksum=0),
+    "an unknown chunk with a wrong checksum": png_chunk(b"vpAg", b"\0\0", checksum=0),
+    "half a count of frames": png_chunk(b"acTL", b"\0\0"),
+    "half a frame": png_chunk(b"fcTL", b"\0\0"),
 }
 
 
@@ -173,6 +178,105 @@ def test_a_fault_of_a_pngs_metadata_is_not_a_fault_of_the_image(fault, tmp_path)
     with pytest.raises((OSError, ValueError, SyntaxError)):
         Image.open(path).load()
     assert np.array_equal(np.asarray(read_image(path)), np.asarray(expected))
+
+
+PNG_XMP = b'XML:com.adobe.xmp\0\0\0\0\0<rdf:Description tiff:Orientation="6"/>'
+
+
+@pytest.mark.parametrize("fault", BAD_CHUNKS)
+def test_an_orientation_in_a_pngs_xmp_outlives_the_fault(fault, tmp_path):
+    path = tmp_path / "a.png"
+    oriented_image().save(path)
+    with_xmp = with_chunk(path.read_bytes(), png_chunk(b"iTXt", PNG_XMP))
+    path.write_bytes(with_xmp)
+    expected = read_image(path)
+    assert expected.size == (8, 12)
+    path.write_bytes(with_chunk(with_xmp, BAD_CHUNKS[fault]))
+    assert np.array_equal(np.asarray(read_image(path)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("xmp", ["damaged", "long"])
+def test_xmp_that_is_itself_the_fault_turns_nothing(xmp, tmp_path):
+    path = tmp_path / "a.png"
+    oriented_image().save(path)
+    chunks = {
+        "damaged": png_chunk(b"iTXt", PNG_XMP, checksum=0),
+        "long": png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\x01\0\0\0" + LONG_TEXT),
+    }
+    path.write_bytes(with_chunk(path.read_bytes(), chunks[xmp]))
+    assert np.array_equal(np.asarray(read_image(path)), np.asarray(oriented_image()))
+
+
+def jpeg_segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+# Segments of a JPEG with which Pillow refuses the whole file.
+BAD_SEGMENTS = {
+    "a short color profile": jpeg_segment(0xE2, b"ICC_PROFILE\0"),
+    "a short JFIF segment": jpeg_segment(0xE0, b"JFIF\0"),
+    "a short Adobe segment": jpeg_segment(0xEE, b"Adobe"),
+    "half a resource of Photoshop": jpeg_segment(0xED, b"Photoshop 3.0\x008BIM\x03\xed"),
+}
+
+
+RGB_BY_ADOBE = jpeg_segment(0xEE, b"Adobe\0\x64\0\0\0\0\0")
+
+
+def write_jpeg(path: Path, colors: str) -> None:
+    """Write a JPEG that is turned a quarter, and whose colors are said in one of four ways."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image = helpers.photograph("segments", (24, 16))
+    if colors == "CMYK":
+        image = image.convert("CMYK")
+    image.save(path, exif=exif, keep_rgb=colors.startswith("RGB"))
+    jpeg = path.read_bytes()
+    if colors == "YCbCr, by JFIF against Adobe":
+        header = jpeg.index(b"\xff\xdb")  # the first segment that is no metadata
+        jpeg = jpeg[:header] + RGB_BY_ADOBE + jpeg[header:]
+    if colors == "RGB, by Adobe alone":  # and not by the names of the channels
+        header = jpeg.index(b"\xff\xc0")
+        jpeg = jpeg[:header] + jpeg[header:].replace(b"R\x11", b"\1\x11", 1)
+        pixels = jpeg.index(b"\xff\xda")
+        jpeg = jpeg[:pixels] + jpeg[pixels:].replace(b"R\0", b"\1\0", 1)
+    path.write_bytes(jpeg)
+
+
+@pytest.mark.parametrize("fault", BAD_SEGMENTS)
+@pytest.mark.parametrize(
+    "colors", ["YCbCr", "YCbCr, by JFIF against Adobe", "RGB, by Adobe alone", "CMYK"]
+)
+def test_a_fault_of_a_jpegs_metadata_is_not_a_fault_of_the_image(fault, colors, tmp_path):
+    path = tmp_path / "a.jpg"
+    write_jpeg(path, colors)
+    expected = read_image(path)
+    assert expected.size == (16, 24)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2] + BAD_SEGMENTS[fault] + whole[2:])
+    with pytest.raises((OSError, IndexError, struct.error)):
+        Image.open(path).load()
+    assert np.array_equal(np.asarray(read_image(path)), np.asarray(expected))
+
+
+def test_an_orientation_in_a_jpegs_xmp_outlives_the_fault(tmp_path):
+    path = tmp_path / "a.jpg"
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    oriented_image().save(path, xmp=xmp)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2] + BAD_SEGMENTS["a short Adobe segment"] + whole[2:])
+    assert read_image(path).size == (8, 12)
+
+
+def test_a_damaged_jpeg_is_refused_whatever_its_metadata(tmp_path):
+    path = tmp_path / "a.jpg"
+    helpers.photograph("broken", (64, 64)).save(path)
+    whole = path.read_bytes()
+    damaged = whole[:2] + BAD_SEGMENTS["a short Adobe segment"] + whole[2:]
+    for length in (3, 30, 200, len(damaged) // 2):
+        path.write_bytes(damaged[:length])
+        with pytest.raises(InputError, match=r"a\.jpg: not a readable image"):
+            read_image(path)
 
 
 @pytest.mark.parametrize("fault", ["a long text", "half a gamma"])
@@ -194,11 +298,12 @@ def test_what_the_pixels_depend_on_is_not_metadata(chunk, tmp_path):
     png = path.read_bytes()
     assert png.count(chunk) == 1
     for position in range(4):
-        wrong = bytearray(chunk)
-        wrong[position] ^= 4
-        path.write_bytes(png.replace(chunk, bytes(wrong)))
-        with pytest.raises(InputError, match=r"a\.png: not a readable image"):
-            read_image(path)
+        for bit in (4, 32):  # 32 makes it lower case, as the names of metadata are
+            wrong = bytearray(chunk)
+            wrong[position] ^= bit
+            path.write_bytes(png.replace(chunk, bytes(wrong)))
+            with pytest.raises(InputError, match=r"a\.png: not a readable image"):
+                read_image(path)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])

@@ -35,6 +35,27 @@ def test_a_null_prompt_leaves_the_next_key(tmp_path):
     assert read_prompts(tmp_path / "p.json") == ["a", "b"]
 
 
+NEGATIVE = ['"negative_prompt": "b"', '"negativePrompt": "b"', '"Negative prompt": "b"']
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl"])
+@pytest.mark.parametrize("pair", NEGATIVE)
+def test_a_negative_prompt_is_refused_by_name_instead_of_dropped(pair, name, tmp_path):
+    entry = f'{{"prompt": "a", {pair}}}'
+    (tmp_path / name).write_text(f"[{entry}]" if name == "p.json" else entry)
+    key = pair.split('"')[1]
+    with pytest.raises(InputError, match=f"1 has a {key}, which is not read; --negative-prompt"):
+        read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", ["null", '""', '" "'])
+def test_a_negative_prompt_that_says_nothing_is_no_fault(value, tmp_path):
+    """A table has its columns in every line. Other keys are common, and of other programs."""
+    entry = f'{{"prompt": "a", "negative_prompt": {value}, "seed": 5, "id": "x"}}'
+    (tmp_path / "p.jsonl").write_text(entry)
+    assert read_prompts(tmp_path / "p.jsonl") == ["a"]
+
+
 def test_lines_may_end_as_those_of_windows_do(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"one\r\ntwo\r\n")
     assert read_prompts(tmp_path / "p.txt") == ["one", "two"]

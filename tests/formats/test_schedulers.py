@@ -68,7 +68,7 @@ def test_the_image_is_that_of_diffusers_ddim_with_the_same_config(case, pipes, t
     "setting",
     [
         {"clip_sample": True, "clip_sample_range": 0.5},
-        {"thresholding": True, "dynamic_thresholding_ratio": 0.5, "sample_max_value": 0.1},
+        {"dynamic_thresholding_ratio": 0.5, "sample_max_value": 0.1},  # of no thresholding
         {"timestep_spacing": "trailing"},
         {"use_karras_sigmas": True},
         {"use_exponential_sigmas": True},
@@ -186,6 +186,15 @@ def test_impossible_schedules_are_refused(changes, expected, tmp_path):
     assert_refused(tmp_path, SCHEDULER | {"set_alpha_to_one": True} | changes, expected)
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_thresholding_is_refused(name, tmp_path):
+    """DDIMScheduler.from_config would bound what is predicted, whatever class wrote the config."""
+    config = SCHEDULER | {"_class_name": name, "thresholding": True}
+    assert_refused(tmp_path, config, "thresholding is True")
+    read_scheduler(tmp_path, config | {"_use_default_values": ["thresholding"]})
+    read_scheduler(tmp_path, config | {"thresholding": False})
+
+
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "LCMScheduler", None])
 @pytest.mark.parametrize("key", ["beta_start", "beta_end", "beta_schedule"])
 def test_betas_must_be_stated_unless_their_defaults_are_ddims(key, name, tmp_path):
@@ -198,6 +207,51 @@ def test_betas_must_be_stated_unless_their_defaults_are_ddims(key, name, tmp_pat
 
     config["trained_betas"] = [0.01] * 1000
     read_scheduler(tmp_path, config)
+
+
+# -----------------------------------------------------------------------------
+# the class that model_index.json states, which diffusers obeys
+
+
+def read_with_index(folder: Path, index_class: str | None, config: dict) -> Scheduler:
+    index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", index_class]}
+    write_json(folder / "model_index.json", index)
+    return read_scheduler(folder, config)
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("FlowMatchEulerDiscreteScheduler", "velocity between data and noise"),
+        ("EDMEulerScheduler", "noise levels sigma"),
+        ("MyScheduler", "not a sampler that Stable"),
+    ],
+)
+def test_a_scheduler_of_another_family_in_the_index_is_refused(name, reason, tmp_path):
+    with pytest.raises(InputError, match=f"model_index.json: its scheduler is {name}: .*{reason}"):
+        read_with_index(tmp_path, name, SCHEDULER)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "UniPCMultistepScheduler", "LCMScheduler", None])
+def test_the_index_may_state_any_sampler_of_stable_diffusion(name, tmp_path):
+    scheduler = read_with_index(tmp_path, name, SCHEDULER)
+    assert torch.equal(scheduler.alphas_cumprod, Scheduler(SCHEDULER).alphas_cumprod)
+
+
+def test_the_index_does_not_hide_a_foreign_config(tmp_path):
+    config = SCHEDULER | {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    with pytest.raises(InputError, match="scheduler_config.json: .*velocity"):
+        read_with_index(tmp_path, "DDIMScheduler", config)
+
+
+def test_missing_betas_are_refused_if_their_defaults_depend_on_which_class_counts(tmp_path):
+    config = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_end": 0.012}
+    read_with_index(tmp_path, "PNDMScheduler", config)
+    with pytest.raises(InputError, match="scheduler_config.json: lacks beta_start"):
+        read_with_index(tmp_path, "HeunDiscreteScheduler", config)
+    config["_class_name"] = "HeunDiscreteScheduler"
+    with pytest.raises(InputError, match="scheduler_config.json: lacks beta_start"):
+        read_with_index(tmp_path, "PNDMScheduler", config)
 
 
 # -----------------------------------------------------------------------------

@@ -128,7 +128,6 @@ def test_ids_follow_from_the_merges():
         (WHOLE, {"model": {"vocab": ["a", "b"], "merges": []}}),
         (CONFIG, {"pad_token": {}}),
         (CONFIG, {"pad_token": ["!"]}),
-        (CONFIG, {"pad_token": None}),
         (CONFIG, {"pad_token": "no such token"}),
         (CONFIG, {"added_tokens_decoder": ["!"]}),
         (ADDED, {"": 5}),
@@ -157,6 +156,18 @@ def test_the_pad_token_of_special_tokens_map_wins(first, second, small_folder):
     write_json(small_folder / SPECIAL, {"pad_token": first})
     write_json(small_folder / CONFIG, {"pad_token": second})
     assert pad_token(small_folder) == first
+
+
+@pytest.mark.parametrize("file", [CONFIG, SPECIAL])
+def test_a_setting_that_is_null_states_nothing(file, small_folder):
+    [other] = {CONFIG, SPECIAL} - {file}
+    write_json(small_folder / file, {"pad_token": None, "unk_token": None, "padding_side": None})
+    assert pad_token(small_folder) == EOS
+    write_json(small_folder / other, {"pad_token": "!"})
+    assert pad_token(small_folder) == "!"
+    for path in (small_folder / "vocab.json", small_folder / "merges.txt", small_folder / other):
+        path.unlink()
+    assert pad_token(small_folder, OPEN_CLIP) == "!"
 
 
 def test_a_config_that_lists_its_tokens_by_id_wins_over_the_map(small_folder):

@@ -2,12 +2,17 @@
 and what is no such file at all.
 """
 
+import argparse
+import datetime
 import json
 import pickle
 import re
 import shutil
+import sys
+import types
+from collections import defaultdict
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -230,8 +235,24 @@ def test_a_model_is_loaded_from_the_hub(hub, pipe, assert_same_pipelines):
 def test_a_unet_is_loaded_from_the_hub(hub, pipe):
     unet = load_unet("UCLA-AGI/SPIN-Diffusion-iter1")
     assert torch.equal(unet.conv_in.bias, pipe.unet.conv_in.bias)
-    assert {path.name for path in hub.cache.iterdir()} == {"unet"}
+    assert hub.downloaded() == {"unet/diffusion_pytorch_model.safetensors"}
     assert hub.names == ["UCLA-AGI/SPIN-Diffusion-iter1"]
+
+
+def test_the_model_index_is_downloaded_and_heeded(hub):
+    index = {"_class_name": "LatentConsistencyModelPipeline"}
+    (hub.repository / "model_index.json").write_text(json.dumps(index))
+    for load in (load_pipeline, load_unet):
+        with pytest.raises(InputError, match="model_index.json: LatentConsistencyModelPipeline: "):
+            load("org/name")
+
+
+def test_the_scale_of_the_latents_of_a_unet_from_the_hub_is_compared(hub, tiny_folder):
+    path = hub.repository / "vae/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scaling_factor": 0.13025}))
+    with pytest.raises(InputError, match="the UNet of org/name is for latents times 0.13025"):
+        load_pipeline(tiny_folder, unet="org/name")
+    assert "vae/diffusion_pytorch_model.safetensors" not in hub.downloaded()
 
 
 def test_a_tokenizer_is_downloaded_from_the_hub(hub, pipe):
@@ -345,6 +366,49 @@ def test_numbers_of_numpy_beside_the_tensors_are_no_obstacle(value, numpy_core, 
 
 def test_a_number_of_numpy_in_todays_format_is_no_obstacle(tmp_path):
     torch.save({"a": torch.ones(2), "global_step": np.int64(7)}, tmp_path / "model.ckpt")
+    assert read_tensors(tmp_path / "model.ckpt").keys() == {"a"}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "value",
+    [
+        defaultdict(list, {"losses": [1.0, 2.0]}),
+        defaultdict(dict, {"optimizer": {"lr": 1e-4}}),
+        datetime.datetime(2023, 5, 1, tzinfo=datetime.timezone.utc),
+        datetime.timedelta(hours=7),
+        Path("/home/user/data"),
+        PureWindowsPath("C:/data"),
+        argparse.Namespace(lr=1e-4, paths=[Path("data")]),
+        np.float32,
+        float,
+    ],
+    ids=repr,
+)
+def test_the_settings_of_a_training_are_no_obstacle(value, zipped, tmp_path):
+    path = tmp_path / "model.ckpt"
+    content = {"state_dict": {"a": torch.ones(2)}, "settings": value}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert read_tensors(path).keys() == {"a"}
+
+
+def test_a_state_dict_that_is_a_defaultdict_is_read(tmp_path):
+    torch.save(defaultdict(list, {"a": torch.ones(2)}), tmp_path / "model.ckpt")
+    assert read_tensors(tmp_path / "model.ckpt").keys() == {"a"}
+
+
+def test_the_settings_of_lightning_are_no_obstacle(tmp_path, monkeypatch):
+    """A dictionary of another type, with values of a training."""
+    name = "pytorch_lightning.utilities.parsing"
+    settings = type("AttributeDict", (dict,), {"__module__": name})
+    module = types.ModuleType(name)
+    module.AttributeDict = settings
+    with monkeypatch.context() as patch:
+        for parent in ("pytorch_lightning", "pytorch_lightning.utilities"):
+            patch.setitem(sys.modules, parent, types.ModuleType(parent))
+        patch.setitem(sys.modules, name, module)
+        content = {"state_dict": {"a": torch.ones(2)}, "hyper_parameters": settings(lr=1e-4)}
+        torch.save(content, tmp_path / "model.ckpt")
     assert read_tensors(tmp_path / "model.ckpt").keys() == {"a"}
 
 
@@ -537,10 +601,33 @@ def test_what_is_not_read_does_not_change_the_hash(model_copy, tiny_folder):
     text.with_name("model.safetensors.index.json").write_text("{}")
     text.with_name("training_args.json").write_text("{}")
     (model_copy / "vae/README.txt").write_text("about this VAE")
+    (model_copy / "scheduler/old_scheduler_config.json").write_text("{}")
+    (model_copy / "scheduler/README.txt").write_text("about this scheduler")
     (model_copy / "model_index.json").write_text("{}")
     (model_copy / "README.md").write_text("about this model")
     assert hash_checkpoint(model_copy) == hash_checkpoint(tiny_folder)
     assert hash_checkpoint(model_copy / "unet") == hash_checkpoint(tiny_folder / "unet")
+
+
+def test_the_hash_covers_each_file_of_a_tokenizer_that_is_read_and_no_other(tmp_path):
+    read = [
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ]
+    hashes = {hash_checkpoint(tmp_path)}
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name in read:
+        (folder / name).write_text("{}")
+        hashes.add(hash_checkpoint(tmp_path))
+    assert len(hashes) == len(read) + 1
+    for name in ("README.txt", "special_tokens_map.old.json", "vocab.txt"):
+        (folder / name).write_text("{}")
+    assert hash_checkpoint(tmp_path) in hashes
 
 
 @pytest.mark.parametrize("file", ["-1-of-2.safetensors", "-2-of-2.safetensors"])

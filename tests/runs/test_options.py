@@ -22,6 +22,7 @@ from spin.eval.watch import ForgettingWatch
 from spin.infra.errors import InputError
 from spin.infra.inspection import check_rows, find_faults
 from spin.infra.run import Run
+from spin.pairs import encode_images
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = "--iterations 1 --steps 2 --grid-prompts 0"
@@ -147,6 +148,40 @@ def test_an_image_that_was_edited_in_place_ends_a_run(flags, tmp_path):
     train.main([*arguments, "--out", str(tmp_path / "other")])
     [other_cache] = (tmp_path / "other/cache").iterdir()
     assert other_cache.name != cache.name
+
+
+def test_an_image_that_is_edited_between_the_look_and_its_encoding_ends_the_run(
+    image_folder, flags, tmp_path, monkeypatch
+):
+    """Its latent would be kept under the name of what it was, and go on without a word."""
+    folder = Path(shutil.copytree(image_folder, tmp_path / "images"))
+    arguments = faulty_flags(flags, tmp_path / "run", folder)
+
+    def edit_then_encode(*args, **kwargs):
+        Image.new("RGB", (64, 64), "blue").save(folder / "0.jpg")
+        encode_images(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.encode_images", edit_then_encode)
+        with pytest.raises(InputError, match="line 1: an image has changed since the data were"):
+            train.main(arguments)
+    assert not list(tmp_path.glob("run/cache/*/*"))
+    with pytest.raises(InputError, match="started with other contents of --data"):
+        train.main(arguments)
+
+
+def test_small_images_are_noted_and_trained_on(flags, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (514, 2), "red").save(folder / "0.png")
+    Image.new("RGB", (32, 32), "blue").save(folder / "1.png")
+    rows = [{"file_name": f"{i}.png", "text": "a caption"} for i in range(2)]
+    helpers.write_metadata(folder, rows)
+    arguments = faulty_flags(flags, tmp_path / "run", folder)
+    for _ in range(2):
+        train.main(arguments)
+        note = "note: 1 of 2 rows have an image smaller than 32 pixels on its short side"
+        assert capsys.readouterr().out.count(note) == 1
 
 
 def test_a_snapshot_of_the_hub_is_trained_on_with_follow_links(flags, image_folder, tmp_path):
