@@ -7,7 +7,9 @@ work.
 import os
 from pathlib import Path
 
-# Threads that wait busily are very slow on a loaded machine. OpenMP reads this when torch starts.
+# Tiny networks are fastest on one thread, and threads that wait busily are very slow on a loaded
+# machine. OpenMP reads this when torch starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import helpers

@@ -1,6 +1,8 @@
 """Stable Diffusion 1.5 at full size: loaded from a folder, computed as diffusers does."""
 
+import os
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,9 +21,18 @@ def assert_golden(actual: Tensor, name: str, atol: float = 1e-3) -> None:
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """Let torch use all cores, while the other tests use one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 @torch.no_grad()
-def test_sd_15_computes_as_diffusers_does(tmp_path):
+def test_sd_15_computes_as_diffusers_does(all_cores, tmp_path):
     folder = write_checkpoint(tmp_path / "sd15", "sd15")
     try:
         pipe = load_pipeline(folder)

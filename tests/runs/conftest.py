@@ -54,8 +54,15 @@ def processes() -> ForkServerContext:
 
 @pytest.fixture(autouse=True)
 def restored_signal_handlers() -> Iterator[None]:
-    """Restore the handlers of stop signals, which a script run in this process replaces."""
+    """Restore the handlers of stop signals, which a script run in this process replaces.
+
+    Tests begin with the usual ones: a shell that starts pytest in the background has some ignored,
+    and a script keeps ignoring them.
+    """
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
