@@ -1,5 +1,6 @@
 """Fixtures that tests of whole runs share: a command of train.py, what it leaves, and processes."""
 
+import gc
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
@@ -50,6 +51,18 @@ def processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "open_clip", "pytest"])
     return context
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_modules() -> None:
+    """Keep imported modules out of garbage collection.
+
+    train.py collects garbage between two models, and most of that time goes into looking at them.
+    """
+    import open_clip  # noqa: F401  # the largest one, which the project imports late
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
