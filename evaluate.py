@@ -23,7 +23,8 @@ from spin.eval import comparison, plots, stats
 from spin.eval.comparison import Evaluation, ModelSource
 from spin.eval.report import models_of_run
 from spin.eval.scorers import FILES, PUBLISHED, load_scorer, locate_files
-from spin.infra.cli import SEED_TYPE, check_device, number, provenance, run_script
+from spin.infra.cli import SEED_TYPE, number, provenance, run_script
+from spin.infra.devices import default_dtype, prepare_device
 from spin.infra.errors import InputError
 from spin.infra.files import hash_files, read_json
 from spin.infra.images import read_image, save_png
@@ -194,7 +195,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Return what results.json holds."""
     args = parse_args(argv)
-    args.device = check_device(args.device)
+    args.device = prepare_device(args.device)
     with Run(args.out).lock():
         return evaluate(args)
 

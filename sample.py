@@ -19,12 +19,12 @@ from spin.checkpoint import load_pipeline, save_single_file
 from spin.eval import plots
 from spin.infra.cli import (
     SEED_TYPE,
-    check_device,
     number,
     run_script,
     utf8_text,
     warn_of_cut_prompts,
 )
+from spin.infra.devices import default_dtype, prepare_device
 from spin.infra.images import save_png, to_pil
 from spin.infra.prompts import read_prompts
 from spin.sampler import SAMPLERS, SamplingOptions, sample_images
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
         prompts += read_prompts(args.prompts)
 
     # ---- the model
-    device = check_device(args.device)
+    device = prepare_device(args.device)
     dtype = getattr(torch, args.dtype)
     pipe = load_pipeline(args.model, dtype, device, args.unet, args.prediction_type)
     if args.save_single:

@@ -39,13 +39,13 @@ from spin.eval.watch import ForgettingWatch
 from spin.infra import distributed
 from spin.infra.cli import (
     SEED_TYPE,
-    check_device,
     flag_name,
     number,
     provenance,
     run_script,
     warn_of_cut_prompts,
 )
+from spin.infra.devices import default_dtype, is_cuda, prepare_device
 from spin.infra.errors import InputError
 from spin.infra.files import atomic_write, hash_files
 from spin.infra.inspection import check_rows
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict:
     Ranks other than 0 return {"out"}, a dry run {"out", "seconds"}.
     """
     args = parse_args(argv)
-    args.device = check_device(distributed.local_device(args.device))
+    args.device = prepare_device(distributed.local_device(args.device))
     run = Run(args.out)
     lock = run.lock() if distributed.is_main() else nullcontext()
     with distributed.process_group(args.device), lock:
@@ -255,7 +255,7 @@ def load_players(
     """
     dtype = getattr(torch, args.dtype)
     policy = load_unet(start, device=args.device).requires_grad_(True)
-    policy.checkpoint_activations = args.checkpoint_activations
+    policy.checkpoint_activations(args.checkpoint_activations)
     opponent = None
     if stage.loss != "sft":
         opponent = load_unet(start, device=args.device).requires_grad_(False)

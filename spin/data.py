@@ -22,6 +22,7 @@ from spin.infra.metadata import Row, index_lines, parse_row
 ORDER = 0
 PAIR = 1
 GENERATION = 2
+DROP = 3
 
 
 def batch_rows(seed: int, iteration: int, step: int, batch_size: int, num_rows: int) -> list[int]:
@@ -39,8 +40,7 @@ def batch_rows(seed: int, iteration: int, step: int, batch_size: int, num_rows: 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, iteration: int, epoch: int, num_rows: int) -> np.ndarray:
     """Return a random order of all data rows."""
-    sequence = np.random.SeedSequence(seed, spawn_key=(ORDER, iteration, epoch))
-    return np.random.default_rng(sequence).permutation(num_rows)
+    return random_stream(seed, ORDER, iteration, epoch).permutation(num_rows)
 
 
 def random_draws(
@@ -50,33 +50,38 @@ def random_draws(
     position: int,
     shape: tuple[int, ...],
     num_timesteps: int,
+    independent_noise: bool = False,
 ) -> dict[str, Tensor]:
     """Return everything that is random in one pair of a batch.
 
     t: int64 in 0..num_timesteps-1.
     flip, drop: uniform in [0,1), to be compared with the probabilities of mirroring the images and
         of dropping the prompt.
-    eps, posterior_noise, eps_gen: standard normal, of `shape`. eps noises both latents of the pair
-        or, where eps_gen noises the generated one, the real one alone; posterior_noise samples the
-        VAE's posterior of the real image (and of DPO's rejected one).
+    eps, posterior_noise: standard normal, of `shape`. eps noises the latents of the pair;
+        posterior_noise samples the VAE's posterior of the real image (and of DPO's rejected one).
+    eps_gen: with independent_noise alone. It noises the second latent, and eps only the first.
     """
-    sequence = np.random.SeedSequence(seed, spawn_key=(PAIR, iteration, step, position))
-    rng = np.random.default_rng(sequence)
+    rng = random_stream(seed, PAIR, iteration, step, position)
     # the order of these lines fixes which number is which
     t = int(rng.integers(num_timesteps))
     flip = rng.random()
     eps = rng.standard_normal(shape, dtype=np.float32)
     posterior_noise = rng.standard_normal(shape, dtype=np.float32)
-    eps_gen = rng.standard_normal(shape, dtype=np.float32)
-    drop = rng.random()
-    return {
+    draws = {
         "t": torch.tensor(t),
         "flip": torch.tensor(flip),
         "eps": torch.from_numpy(eps),
         "posterior_noise": torch.from_numpy(posterior_noise),
-        "eps_gen": torch.from_numpy(eps_gen),
-        "drop": torch.tensor(drop),
+        "drop": torch.tensor(random_stream(seed, DROP, iteration, step, position).random()),
     }
+    if independent_noise:
+        draws["eps_gen"] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    return draws
+
+
+def random_stream(seed: int, *key: int) -> np.random.Generator:
+    """Return a source of random numbers that is a function of the seed and the key alone."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def noise_generator(seed: int, iteration: int, row: int) -> torch.Generator:

@@ -2,8 +2,29 @@
 
 from collections.abc import Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# The first of these that can compute an attention does: flash for half precision on a GPU. By
+# default, PyTorch would also consider cuDNN's, and take or leave it depending on whether a gradient
+# is wanted. The policy's attention would be rounded differently from the opponent's, and the first
+# loss of an iteration would not be log 2.
+ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution whose input, in a compiled step on a GPU, is made channels-last.
+
+    cuDNN is faster with that layout, and the compiler folds the copy into what makes the input.
+    Uncompiled, group norms return the other layout, so that every convolution would pay for a copy.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and x.is_cuda:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return super().forward(x)
 
 
 class ResnetBlock2D(nn.Module):
@@ -23,15 +44,15 @@ class ResnetBlock2D(nn.Module):
     ):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels, eps)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
         if temb_channels is not None:
             self.time_emb_proj = nn.Linear(temb_channels, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if channels == out_channels:
             self.conv_shortcut = nn.Identity()
         else:
-            self.conv_shortcut = nn.Conv2d(channels, out_channels, 1)
+            self.conv_shortcut = Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -70,7 +91,8 @@ class Attention(nn.Module):
         q = self.split_heads(self.to_q(x))
         k = self.split_heads(self.to_k(context))
         v = self.split_heads(self.to_v(context))
-        attended = F.scaled_dot_product_attention(q, k, v)
+        with sdpa_kernel(ATTENTION_KERNELS):
+            attended = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](attended.transpose(1, 2).flatten(2))
 
     def split_heads(self, tokens: Tensor) -> Tensor:
@@ -87,7 +109,7 @@ class Downsample2D(nn.Module):
     def __init__(self, channels: int, padding: int):
         super().__init__()
         self.pads_bottom_right = padding == 0
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pads_bottom_right:
@@ -100,7 +122,7 @@ class Upsample2D(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is None:

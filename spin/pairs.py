@@ -13,6 +13,7 @@ from torch import Tensor
 from spin.checkpoint import Pipeline
 from spin.data import CaptionedImages, batch_rows, noise_generator, random_draws
 from spin.infra import distributed
+from spin.infra.devices import copy_to_device
 from spin.infra.errors import InputError
 from spin.infra.inspection import check_unchanged
 from spin.infra.shards import LatentShards
@@ -174,7 +175,8 @@ class PairLoader:
     def load(self, iteration: int, step: int, start: int, end: int) -> dict[str, Tensor]:
         """Return positions start..end-1 of a step's batch, as `spin.step`'s arguments, [B,...]."""
         rows = batch_rows(self.seed, iteration, step, self.batch_size, len(self.images))[start:end]
-        draws = self.draws_of_batch(iteration, step, start, rows)
+        independent_noise = self.independent_noise and self.loss != "sft"
+        draws = self.draws_of_batch(iteration, step, start, rows, independent_noise)
         flipped = draws["flip"] < self.flip
         noise = draws["posterior_noise"]
 
@@ -189,25 +191,26 @@ class PairLoader:
             batch["x0_gen"] = self.real_latents("rejected_", rows, flipped, noise)
         elif self.loss != "sft":
             raise ValueError(f"loss {self.loss!r}: must be spin, dpo or sft")
-        if self.independent_noise and self.loss != "sft":
+        if independent_noise:
             batch["eps_gen"] = draws["eps_gen"]
 
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        batch = {name: copy_to_device(tensor, self.device) for name, tensor in batch.items()}
         dropped = draws["drop"] < self.prompt_dropout
         batch["context"] = self.encode_prompts(rows, dropped)
         return batch
 
     def draws_of_batch(
-        self, iteration: int, step: int, start: int, rows: Sequence[int]
+        self, iteration: int, step: int, start: int, rows: Sequence[int], independent_noise: bool
     ) -> dict[str, Tensor]:
         """Return everything random in these pairs, [B,...] each: see `spin.data.random_draws`."""
         shape = tuple(self.real.read("mean", rows[:1]).shape[1:])  # a latent's, [4,h,w]
         num_timesteps = self.pipe.scheduler.num_train_timesteps
         pairs = []
         for position in range(start, start + len(rows)):
-            pairs.append(
-                random_draws(self.seed, iteration, step, position, shape, num_timesteps)
+            draws = random_draws(
+                self.seed, iteration, step, position, shape, num_timesteps, independent_noise
             )
+            pairs.append(draws)
         batch = {}
         for name in pairs[0]:
             batch[name] = torch.stack([pair[name] for pair in pairs])
@@ -220,12 +223,14 @@ class PairLoader:
 
         prefix: "" or "rejected_". flipped: [B], which images to mirror. noise: [B,4,h,w].
         """
-        mean = self.real.read(f"{prefix}mean", rows)
-        logvar = self.real.read(f"{prefix}logvar", rows)
-        if self.flip > 0:
-            mirror = flipped[:, None, None, None]  # [B,1,1,1]
-            mean = torch.where(mirror, self.real.read(f"{prefix}mean_flipped", rows), mean)
-            logvar = torch.where(mirror, self.real.read(f"{prefix}logvar_flipped", rows), logvar)
+        means = []
+        logvars = []
+        for row, is_flipped in zip(rows, flipped.tolist()):
+            suffix = "_flipped" if is_flipped else ""
+            means.append(self.real.read(f"{prefix}mean{suffix}", [row]))
+            logvars.append(self.real.read(f"{prefix}logvar{suffix}", [row]))
+        mean = torch.cat(means)
+        logvar = torch.cat(logvars)
         return (mean + (0.5 * logvar).exp() * noise) * self.pipe.vae.scaling_factor
 
     def encode_prompts(self, rows: Sequence[int], dropped: Tensor) -> Tensor:

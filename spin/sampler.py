@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spin.infra.devices import copy_to_device
 from spin.infra.errors import InputError
 from spin.scheduler import ddim_step, ddpm_step, dpmpp_step, x0_and_eps
 from spin.step import mixed_precision
@@ -114,15 +115,19 @@ class GuidedUNet:
         all_prompts = list(prompts)
         if guidance != 1:
             all_prompts = [*negative_prompts, *prompts]
+        different = list(dict.fromkeys(all_prompts))  # most of the negative ones are the same
+        rows = [different.index(prompt) for prompt in all_prompts]
         with mixed_precision(self.device, dtype):
-            self.context = pipe.encode_prompts(all_prompts).to(self.weight_dtype)
+            context = pipe.encode_prompts(different)
+        index = copy_to_device(torch.tensor(rows), self.device)
+        self.context = context[index].to(self.weight_dtype)
 
     def predict(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Predict the clean latent x0 and the noise eps at x_t, [B,4,h,w] each.
 
         x_t: [B,4,h,w] float32. t: the training timestep of all of them.
         """
-        timestep = torch.tensor(t, device=self.device)
+        timestep = torch.full((), t, device=self.device)
         inputs = x_t
         if self.guidance != 1:
             inputs = torch.cat([x_t, x_t])  # for the negative prompts, then for the prompts
@@ -131,11 +136,11 @@ class GuidedUNet:
         if self.guidance != 1:
             negative, positive = prediction.chunk(2)
             prediction = negative + self.guidance * (positive - negative)
-        alpha_bar = self.scheduler.alphas_cumprod[t].to(self.device)
+        alpha_bar = self.scheduler.alphas_cumprod[t]
         return x0_and_eps(prediction, x_t, alpha_bar, self.scheduler.prediction_type)
 
     def noise_levels(self, t: int, steps: int, ends_clean: bool) -> tuple[Tensor, Tensor]:
-        """Return alpha_bar at t, and after the next of `steps` sampling steps, 0-d each.
+        """Return alpha_bar at t, and after the next of `steps` sampling steps, 0-d each, on the CPU.
 
         ends_clean: whether the last step goes to alpha_bar = 1, the clean image, or to the
             scheduler's `final_alpha_cumprod`.
@@ -147,8 +152,7 @@ class GuidedUNet:
             alpha_bar_prev = torch.tensor(1.0)
         else:
             alpha_bar_prev = self.scheduler.final_alpha_cumprod
-        alpha_bar = self.scheduler.alphas_cumprod[t]
-        return alpha_bar.to(self.device), alpha_bar_prev.to(self.device)
+        return self.scheduler.alphas_cumprod[t], alpha_bar_prev
 
 
 def draw_noise(
@@ -156,7 +160,7 @@ def draw_noise(
 ) -> Tensor:
     """Return standard normal noise [B,*shape], each image's from its own CPU generator."""
     noise = [torch.randn((1, *shape), generator=generator) for generator in generators]
-    return torch.cat(noise).to(device)
+    return copy_to_device(torch.cat(noise), device)
 
 
 # ---- The samplers --------------------------------------------------------------------------------
@@ -169,8 +173,8 @@ class SamplerState:
     x_t: Tensor  # [B,4,h,w]
     x0: Tensor  # [B,4,h,w], predicted at x_t
     eps: Tensor  # [B,4,h,w], predicted at x_t
-    alpha_bar: Tensor  # 0-d, at x_t
-    alpha_bar_prev: Tensor  # 0-d, where the step ends
+    alpha_bar: Tensor  # 0-d, at x_t, on the CPU
+    alpha_bar_prev: Tensor  # 0-d, where the step ends, on the CPU
     earlier: tuple[Tensor, Tensor] | None  # x0 and alpha_bar of the step before
     eta: float
     generators: Sequence[torch.Generator]

@@ -139,7 +139,12 @@ def rescale_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:
 
 
 def per_image(coefficient: Tensor, like: Tensor) -> Tensor:
-    """Reshape [B] or 0-d to [B,1,...] or [1,1,...], to multiply `like` [B,...] image by image."""
+    """Reshape [B] to [B,1,...], to multiply `like` [B,...] image by image. 0-d is for all images.
+
+    A 0-d tensor is left on the CPU: a GPU's kernel takes its value without a copy to wait for.
+    """
+    if coefficient.ndim == 0:
+        return coefficient
     ones = [1] * (like.ndim - 1)
     return coefficient.reshape(-1, *ones)
 

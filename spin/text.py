@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from spin.infra.devices import copy_to_device
+
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 
@@ -146,7 +148,8 @@ class TextEncoder(nn.Module):
 
     def forward(self, prompts: list[str]) -> Tensor:
         ids = self.tokenizer(prompts)
-        return self.encode_ids(ids.to(self.tower.positional_embedding.device))
+        device = self.tower.positional_embedding.device
+        return self.encode_ids(copy_to_device(ids, device))
 
     def encode_ids(self, ids: Tensor) -> Tensor:
         """Return the context [B,77,D] of token ids [B,77].

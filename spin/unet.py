@@ -7,6 +7,7 @@ Shapes in comments are SD-1.5's at 512 px: latents [B,4,64,64], context [B,77,76
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spin.layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D, check_block_types
+from spin.layers import (
+    Attention,
+    Conv2d,
+    Downsample2D,
+    ResnetBlock2D,
+    Upsample2D,
+    check_block_types,
+)
 
 # block types of config.json -> does the block attend to the text?
 DOWN_BLOCK_TYPES = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -118,10 +126,13 @@ class Transformer2D(nn.Module):
     def make_projection(channels: int, use_linear: bool) -> nn.Module:
         if use_linear:
             return nn.Linear(channels, channels)
-        return nn.Conv2d(channels, channels, 1)
+        return Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B,320,64,64] -> [B,4096,320]
+        # A transposed view would go through other kernels where weights need a gradient than where
+        # they do not: the policy's would be rounded differently from the opponent's.
+        tokens = tokens.contiguous()
         tokens = self.project(self.proj_in, tokens)
         tokens = self.transformer_blocks[0](tokens, context)
         tokens = self.project(self.proj_out, tokens)
@@ -152,7 +163,24 @@ class BlockSizes:
         return Transformer2D(channels, heads, self.context_channels, self.groups, self.use_linear)
 
 
-class Block(nn.Module):
+class Layers(nn.Module):
+    """Runs layers one after another. Base class of all blocks.
+
+    checkpoint_activations: whether training stores only what each layer reads and recomputes the
+        rest in the backward pass: less memory, a quarter more work.
+    """
+
+    checkpoint_activations = False
+
+    def run(self, layer: Callable, *inputs) -> Tensor:
+        """Return layer(*inputs)."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            # no layer draws random numbers, so that there is no state to restore
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return layer(*inputs)
+
+
+class Block(Layers):
     """The layers at one resolution: residual blocks, each followed by attention if it `attends`.
 
     in_channels: channels that each layer reads, one entry per layer
@@ -195,14 +223,14 @@ class DownBlock(Block):
         """
         outputs = []
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, temb, context)
+            x = self.run(self.layer, i, x, temb, context)
             outputs.append(x)
         for downsampler in self.downsamplers:
             outputs.append(downsampler(x))
         return outputs
 
 
-class MidBlock(nn.Module):
+class MidBlock(Layers):
     """Two residual blocks with attention between them, at the lowest resolution."""
 
     def __init__(self, channels: int, heads: int, sizes: BlockSizes):
@@ -213,9 +241,9 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([sizes.transformer(channels, heads)])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
-        x = self.resnets[0](x, temb)
-        x = self.attentions[0](x, context)
-        return self.resnets[1](x, temb)
+        x = self.run(self.resnets[0], x, temb)
+        x = self.run(self.attentions[0], x, context)
+        return self.run(self.resnets[1], x, temb)
 
 
 class UpBlock(Block):
@@ -238,10 +266,15 @@ class UpBlock(Block):
         upsample_size: height and width of the output; None in the last block
         """
         for i, skip in enumerate(skips):
-            x = self.layer(i, torch.cat([x, skip], dim=1), temb, context)
+            x = self.run(self.layer_with_skip, i, x, skip, temb, context)
         for upsampler in self.upsamplers:
             x = upsampler(x, upsample_size)
         return x
+
+    def layer_with_skip(
+        self, i: int, x: Tensor, skip: Tensor, temb: Tensor, context: Tensor
+    ) -> Tensor:
+        return self.layer(i, torch.cat([x, skip], dim=1), temb, context)
 
 
 # ---- The network ---------------------------------------------------------------------------------
@@ -255,8 +288,6 @@ class UNet(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         self.config = dict(config)
-        # True: training recomputes each block in the backward pass instead of storing activations
-        self.checkpoint_activations = False
         # latent height and width that the network was trained at: one number for both, or two
         self.sample_size: int | list[int] = config.get("sample_size") or 64
         check_sample_size(self.sample_size)
@@ -274,7 +305,7 @@ class UNet(nn.Module):
             use_linear=config.get("use_linear_projection", False),
         )
 
-        self.conv_in = nn.Conv2d(config.get("in_channels", 4), channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.get("in_channels", 4), channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], sizes.temb_channels)
 
         self.down_blocks = nn.ModuleList()
@@ -310,7 +341,7 @@ class UNet(nn.Module):
             in_channels = up_channels[i]
 
         self.conv_norm_out = nn.GroupNorm(sizes.groups, channels[0], sizes.eps)
-        self.conv_out = nn.Conv2d(channels[0], config.get("out_channels", 4), 3, padding=1)
+        self.conv_out = Conv2d(channels[0], config.get("out_channels", 4), 3, padding=1)
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """Return the prediction [B,4,h,w] at noised latents [B,4,h,w].
@@ -329,11 +360,11 @@ class UNet(nn.Module):
         skips = [x]
         # -> [B,320,32,32] -> [B,640,16,16] -> [B,1280,8,8] -> [B,1280,8,8]
         for block in self.down_blocks:
-            outputs = self.run_block(block, x, temb, context)
+            outputs = block(x, temb, context)
             skips += outputs
             x = outputs[-1]
 
-        x = self.run_block(self.mid_block, x, temb, context)
+        x = self.mid_block(x, temb, context)
 
         # -> [B,1280,16,16] -> [B,1280,32,32] -> [B,640,64,64] -> [B,320,64,64]
         for block in self.up_blocks:
@@ -341,15 +372,14 @@ class UNet(nn.Module):
             # Upsample to the next skip's size. It is not twice this block's if the downsampler had
             # to round half of an odd size.
             upsample_size = skips[-1].shape[-2:] if skips else None
-            x = self.run_block(block, x, block_skips, upsample_size, temb, context)
+            x = block(x, block_skips, upsample_size, temb, context)
 
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def run_block(self, block: nn.Module, *inputs) -> Tensor | list[Tensor]:
-        """Return block(*inputs), with activation checkpointing if it is switched on."""
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+    def checkpoint_activations(self, enabled: bool) -> None:
+        """Switch the recomputation of activations on or off, see `Layers`."""
+        for block in [*self.down_blocks, self.mid_block, *self.up_blocks]:
+            block.checkpoint_activations = enabled
 
 
 def heads_per_block(config: dict) -> list[int]:

@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spin.layers import Attention, Downsample2D, ResnetBlock2D, Upsample2D, check_block_types
+from spin.infra.devices import tf32
+from spin.layers import (
+    Attention,
+    Conv2d,
+    Downsample2D,
+    ResnetBlock2D,
+    Upsample2D,
+    check_block_types,
+)
 
 EPS = 1e-6  # of every group norm in the VAE; the UNet's residual blocks have 1e-5
 
@@ -89,13 +97,13 @@ class Encoder(nn.Module):
         self, in_channels: int, latent_channels: int, channels: list[int], depth: int, groups: int
     ):
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(in_channels, channels[0], 3, padding=1)
         self.down_blocks = make_blocks(channels, depth, groups)
         for block in self.down_blocks[:-1]:  # the last block keeps its resolution
             block.add_downsampler()
         self.mid_block = MidBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)  # [B,128,512,512]
@@ -115,13 +123,13 @@ class Decoder(nn.Module):
         self, out_channels: int, latent_channels: int, channels: list[int], depth: int, groups: int
     ):
         super().__init__()
-        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups)
         self.up_blocks = make_blocks(channels, depth, groups)
         for block in self.up_blocks[:-1]:  # the last block keeps its resolution
             block.add_upsampler()
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))  # [B,512,64,64]
@@ -157,9 +165,10 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(in_channels, latent_channels, channels, depth, groups)
         out_channels = config.get("out_channels", 3)
         self.decoder = Decoder(out_channels, latent_channels, channels[::-1], depth + 1, groups)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.quant_conv = Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = Conv2d(latent_channels, latent_channels, 1)
 
+    @tf32()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of the latents, unscaled, [B,4,H/f,W/f] each.
 
@@ -170,6 +179,7 @@ class AutoencoderKL(nn.Module):
         mean, logvar = moments.chunk(2, dim=1)
         return mean, clamp_finite(logvar, -30, 20)
 
+    @tf32()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode unscaled latents [B,4,h,w] to images [B,3,f h,f w], not clamped to [-1,1]."""
         vae = self.upcast()

@@ -77,16 +77,6 @@ def flag_name(setting: str) -> str:
 SEED_TYPE = number(int, 0, 2**62)
 
 
-def check_device(device: str) -> str:
-    """Return `device` if torch can compute there. Raises InputError otherwise."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: cannot be used here ({reason})") from None
-    return device
-
-
 def warn_of_cut_prompts(tokenizer, prompts: Iterable[str]) -> None:
     """Say on stderr how many prompts are too long for the tokenizer, if any are."""
     if not distributed.is_main():

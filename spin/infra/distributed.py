@@ -60,11 +60,11 @@ def process_group(device: str) -> Iterator[None]:
     if WORLD_SIZE == 1:
         yield
         return
-    backend = "gloo"
     if device.startswith("cuda"):
-        backend = "nccl"
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=torch.device(device))
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         yield
     except torch.OutOfMemoryError:

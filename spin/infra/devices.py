@@ -1,0 +1,67 @@
+"""The device that computes: its precision, and copies that do not make it wait."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from spin.infra.errors import InputError
+
+
+def prepare_device(device: str) -> str:
+    """Return `device`, on which float32 from now on means float32.
+
+    By default, a GPU's convolutions round float32 inputs to TF32, which has three digits. `tf32`
+    allows that where it does no harm.
+
+    Raises InputError if torch cannot compute there.
+    """
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device}: cannot be used here ({reason})") from None
+    allow_tf32(False)
+    return device
+
+
+def is_cuda(device: str | torch.device) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """Return the dtype to compute in where nothing else says: half precision on a GPU."""
+    return torch.bfloat16 if is_cuda(device) else torch.float32
+
+
+def copy_to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """Return a tensor of the CPU's memory on `device`, without waiting for a GPU.
+
+    A GPU can only fetch data by itself from memory that is pinned.
+    """
+    if is_cuda(device):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+# ---- TF32 ----------------------------------------------------------------------------------------
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Set whether convolutions and matrix products in float32 may compute in TF32."""
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Allow TF32 in a `with` block or a decorated function: twice as fast, three digits."""
+    before = torch.backends.cudnn.allow_tf32
+    matmul_before = torch.backends.cuda.matmul.allow_tf32
+    allow_tf32(True)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32 = matmul_before
