@@ -152,7 +152,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
-        help="compute dtype for sampling (default: the run's, or float32)",
+        help="compute dtype for sampling (default: the run's, or bfloat16 on CUDA, else float32)",
     )
     parser.add_argument(
         "--paper", action="store_true", help="print the published figures beside ours"
@@ -182,7 +182,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--eta: --sampler {args.sampler} does not use it")
     args.guidance = args.guidance or [config.get("guidance", 7.5)]
     args.resolution = args.resolution or config.get("resolution")
-    args.dtype = args.dtype or config.get("dtype", "float32")
+    args.dtype = args.dtype or config.get("dtype") or default_dtype(args.device)
     args.batch_size = args.batch_size or config.get("generation_batch", 16)
     args.metrics = args.metrics or (["toy"] if config.get("world") else PAPER_METRICS)
     args.metrics = list(dict.fromkeys(args.metrics))  # without repetitions
@@ -384,4 +384,5 @@ def split_name(argument: str) -> tuple[str, str]:
 
 if __name__ == "__main__":
     advice = "finished images and scores are kept; the same command resumes from there"
-    sys.exit(run_script("evaluate.py", main, advice))
+    memory_advice = "lower --batch-size, or use --dtype bfloat16"
+    sys.exit(run_script("evaluate.py", main, advice, memory_advice))

@@ -27,8 +27,10 @@ from spin.infra.cli import (
 from spin.infra.devices import default_dtype, prepare_device
 from spin.infra.images import save_png, to_pil
 from spin.infra.prompts import read_prompts
+from spin.infra.run import config_of_checkpoint
 from spin.sampler import SAMPLERS, SamplingOptions, sample_images
 from spin.scheduler import PREDICTION_TYPES
+from spin.step import cast_weights_
 
 GRID_ROWS = 20  # prompts in grid.png, at most
 
@@ -126,8 +128,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        default="float32",
-        help="dtype of weights and computation (default: float32)",
+        help="dtype of weights and computation (default: float32 weights; computation as in the "
+        "run that trained the model, else bfloat16 on CUDA and float32 on the CPU)",
     )
     parser.add_argument(
         "--out",
@@ -156,8 +158,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
     # ---- the model
     device = prepare_device(args.device)
-    dtype = getattr(torch, args.dtype)
-    pipe = load_pipeline(args.model, dtype, device, args.unet, args.prediction_type)
+    weight_dtype = getattr(torch, args.dtype or "float32")
+    pipe = load_pipeline(args.model, weight_dtype, device, args.unet, args.prediction_type)
     if args.save_single:
         save_single_file(pipe, args.save_single)
         print(f"the model is in {args.save_single}")
@@ -165,6 +167,8 @@ def main(argv: list[str] | None = None) -> list[Path]:
         return []
     all_prompts = [*prompts, args.negative_prompt]
     warn_of_cut_prompts(pipe.text_encoder.tokenizer, all_prompts)
+    run_config = config_of_checkpoint(args.unet or args.model)
+    dtype = args.dtype or run_config.get("dtype") or default_dtype(device)
 
     # ---- an image for each prompt and seed
     out = Path(args.out)
@@ -181,7 +185,9 @@ def main(argv: list[str] | None = None) -> list[Path]:
         eta=args.eta,
         height=args.height,
         width=args.width,
+        dtype=getattr(torch, dtype),
     )
+    cast_weights_(pipe.unet, options.dtype)
     images = sample_images(
         pipe, image_prompts, image_seeds, options, args.batch_size, args.negative_prompt
     )
@@ -199,6 +205,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
             "Sampler": args.sampler,
             "CFG scale": args.guidance,
             "Eta": args.eta,
+            "Precision": dtype,
             "Model": "/".join(Path(args.unet or args.model).resolve().parts[-2:]),
         }
         save_png(image, path, prompt, settings)
@@ -220,4 +227,5 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script("sample.py", main, "finished images are kept"))
+    memory_advice = "lower --batch-size, or use --dtype bfloat16"
+    sys.exit(run_script("sample.py", main, "finished images are kept", memory_advice))

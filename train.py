@@ -78,6 +78,9 @@ def main(argv: list[str] | None = None) -> dict:
     """
     args = parse_args(argv)
     args.device = prepare_device(distributed.local_device(args.device))
+    # cuDNN tries its algorithms: faster, but another run may choose others, and round differently.
+    # So does the compiler; without it, a run on a GPU should repeat.
+    torch.backends.cudnn.benchmark = args.compile
     run = Run(args.out)
     lock = run.lock() if distributed.is_main() else nullcontext()
     with distributed.process_group(args.device), lock:
@@ -116,13 +119,14 @@ def self_play(args: argparse.Namespace, run: Run) -> dict:
         rows = rows_of_steps(args.seed, stage.steps, args.batch_size, len(images))
         generated = LatentShards(run.model_folder(stage.name) / "generated", rows)
         generate_images(
-            with_unet(shared, opponent, args.device),
+            load_opponent(args, shared, opponent),
             images,
             generated,
             seed=args.seed,
             iteration=k,
             options=sampling_options(args),
             batch_size=args.generation_batch,
+            compiled=args.compile,
         )
 
         # train: initialize theta_k from theta_{k-1}; it learns to tell x from x'
@@ -142,9 +146,13 @@ def self_play(args: argparse.Namespace, run: Run) -> dict:
     return report_results(args, run)
 
 
-def with_unet(shared: Pipeline, checkpoint: str | Path, device: str) -> Pipeline:
-    """Return the player whose UNet is in `checkpoint`, frozen."""
-    return replace(shared, unet=load_unet(checkpoint, device=device)).freeze()
+def load_opponent(
+    args: argparse.Namespace, shared: Pipeline, checkpoint: str | Path
+) -> Pipeline:
+    """Return the player whose UNet is in `checkpoint`, frozen, with weights stored in --dtype."""
+    unet = load_unet(checkpoint, device=args.device)
+    cast_weights_(unet, getattr(torch, args.dtype))
+    return replace(shared, unet=unet).freeze()
 
 
 # ---- The optimizer loop --------------------------------------------------------------------------
@@ -159,20 +167,13 @@ def train(
         opponent keeps its weights.
     """
     policy, loss_step = load_players(args, stage, start, loader.pipe)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=0.0,  # set before every step
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(args, policy)
     parts = {"policy": policy, "optimizer": optimizer}  # of a state to resume from
     done = resume(run, stage.name, parts)
     distributed.check_same_weights(policy)
     reducer = distributed.GradientReducer(policy)
     watch = ForgettingWatch(stage.name, run.read_log())
     num_steps = len(stage.steps)
-    pairs_per_rank = args.batch_size // distributed.WORLD_SIZE
-    first_pair = distributed.RANK * pairs_per_rank
     bar = distributed.progress_bar(
         desc=f"training {stage.name}",
         total=num_steps * args.batch_size,
@@ -186,20 +187,13 @@ def train(
             started = time.perf_counter()
             iteration, step_of_iteration = stage.steps[step - 1]
 
-            # ---- forward and backward, a micro-batch at a time
-            numbers = {}
-            for begin in range(first_pair, first_pair + pairs_per_rank, args.micro_batch):
-                end = min(begin + args.micro_batch, first_pair + pairs_per_rank)
-                weight = (end - begin) / args.batch_size
-                batch = loader.load(iteration, step_of_iteration, begin, end)
-                loss, metrics = loss_step(policy, batch)
-                (weight * loss).backward()
-                for name, value in {"loss": loss.detach(), **metrics}.items():
-                    numbers[name] = numbers.get(name, 0.0) + weight * value.mean()
-                bar.update((end - begin) * distributed.WORLD_SIZE)
+            # ---- forward and backward
+            numbers = accumulate_gradients(
+                args, policy, loss_step, loader, iteration, step_of_iteration, bar
+            )
 
             # ---- all-reduce over the ranks: gradients, metrics, and whether any rank should stop
-            numbers["stop"] = torch.tensor(float(stop.requested), device=args.device)
+            numbers["stop"] = torch.full((), float(stop.requested), device=args.device)
             sums = reducer.all_reduce(torch.stack(list(numbers.values())))
             line = dict(zip(numbers, sums.tolist()))  # one read-back: each one syncs the GPU
             stopping = line.pop("stop") > 0
@@ -264,6 +258,42 @@ def load_players(
         stage.loss, opponent, stage.beta, shared.scheduler, args.device, dtype, args.compile
     )
     return policy, loss_step
+
+
+def make_optimizer(args: argparse.Namespace, policy: torch.nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW, whose learning rate is set before every step."""
+    return torch.optim.AdamW(
+        policy.parameters(), lr=0.0, weight_decay=args.weight_decay, fused=True
+    )
+
+
+def accumulate_gradients(
+    args: argparse.Namespace,
+    policy: torch.nn.Module,
+    loss_step: LossStep,
+    loader: PairLoader,
+    iteration: int,
+    step: int,
+    bar,
+) -> dict[str, torch.Tensor]:
+    """Add this rank's part of a step's gradient to the policy's, a micro-batch at a time.
+
+    Return its part of the means of the loss and its metrics, 0-d each. The sums over all ranks are
+    the means over the batch. Nothing here waits for a GPU.
+    """
+    pairs_per_rank = args.batch_size // distributed.WORLD_SIZE
+    first_pair = distributed.RANK * pairs_per_rank
+    numbers = {}
+    for begin in range(first_pair, first_pair + pairs_per_rank, args.micro_batch):
+        end = min(begin + args.micro_batch, first_pair + pairs_per_rank)
+        weight = (end - begin) / args.batch_size
+        batch = loader.load(iteration, step, begin, end)
+        loss, metrics = loss_step(policy, batch)
+        (weight * loss).backward()
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            numbers[name] = numbers.get(name, 0.0) + weight * value.mean()
+        bar.update((end - begin) * distributed.WORLD_SIZE)
+    return numbers
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
@@ -417,10 +447,11 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--score-images", COUNT, "images per prompt and model for the scores (2)", default=2)
     flag("--device", str, "cpu, cuda, cuda:1, ... (%(default)s)",
          default="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
-    flag("--dtype", str, "compute dtype of the networks (bfloat16 on CUDA, else float32)",
-         choices=["float32", "bfloat16"])  # fmt: skip
+    flag("--dtype", str, "compute dtype of the networks (toy: float32; paper: bfloat16 on CUDA, "
+         "else float32)", choices=["float32", "bfloat16"])  # fmt: skip
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="compile the loss step; takes minutes (only on CUDA)")  # fmt: skip
+                        help="compile the loss step, and the UNet for generating; takes minutes "
+                             "(toy: no; paper: on CUDA)")  # fmt: skip
     flag("--save-every", COUNT_OR_0, "steps between saved states; 0: only at the end (50)",
          default=50)  # fmt: skip
     switch("--checkpoint-activations", "recompute activations: less memory, 1/4 more compute")
@@ -443,11 +474,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.loss = "all" if args.world else "spin"
     if given.sampler_steps is None:  # dpm++ needs fewer than the presets' ddim
         args.sampler_steps = min(args.sampler_steps, SAMPLERS[args.sampler].steps)
-    cuda = args.device.startswith("cuda")
-    if args.dtype is None:
-        args.dtype = "bfloat16" if cuda else "float32"
+    args.dtype = args.dtype or default_dtype(args.device)
     if args.compile is None:
-        args.compile = cuda
+        args.compile = is_cuda(args.device)
 
     check_flags(parser, args, given)
 
@@ -492,10 +521,22 @@ def check_flags(parser: argparse.ArgumentParser, args, given) -> None:
             f"--batch-size {args.batch_size}: not a multiple of the "
             f"{distributed.WORLD_SIZE} processes"
         )
+    pairs = args.batch_size // distributed.WORLD_SIZE
+    if args.compile and pairs > args.micro_batch and pairs % args.micro_batch:
+        divisor = largest_divisor(pairs, args.micro_batch)
+        parser.error(
+            f"--micro-batch {args.micro_batch}: does not divide the {pairs} pairs of a step, so "
+            f"that another size would be compiled, too; use {divisor}, or --no-compile"
+        )
     for name in ("steps", "lr", "beta"):
         values = getattr(given, name) or []
         if len(values) > args.iterations:
             parser.error(f"--{name}: {len(values)} values for {args.iterations} iterations")
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of `number` that is at most `limit`."""
+    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
 
 
 def settings_of_loss(loss: str) -> list[str]:
@@ -859,6 +900,7 @@ def dry_run(
                 options,
                 args.generation_batch,
                 ranks=distributed.WORLD_SIZE,
+                compiled=args.compile,
             )
         )
 
@@ -907,4 +949,8 @@ def dry_run(
 
 if __name__ == "__main__":
     advice = "finished work is kept, and the same command resumes from there"
-    sys.exit(run_script("train.py", main, advice))
+    memory_advice = (
+        "lower --micro-batch, which changes no result, or --generation-batch if it was generating; "
+        "or add --checkpoint-activations, with --no-compile if the step is compiled"
+    )
+    sys.exit(run_script("train.py", main, advice, memory_advice))

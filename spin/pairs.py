@@ -5,7 +5,7 @@ share of the files. `PairLoader` then reads them, and makes all random draws of 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from spin.infra.errors import InputError
 from spin.infra.inspection import check_unchanged
 from spin.infra.shards import LatentShards
 from spin.sampler import SamplingOptions, sample
-from spin.step import mixed_precision
+from spin.step import compile_unet, mixed_precision
 
 ENCODE_BATCH = 4  # images in a forward pass of the VAE's encoder
 
@@ -74,20 +74,27 @@ def generate_images(
     iteration: int,
     options: SamplingOptions,
     batch_size: int,
+    compiled: bool = False,
 ) -> None:
     """Generate and store a latent for every row of `latents` that has none yet.
 
     opponent: a pipeline whose UNet is theta_{k-1}, in iteration k.
     images: their captions are the prompts.
     batch_size: images generated at once. An image's noise depends on (seed, iteration, row) alone.
+    compiled: whether to compile the UNet. A smaller batch, which may be the last of a file, is left
+        uncompiled, since every new shape takes minutes.
     """
+    compiled_opponent = opponent
+    if compiled:
+        compiled_opponent = replace(opponent, unet=compile_unet(opponent.unet))
     title = f"iteration {iteration}: generating"
     for shard, batches in missing_batches(latents, batch_size, title):
         generated = []
         for rows in batches:
             prompts = [images.caption(row) for row in rows]
             generators = [noise_generator(seed, iteration, row) for row in rows]
-            x0 = sample(opponent, prompts, generators=generators, **vars(options))
+            pipe = compiled_opponent if len(rows) == batch_size else opponent
+            x0 = sample(pipe, prompts, generators=generators, **vars(options))
             check_storable({"x0": x0}, rows, images)
             generated.append({"x0": x0})
         latents.write(shard, generated)

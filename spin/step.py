@@ -149,6 +149,11 @@ def compile_step(step: Callable) -> Callable:
     return torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
 
+def compile_unet(unet: nn.Module) -> Callable:
+    """Return the UNet for sampling, to be compiled on its first call and for every new shape."""
+    return torch.compile(unet, fullgraph=True, dynamic=False)
+
+
 def cast_weights_(network: nn.Module, dtype: torch.dtype) -> None:
     """Cast conv and linear weights to `dtype`, in place.
 

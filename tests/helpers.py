@@ -295,6 +295,21 @@ def write_imagereward(path: Path) -> None:
 
 
 # -----------------------------------------------------------------------------
+# compilation
+
+
+class CountingBackend:
+    """A backend of torch.compile that runs graphs as they are, and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+# -----------------------------------------------------------------------------
 # Gaussian data, for which everything is known
 #
 # If x0 ~ N(mean, variance), independently in every dimension, then x_t is Gaussian too, and the

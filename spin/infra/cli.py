@@ -14,11 +14,17 @@ from spin.infra.errors import InputError
 from spin.infra.interrupt import Interrupted, raise_on_stop_signals
 
 
-def run_script(name: str, main: Callable[[], object], advice: str) -> int:
+def run_script(
+    name: str,
+    main: Callable[[], object],
+    advice: str,
+    memory_advice: str = "it needs a GPU with more memory",
+) -> int:
     """Run a script's main and return its exit status.
 
-    0: success. 2: an error that the user can fix, described in one line on stderr. 130: it was
-    interrupted; the line is the Interrupted exception's message, or else `advice`.
+    0: success. 2: an error that the user can fix, described in one line on stderr; if a GPU's
+    memory was too small, the line ends with `memory_advice`. 130: it was interrupted; the line is
+    the Interrupted exception's message, or else `advice`.
     """
     raise_on_stop_signals()
     try:
@@ -30,7 +36,10 @@ def run_script(name: str, main: Callable[[], object], advice: str) -> int:
     except KeyboardInterrupt:
         status = 130
         message = f"\n{name}: stopped; {advice}"
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
+    except torch.OutOfMemoryError as error:
+        status = 2
+        message = f"{name}: error: {first_sentence(error)}; {memory_advice}"
+    except (InputError, OSError) as error:
         status = 2
         message = f"{name}: error: {str(error).splitlines()[0]}"
     # Written outside the except blocks, once the exception's frames and their progress bars are
@@ -39,6 +48,10 @@ def run_script(name: str, main: Callable[[], object], advice: str) -> int:
         message = "\n" + message
     sys.stderr.write(message + "\n")
     return status
+
+
+def first_sentence(error: Exception) -> str:
+    return str(error).split(". ")[0].splitlines()[0]
 
 
 def number(kind: type, low: float, high: float = math.inf):

@@ -27,12 +27,12 @@ def prepare_device(device: str) -> str:
 
 
 def is_cuda(device: str | torch.device) -> bool:
-    return torch.device(device).type == "cuda"
+    return str(device).startswith("cuda")
 
 
-def default_dtype(device: str) -> torch.dtype:
-    """Return the dtype to compute in where nothing else says: half precision on a GPU."""
-    return torch.bfloat16 if is_cuda(device) else torch.float32
+def default_dtype(device: str) -> str:
+    """Return the name of the dtype to compute in where nothing else says."""
+    return "bfloat16" if is_cuda(device) else "float32"
 
 
 def copy_to_device(tensor: Tensor, device: str | torch.device) -> Tensor:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spin.infra.devices import is_cuda
+
 # MASTER_ADDR and RANK prove nothing: some clusters set them for every job. torchrun sets this one.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
@@ -46,7 +48,7 @@ def local_device(device: str) -> str:
 
     Otherwise return `device` itself.
     """
-    if WORLD_SIZE > 1 and device.startswith("cuda"):
+    if WORLD_SIZE > 1 and is_cuda(device):
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return device
 
@@ -60,7 +62,7 @@ def process_group(device: str) -> Iterator[None]:
     if WORLD_SIZE == 1:
         yield
         return
-    if device.startswith("cuda"):
+    if is_cuda(device):
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=TIMEOUT, device_id=torch.device(device))
     else:

@@ -237,6 +237,16 @@ def max_iteration(folders: Iterable[Path]) -> int:
 CONTENTS = {"model_hash": "--model", "unet_hash": "--unet", "data_sha256": "--data"}
 
 
+def config_of_checkpoint(source: str) -> dict:
+    """Return config.json of the run that a checkpoint was trained in; {} if it was in none."""
+    path = Path(source).resolve()
+    if path.name == "unet":
+        path = path.parent
+    if path.name != "checkpoint":
+        return {}
+    return Run(path.parent.parent).read_config()
+
+
 def describe_difference(key: str, before, now) -> str:
     """Return a setting's value at the start of a run and its value now, as flags."""
     if key in CONTENTS:

@@ -13,8 +13,6 @@ from torch._inductor.codegen import cpp
 from torch.nn.functional import mse_loss, silu
 
 import train
-from spin import toy
-from spin.checkpoint import load_unet
 from spin.loss import dpo_loss, per_image_error, spin_loss
 from spin.scheduler import Scheduler, add_noise, velocity
 from spin.step import LossStep, cast_weights_, compile_step, sft_step, spin_step
@@ -371,65 +369,9 @@ def small_opponent() -> nn.Module:
     return network.requires_grad_(False)
 
 
-class CountingBackend:
-    """A backend of torch.compile that runs graphs as they are, and counts them."""
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, graph, inputs):
-        self.graphs += 1
-        return graph.forward
-
-
-@pytest.fixture(scope="module")
-def toy_unet() -> nn.Module:
-    """The miniature world's network, the smallest that is a whole UNet."""
-    return load_unet(toy.BASE).requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def toy_pairs(toy_unet) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    side = toy_unet.sample_size
-    x0_data, x0_gen, eps = torch.randn(3, 2, 4, side, side, generator=generator)
-    width = toy_unet.config["cross_attention_dim"]
-    return {
-        "x0_data": x0_data,
-        "x0_gen": x0_gen,
-        "eps": eps,
-        "t": torch.tensor([100, 700]),
-        "context": torch.randn(2, 77, width, generator=generator),
-        "alphas_cumprod": Scheduler(helpers.SCHEDULER).alphas_cumprod,
-        "beta": torch.tensor(300.0),
-    }
-
-
-def test_no_value_and_no_new_player_makes_spin_step_compile_again(toy_unet, toy_pairs):
-    """Two iterations of two steps, with other batches, timesteps and betas: one graph."""
-    torch._dynamo.reset()
-    backend = CountingBackend()
-    policy = moved(toy_unet, distance=1e-3, seed=1)
-    next_policy = moved(toy_unet, distance=1e-3, seed=2)
-    for iteration, players in enumerate([(policy, toy_unet), (next_policy, policy)]):
-        players[1].requires_grad_(False)
-        step = torch.compile(spin_step, backend=backend, fullgraph=True, dynamic=False)
-        for beta in (300.0, 5000.0):
-            arguments = toy_pairs | {
-                "x0_data": toy_pairs["x0_data"] + iteration,
-                "t": torch.tensor([3 * iteration, 900]),
-                "beta": torch.tensor(beta),
-            }
-            loss, _ = step(*players, **arguments)
-            expected, _ = spin_step(*players, **arguments)
-            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-            loss.backward()
-    assert backend.graphs == 1
-
-
 def test_every_choice_of_spin_step_is_one_graph(small_opponent, pairs):
     torch._dynamo.reset()
-    backend = CountingBackend()
+    backend = helpers.CountingBackend()
     policy = moved(small_opponent, distance=0.02, seed=1)
     arguments = pairs | {
         "eps_gen": pairs["eps"] + 1,
@@ -446,7 +388,7 @@ def test_every_choice_of_spin_step_is_one_graph(small_opponent, pairs):
 
 def test_sft_step_is_one_graph(small_opponent, pairs):
     torch._dynamo.reset()
-    backend = CountingBackend()
+    backend = helpers.CountingBackend()
     policy = moved(small_opponent, distance=0.02, seed=1)
     arguments = only(pairs, OF_SFT)
     loss, _ = torch.compile(sft_step, backend=backend, fullgraph=True)(policy, **arguments)

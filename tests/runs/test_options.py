@@ -370,13 +370,12 @@ def test_the_known_failure_is_warned_of_once_and_explained(tmp_path, capsys):
 
 
 def test_the_papers_preset_is_the_papers_table():
-    """Appendix A of arXiv 2402.10210: 2048 pairs are 8 on each of 8 GPUs, accumulated 32 times."""
+    """Appendix A of arXiv 2402.10210. Its 2048 pairs are 8 on each of 8 GPUs, accumulated 32 times."""
     args = train.parse_args("--preset paper --model m --data d".split())
     assert args.steps == [50, 500, 200]
     assert args.lr == [2e-5, 2e-5, 5e-8]
     assert args.beta == [2000, 5000, 5000]
     assert args.batch_size == 2048
-    assert args.micro_batch == 8
     assert args.warmup == 200
     assert args.weight_decay == 1e-2
     assert args.resolution == 512
@@ -432,7 +431,33 @@ def test_dpmpp_has_a_usual_number_of_steps_of_its_own():
     ],
 )
 def test_the_step_is_compiled_on_cuda_unless_the_flag_says_otherwise(more, compiled):
-    assert train.parse_args(more.split()).compile is compiled
+    args = train.parse_args(f"--model m --data d {more}".split())
+    assert args.compile is compiled
+
+
+def test_a_gpu_computes_in_half_precision_except_in_the_miniature_world():
+    """Its signal is smaller than bfloat16's rounding, and it is done before it is compiled."""
+    assert train.parse_args("--model m --data d --device cuda".split()).dtype == "bfloat16"
+    assert train.parse_args("--model m --data d --device cpu".split()).dtype == "float32"
+    small = train.parse_args("--device cuda".split())
+    assert small.dtype == "float32"
+    assert small.compile is False
+
+
+@pytest.mark.parametrize(
+    "more, suggestion",
+    [
+        ("--batch-size 24 --micro-batch 16", "--micro-batch 16: does not divide the 24 pairs"),
+        ("--batch-size 24 --micro-batch 16", "use 12, or --no-compile"),
+        ("--batch-size 13 --micro-batch 4", "use 1, or --no-compile"),
+    ],
+)
+def test_two_sizes_of_micro_batches_are_not_compiled(more, suggestion, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(f"--compile {more}".split())
+    assert suggestion in capsys.readouterr().err
+    train.parse_args(more.split())
+    train.parse_args("--compile --batch-size 7 --micro-batch 16".split())  # one size alone
 
 
 def test_help_names_the_source_of_every_default(capsys):

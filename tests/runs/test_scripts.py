@@ -1,6 +1,8 @@
 """The scripts as a user runs them: images, and one clear line for what cannot be done."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import write_images, write_metadata
 from PIL import Image
 
@@ -58,6 +61,27 @@ def test_a_single_image_has_no_grid(tmp_path):
     assert not (tmp_path / "grid.png").exists()
 
 
+@pytest.mark.parametrize(
+    "files, precision",
+    [
+        ("--model {run}/iter1/checkpoint", "bfloat16"),
+        ("--model {base} --unet {run}/iter1/checkpoint", "bfloat16"),
+        ("--model {base} --unet {run}/iter1/checkpoint/unet", "bfloat16"),
+        ("--model {base} --unet {run}/iter1/checkpoint --dtype float32", "float32"),
+        ("--model {base}", "float32"),
+    ],
+)
+def test_a_model_samples_in_the_dtype_of_its_run(finished, tmp_path, files, precision):
+    """Unless another is given."""
+    run_folder = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run_folder / "config.json").read_text())
+    (run_folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    files = files.format(run=run_folder, base=toy.BASE)
+    flags = f"--prompt a --steps 2 --device cpu --out {tmp_path / 'out'}"
+    [path] = sample.main([*files.split(), *flags.split()])
+    assert f"Precision: {precision}, " in Image.open(path).text["parameters"]
+
+
 # ---- Mistakes ------------------------------------------------------------------------------------
 
 # {arguments: what the line says}, for each script; names in braces are paths
@@ -73,6 +97,7 @@ WRONG_TRAIN = {
     "--loss sft --noise independent": "--noise: has no effect with --loss sft",
     "--resolution 64": "needs 32 x 32 pixels",
     "--model {model} --data {images} --steps 0": "invalid int >= 1 value: '0'",
+    "--compile --batch-size 10 --micro-batch 4": "--micro-batch 4: does not divide the 10 pairs",
     "--model {model} --data {images} --lr nan": "invalid float >= 0 value: 'nan'",
     "--model {model} --data {images} --flip 2": "invalid float >= 0 and <= 1 value: '2'",
     "--model {model} --data {images} --iterations 1 --lr 1 2": "--lr: 2 values for 1 iterations",
@@ -225,6 +250,17 @@ def test_train_says_how_many_captions_are_cut_at_the_first_start(tmp_path, capsy
     assert capsys.readouterr().err.count(expected) == 1
     train.main(flags.split())
     assert expected not in capsys.readouterr().err
+
+
+def test_an_error_of_a_gpus_memory_ends_in_the_flags_that_help(capsys):
+    def exhaust_memory():
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24 GiB"
+        )
+
+    assert run_script("train.py", exhaust_memory, "advice", "lower --micro-batch") == 2
+    expected = "train.py: error: CUDA out of memory; lower --micro-batch"
+    assert capsys.readouterr().err.strip() == expected
 
 
 # ---- Interruptions -------------------------------------------------------------------------------
