@@ -81,6 +81,10 @@ def test_every_order_of_rows_is_equally_likely():
 SHAPE = (4, 2, 3)
 
 
+def all_draws(seed: int, iteration: int, step: int, position: int) -> dict[str, Tensor]:
+    return random_draws(seed, iteration, step, position, SHAPE, 1000, independent_noise=True)
+
+
 def assert_all_differ(draws: dict[str, Tensor], others: dict[str, Tensor]) -> None:
     """Check that no draw is shared. Timesteps are left out: two may well be equal."""
     names = {"t", "flip", "eps", "posterior_noise", "eps_gen", "drop"}
@@ -91,19 +95,30 @@ def assert_all_differ(draws: dict[str, Tensor], others: dict[str, Tensor]) -> No
 
 @given(seeds, iterations, steps, positions)
 def test_draws_are_a_function_of_seed_iteration_step_and_position(seed, iteration, step, position):
-    draws = random_draws(seed, iteration, step, position, SHAPE, 1000)
-    again = random_draws(seed, iteration, step, position, SHAPE, 1000)
+    draws = all_draws(seed, iteration, step, position)
+    again = all_draws(seed, iteration, step, position)
     for name in draws:
         assert torch.equal(draws[name], again[name])
-    assert_all_differ(draws, random_draws(seed + 1, iteration, step, position, SHAPE, 1000))
-    assert_all_differ(draws, random_draws(seed, iteration + 1, step, position, SHAPE, 1000))
-    assert_all_differ(draws, random_draws(seed, iteration, step + 1, position, SHAPE, 1000))
-    assert_all_differ(draws, random_draws(seed, iteration, step, position + 1, SHAPE, 1000))
+    assert_all_differ(draws, all_draws(seed + 1, iteration, step, position))
+    assert_all_differ(draws, all_draws(seed, iteration + 1, step, position))
+    assert_all_differ(draws, all_draws(seed, iteration, step + 1, position))
+    assert_all_differ(draws, all_draws(seed, iteration, step, position + 1))
+
+
+@given(seeds, iterations, steps, positions)
+def test_a_second_noise_is_drawn_only_if_asked_for_and_changes_no_other_draw(
+    seed, iteration, step, position
+):
+    with_second_noise = all_draws(seed, iteration, step, position)
+    draws = random_draws(seed, iteration, step, position, SHAPE, 1000)
+    assert draws.keys() == with_second_noise.keys() - {"eps_gen"}
+    for name in draws:
+        assert torch.equal(draws[name], with_second_noise[name])
 
 
 @given(seeds, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 1000))
 def test_draws_have_the_shapes_that_are_asked_for(seed, shape, num_timesteps):
-    draws = random_draws(seed, 1, 1, 0, tuple(shape), num_timesteps)
+    draws = random_draws(seed, 1, 1, 0, tuple(shape), num_timesteps, independent_noise=True)
     assert draws["t"].dtype == torch.int64
     assert 0 <= draws["t"] < num_timesteps
     for name in ("t", "flip", "drop"):
@@ -129,7 +144,7 @@ def many_draws() -> dict[str, Tensor]:
     draws = []
     for step in range(40):
         for position in range(100):
-            draws.append(random_draws(0, 1, step, position, (4, 8, 8), 1000))
+            draws.append(random_draws(0, 1, step, position, (4, 8, 8), 1000, True))
     return {name: values.double() for name, values in default_collate(draws).items()}
 
 

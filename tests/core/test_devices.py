@@ -5,6 +5,7 @@ which waits for a value fails.
 """
 
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import train
-from spin import pairs, sampler, step, toy
+from spin import pairs, sampler, step, text, toy
 from spin.checkpoint import Pipeline, load_pipeline
 from spin.data import CaptionedImages
 from spin.infra.devices import (
@@ -120,30 +121,32 @@ def meta_pipe(tiny_folder, monkeypatch) -> Pipeline:
     return pipe
 
 
-@contextmanager
-def counted_copies(monkeypatch):
-    """Yield a list that gets the shape of every tensor which is copied to a device."""
-    copied = []
-
-    def copy_and_count(tensor: Tensor, device) -> Tensor:
-        copied.append(tuple(tensor.shape))
-        return tensor.to(device)
-
-    for module in (pairs, sampler, "spin.text"):
-        target = module if isinstance(module, str) else module.__name__
-        monkeypatch.setattr(f"{target}.copy_to_device", copy_and_count)
-    yield copied
-
-
-class ForbidOtherCopies(TorchDispatchMode):
-    """Fails if a tensor of the CPU is copied to the device without `copy_to_device`."""
+class OtherCopies(TorchDispatchMode):
+    """Fails if values are copied from the CPU to the device by anything but `copy_to_device`."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
-        if "copy" in str(operator) and isinstance(result, Tensor) and result.is_meta:
-            sources = [arg for arg in args if isinstance(arg, Tensor)]
-            assert all(source.is_meta for source in sources), operator
+        if isinstance(result, Tensor) and result.is_meta:
+            assert "lift_fresh" not in str(operator), "torch.tensor on a GPU is a copy to wait for"
+            if "copy" in str(operator):
+                sources = [arg for arg in args if isinstance(arg, Tensor)]
+                assert all(source.is_meta for source in sources), "a copy to wait for"
         return result
+
+
+@contextmanager
+def counted_copies(monkeypatch) -> Iterator[list[tuple[int, ...]]]:
+    """Yield a list that gets the shape of every tensor which `copy_to_device` copies."""
+    shapes = []
+
+    def note_shape(tensor: Tensor, device) -> Tensor:
+        shapes.append(tuple(tensor.shape))
+        return torch.empty_like(tensor, device=device)
+
+    for module in (pairs, sampler, text):
+        monkeypatch.setattr(module, "copy_to_device", note_shape)
+    with OtherCopies():
+        yield shapes
 
 
 @pytest.mark.parametrize("steps", [2, 5])

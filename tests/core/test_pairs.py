@@ -94,7 +94,7 @@ def expected_rows(loader: PairLoader, iteration: int, step: int) -> list[int]:
 def expected_draws(loader: PairLoader, iteration: int, step: int) -> dict[str, Tensor]:
     draws = []
     for position in range(loader.batch_size):
-        draws.append(random_draws(loader.seed, iteration, step, position, SHAPE, 1000))
+        draws.append(random_draws(loader.seed, iteration, step, position, SHAPE, 1000, True))
     return default_collate(draws)
 
 
