@@ -23,8 +23,8 @@ The columns:
                   median over some calls after warm-up
     TFLOP/s       operations of the UNets that the loss needs: of a pair, the same for every recipe
     peak GB       memory of the GPU, with the networks, the optimizer and everything else
-    loss - log 2  the largest distance of a micro-batch's loss from log 2. The learning rate is 0, so
-                  that the players stay equal; if they round alike, each loss is log 2 to the bit
+    loss - log 2  the largest distance of a micro-batch's loss from log 2. The learning rate is 0,
+                  so that the players stay equal; if they round alike, the loss is log 2 exactly
     first call s  of an optimizer step or of sampling: compiling is part of it
 
 Networks of SD-1.5's size have random weights.
@@ -86,7 +86,7 @@ class Setup:
 
     args: argparse.Namespace  # of train.py: an optimizer step is two micro-batches
     pipe: Pipeline  # theta_k, frozen, in the CPU's memory: every stage copies what it needs
-    images: CaptionedImages  # for their captions; there is nothing in the image files
+    images: CaptionedImages  # for their captions; the only image file is empty
     real: LatentShards
     generated: LatentShards
 
@@ -172,16 +172,16 @@ def make_setup(args: argparse.Namespace, folder: Path) -> Setup:
     train_args.batch_size = 2 * train_args.micro_batch
     train_args.generation_batch = args.images or train_args.generation_batch
 
-    pipe = make_pipeline(args.size, args.device)
-    helpers.write_metadata(
-        folder,
-        [{"file_name": "empty.png", "text": f"{PROMPT}, {i}"} for i in range(SHARD_ROWS)],
-    )
     (folder / "empty.png").touch()
+    rows = [{"file_name": "empty.png", "text": f"{PROMPT}, {i}"} for i in range(SHARD_ROWS)]
+    helpers.write_metadata(folder, rows)
     images = CaptionedImages(folder, train_args.resolution)
+
+    pipe = make_pipeline(args.size, args.device)
+    side = pipe.unet.sample_size
     names = ["mean", "logvar", "mean_flipped", "logvar_flipped"]
-    real = write_random_latents(folder / "real", names, pipe.unet.sample_size)
-    generated = write_random_latents(folder / "generated", ["x0"], pipe.unet.sample_size)
+    real = write_random_latents(folder / "real", names, side)
+    generated = write_random_latents(folder / "generated", ["x0"], side)
     return Setup(train_args, pipe, images, real, generated)
 
 
@@ -257,7 +257,7 @@ def measure_public(setup: Setup) -> dict:
     args = copy.copy(setup.args)
     args.micro_batch = 1
     shared = shared_parts(setup, getattr(torch, args.dtype))
-    loader = PixelLoader(shared, setup.images, args.resolution, args.device)
+    loader = PixelLoader(shared, args.resolution, args.device)
     return measure_steps(args, policy, loss_step_with_reading, loader)
 
 
@@ -266,12 +266,11 @@ class PixelLoader:
     """Loads pairs as public trainers do: VAE and text encoder run in the training loop.
 
     After Diffusion-DPO's code (github.com/SalesforceAIResearch/DiffusionDPO, train.py): both images
-    of a pair in one forward pass, one pair a micro-batch, the frozen networks in half precision,
+    of a pair in one forward pass, one pair a micro-batch, VAE and text encoder in half precision,
     the loss read back every time. Reading and resizing the images costs nothing here.
     """
 
     pipe: Pipeline
-    images: CaptionedImages
     resolution: int
     device: str
 
@@ -285,7 +284,7 @@ class PixelLoader:
         mean, logvar = vae.encode(pixels)
         x0 = (mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * vae.scaling_factor
         x0_data, x0_gen = x0.float().chunk(2)
-        captions = [self.images.caption(row) for row in range(start, end)]
+        captions = [f"{PROMPT}, {i}" for i in range(start, end)]
         return {
             "x0_data": x0_data,
             "x0_gen": x0_gen,
@@ -302,16 +301,14 @@ def make_players(setup: Setup, compiled: bool = False) -> tuple[UNet, LossStep]:
     policy = on_device(setup.pipe.unet, setup).requires_grad_(True)
     opponent = on_device(setup.pipe.unet, setup)
     cast_weights_(opponent, dtype)
-    loss_step = LossStep(
-        "spin", opponent, BETA, setup.pipe.scheduler, args.device, dtype, compiled
-    )
+    loss_step = LossStep("spin", opponent, BETA, setup.pipe.scheduler, args.device, dtype, compiled)
     return policy, loss_step
 
 
 def measure_steps(
     args: argparse.Namespace, policy: UNet, loss_step: Callable, loader: PairLoader | PixelLoader
 ) -> dict:
-    """Time train.train's optimizer steps, at a learning rate of 0. Return their row."""
+    """Time optimizer steps like train.train's, at a learning rate of 0. Return their row."""
     optimizer = train.make_optimizer(args, policy)
     bar = distributed.progress_bar(disable=True)
     steps = itertools.count(1)
@@ -326,7 +323,7 @@ def measure_steps(
         numbers = train.accumulate_gradients(
             args, policy, recorded_loss_step, loader, 1, next(steps), bar
         )
-        torch.stack(list(numbers.values())).tolist()
+        torch.stack(list(numbers.values())).tolist()  # for the log, as the gradient's norm is
         nn.utils.clip_grad_norm_(policy.parameters(), args.clip).item()
         optimizer.step()
         policy.zero_grad()
@@ -370,7 +367,7 @@ def measure_sampling(setup: Setup, compiled: bool = False) -> dict:
     if compiled:
         unet = compile_unet(unet)
     pipe = replace(shared_parts(setup), unet=unet)
-    prompts = [setup.images.caption(row % SHARD_ROWS) for row in range(args.generation_batch)]
+    prompts = [f"{PROMPT}, {i}" for i in range(args.generation_batch)]
     options = train.sampling_options(args)
 
     def generate() -> None:
