@@ -60,7 +60,7 @@ def spin_step(
     x_t = add_noise(x0, noise, alpha_bar)
     target = training_target(x0, noise, alpha_bar, prediction_type)
 
-    # Both networks under one autocast: at theta = theta_k they agree to the last bit.
+    # Both networks under one autocast: at theta = theta_k they agree to the last bit, uncompiled.
     with mixed_precision(x_t.device, autocast):
         prediction = policy(x_t, timesteps, contexts)
         with torch.no_grad():
@@ -143,7 +143,8 @@ def compile_step(step: Callable) -> Callable:
 
     By default, the compiler rounds the policy, whose activations are saved for the backward pass,
     differently from the opponent: in bfloat16 the loss at theta_k missed log 2 by 0.04 to 1. The
-    option makes both round as in eager mode (on a CPU from torch 2.14 on).
+    option makes both round as in eager mode (on a CPU from torch 2.14 on). On a GPU the sums within
+    norms may still be added in another order for the one than for the other.
     """
     options = {"emulate_precision_casts": True}
     return torch.compile(step, fullgraph=True, dynamic=False, options=options)
