@@ -128,8 +128,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="dtype of weights and computation (default: float32 weights; computation as in the "
-        "run that trained the model, else bfloat16 on CUDA and float32 on the CPU)",
+        help="dtype of weights and computation (default: compute as in the run that trained the "
+        "model, else in bfloat16 on CUDA and float32 on the CPU; --save-single in float32)",
     )
     parser.add_argument(
         "--out",
@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
     # ---- the model
     device = prepare_device(args.device)
+    # without --dtype: float32, in which --save-single writes; cast_weights_ rounds the UNet later
     weight_dtype = getattr(torch, args.dtype or "float32")
     pipe = load_pipeline(args.model, weight_dtype, device, args.unet, args.prediction_type)
     if args.save_single:

@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> dict:
     """
     args = parse_args(argv)
     args.device = prepare_device(distributed.local_device(args.device))
-    # cuDNN tries its algorithms: faster, but another run may choose others, and round differently.
-    # So does the compiler; without it, a run on a GPU should repeat.
+    # cuDNN times its algorithms and keeps the fastest. Another run may keep others, and round
+    # differently, as it may with other compiled code. Uncompiled runs are spared this.
     torch.backends.cudnn.benchmark = args.compile
     run = Run(args.out)
     lock = run.lock() if distributed.is_main() else nullcontext()
@@ -193,6 +193,7 @@ def train(
             )
 
             # ---- all-reduce over the ranks: gradients, metrics, and whether any rank should stop
+            # torch.full, since torch.tensor would wait for the GPU
             numbers["stop"] = torch.full((), float(stop.requested), device=args.device)
             sums = reducer.all_reduce(torch.stack(list(numbers.values())))
             line = dict(zip(numbers, sums.tolist()))  # one read-back: each one syncs the GPU
@@ -276,10 +277,12 @@ def accumulate_gradients(
     step: int,
     bar,
 ) -> dict[str, torch.Tensor]:
-    """Add this rank's part of a step's gradient to the policy's, a micro-batch at a time.
+    """Add this rank's share of a step's gradient to the policy's, one micro-batch at a time.
 
-    Return its part of the means of the loss and its metrics, 0-d each. The sums over all ranks are
-    the means over the batch. Nothing here waits for a GPU.
+    Return {"loss" or a metric: this rank's share of its mean over the batch, 0-d}. Summed over the
+    ranks, the shares are the means. Nothing here waits for a GPU.
+
+    bar: the progress bar, which advances by the pairs of all ranks.
     """
     pairs_per_rank = args.batch_size // distributed.WORLD_SIZE
     first_pair = distributed.RANK * pairs_per_rank
@@ -521,12 +524,14 @@ def check_flags(parser: argparse.ArgumentParser, args, given) -> None:
             f"--batch-size {args.batch_size}: not a multiple of the "
             f"{distributed.WORLD_SIZE} processes"
         )
-    pairs = args.batch_size // distributed.WORLD_SIZE
-    if args.compile and pairs > args.micro_batch and pairs % args.micro_batch:
-        divisor = largest_divisor(pairs, args.micro_batch)
+    pairs_per_rank = args.batch_size // distributed.WORLD_SIZE
+    has_remainder = pairs_per_rank > args.micro_batch and pairs_per_rank % args.micro_batch > 0
+    if args.compile and has_remainder:
+        divisor = largest_divisor(pairs_per_rank, args.micro_batch)
         parser.error(
-            f"--micro-batch {args.micro_batch}: does not divide the {pairs} pairs of a step, so "
-            f"that another size would be compiled, too; use {divisor}, or --no-compile"
+            f"--micro-batch {args.micro_batch}: does not divide the {pairs_per_rank} pairs of a "
+            "step on each GPU, so that another size would be compiled, too; "
+            f"use {divisor}, or --no-compile"
         )
     for name in ("steps", "lr", "beta"):
         values = getattr(given, name) or []
@@ -534,9 +539,9 @@ def check_flags(parser: argparse.ArgumentParser, args, given) -> None:
             parser.error(f"--{name}: {len(values)} values for {args.iterations} iterations")
 
 
-def largest_divisor(number: int, limit: int) -> int:
-    """Return the largest divisor of `number` that is at most `limit`."""
-    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
+def largest_divisor(count: int, limit: int) -> int:
+    """Return the largest divisor of `count` that is at most `limit`."""
+    return max(divisor for divisor in range(1, limit + 1) if count % divisor == 0)
 
 
 def settings_of_loss(loss: str) -> list[str]:
@@ -895,7 +900,7 @@ def dry_run(
         estimates.append(
             estimate.measure_sampling(
                 "images for the opponent to generate",
-                pipe,
+                load_opponent(args, pipe, args.unet or args.model),
                 num_images,
                 options,
                 args.generation_batch,

@@ -59,7 +59,8 @@ def random_draws(
         of dropping the prompt.
     eps, posterior_noise: standard normal, of `shape`. eps noises the latents of the pair;
         posterior_noise samples the VAE's posterior of the real image (and of DPO's rejected one).
-    eps_gen: with independent_noise alone. It noises the second latent, and eps only the first.
+    eps_gen: standard normal, of `shape`, with `independent_noise` alone. It noises the second
+        latent; then eps noises only the first.
     """
     rng = random_stream(seed, PAIR, iteration, step, position)
     # the order of these lines fixes which number is which
@@ -67,6 +68,7 @@ def random_draws(
     flip = rng.random()
     eps = rng.standard_normal(shape, dtype=np.float32)
     posterior_noise = rng.standard_normal(shape, dtype=np.float32)
+    # "drop" has a stream of its own, so that it does not depend on what else is drawn
     draws = {
         "t": torch.tensor(t),
         "flip": torch.tensor(flip),

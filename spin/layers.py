@@ -7,19 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# The kernels that may compute an attention: on a GPU, flash in half precision, and the efficient one
-# in float32. By default, PyTorch also considers cuDNN's, and takes or leaves it depending on whether
-# a gradient is wanted. The policy's attention would be rounded differently from the opponent's, and
-# the first loss of an iteration would not be log 2.
+# The kernels that may compute an attention. On a GPU that is flash in half precision, the efficient
+# one in float32, and plain matrix products where neither can. PyTorch would also consider cuDNN's,
+# depending on whether a gradient is wanted: the policy's attention would then be rounded unlike
+# the opponent's, and the first loss of an iteration would not be log 2.
 ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Conv2d(nn.Conv2d):
     """A convolution whose input, where it is compiled for a GPU, is made channels-last.
 
-    cuDNN is faster with that layout, and the compiler folds the copy into what makes the input. It
-    does so by itself for sampling, but not for training. Uncompiled, group norms return the other
-    layout, so that every convolution would pay for a copy.
+    cuDNN is faster with that layout. The compiler chooses it by itself for sampling, but not for
+    training, and merges the copy into the operation that makes the input. Uncompiled, every
+    convolution would pay for a copy, since group norms return the other layout.
     """
 
     def forward(self, x: Tensor) -> Tensor:

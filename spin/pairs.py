@@ -81,8 +81,8 @@ def generate_images(
     opponent: a pipeline whose UNet is theta_{k-1}, in iteration k.
     images: their captions are the prompts.
     batch_size: images generated at once. An image's noise depends on (seed, iteration, row) alone.
-    compiled: whether to compile the UNet. A smaller batch, which may be the last of a file, is left
-        uncompiled, since every new shape takes minutes.
+    compiled: whether to compile the UNet for batches of `batch_size`. A smaller one, at the end of
+        a file, runs uncompiled, since to compile for its shape would take minutes.
     """
     compiled_opponent = opponent
     if compiled:
@@ -182,8 +182,8 @@ class PairLoader:
     def load(self, iteration: int, step: int, start: int, end: int) -> dict[str, Tensor]:
         """Return positions start..end-1 of a step's batch, as `spin.step`'s arguments, [B,...]."""
         rows = batch_rows(self.seed, iteration, step, self.batch_size, len(self.images))[start:end]
-        independent_noise = self.independent_noise and self.loss != "sft"
-        draws = self.draws_of_batch(iteration, step, start, rows, independent_noise)
+        has_eps_gen = self.independent_noise and self.loss != "sft"
+        draws = self.draws_of_batch(iteration, step, start, rows, has_eps_gen)
         flipped = draws["flip"] < self.flip
         noise = draws["posterior_noise"]
 
@@ -198,7 +198,7 @@ class PairLoader:
             batch["x0_gen"] = self.real_latents("rejected_", rows, flipped, noise)
         elif self.loss != "sft":
             raise ValueError(f"loss {self.loss!r}: must be spin, dpo or sft")
-        if independent_noise:
+        if has_eps_gen:
             batch["eps_gen"] = draws["eps_gen"]
 
         batch = {name: copy_to_device(tensor, self.device) for name, tensor in batch.items()}

@@ -115,19 +115,19 @@ class GuidedUNet:
         all_prompts = list(prompts)
         if guidance != 1:
             all_prompts = [*negative_prompts, *prompts]
-        different = list(dict.fromkeys(all_prompts))  # most of the negative ones are the same
-        rows = [different.index(prompt) for prompt in all_prompts]
+        unique_prompts = list(dict.fromkeys(all_prompts))  # most of the negative ones are the same
+        positions = [unique_prompts.index(prompt) for prompt in all_prompts]
         with mixed_precision(self.device, dtype):
-            context = pipe.encode_prompts(different)
-        index = copy_to_device(torch.tensor(rows), self.device)
-        self.context = context[index].to(self.weight_dtype)
+            unique_contexts = pipe.encode_prompts(unique_prompts)
+        positions_on_device = copy_to_device(torch.tensor(positions), self.device)
+        self.context = unique_contexts[positions_on_device].to(self.weight_dtype)
 
     def predict(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Predict the clean latent x0 and the noise eps at x_t, [B,4,h,w] each.
 
         x_t: [B,4,h,w] float32. t: the training timestep of all of them.
         """
-        timestep = torch.full((), t, device=self.device)
+        timestep = torch.full((), t, device=self.device)  # torch.tensor would wait for a GPU
         inputs = x_t
         if self.guidance != 1:
             inputs = torch.cat([x_t, x_t])  # for the negative prompts, then for the prompts
@@ -140,7 +140,9 @@ class GuidedUNet:
         return x0_and_eps(prediction, x_t, alpha_bar, self.scheduler.prediction_type)
 
     def noise_levels(self, t: int, steps: int, ends_clean: bool) -> tuple[Tensor, Tensor]:
-        """Return alpha_bar at t, and after the next of `steps` sampling steps, 0-d each, on the CPU.
+        """Return alpha_bar at t, and after the next of `steps` sampling steps, 0-d each.
+
+        Both are on the CPU, see `spin.scheduler.per_image`.
 
         ends_clean: whether the last step goes to alpha_bar = 1, the clean image, or to the
             scheduler's `final_alpha_cumprod`.

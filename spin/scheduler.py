@@ -139,9 +139,10 @@ def rescale_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:
 
 
 def per_image(coefficient: Tensor, like: Tensor) -> Tensor:
-    """Reshape [B] to [B,1,...], to multiply `like` [B,...] image by image. 0-d is for all images.
+    """Reshape [B] to [B,1,...], to multiply `like` [B,...] image by image.
 
-    A 0-d tensor is left on the CPU: a GPU's kernel takes its value without a copy to wait for.
+    A 0-d coefficient, one for all images, is returned as it is. It may stay on the CPU: a GPU's
+    kernel takes its value as an argument, without a copy to wait for.
     """
     if coefficient.ndim == 0:
         return coefficient

@@ -142,9 +142,9 @@ def compile_step(step: Callable) -> Callable:
     Compilation takes minutes for a large UNet, and happens once, whatever the tensors' values.
 
     By default, the compiler rounds the policy, whose activations are saved for the backward pass,
-    differently from the opponent: in bfloat16 the loss at theta_k missed log 2 by 0.04 to 1. The
-    option makes both round as in eager mode (on a CPU from torch 2.14 on). On a GPU the sums within
-    norms may still be added in another order for the one than for the other.
+    differently from the opponent, so that in bfloat16 the loss at theta_k is not log 2. The option
+    makes both round as in eager mode (on a CPU from torch 2.14 on). On a GPU, the numbers within a
+    norm may still be added in another order for the policy than for the opponent.
     """
     options = {"emulate_precision_casts": True}
     return torch.compile(step, fullgraph=True, dynamic=False, options=options)

@@ -130,8 +130,8 @@ class Transformer2D(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B,320,64,64] -> [B,4096,320]
-        # A transposed view would go through other kernels where weights need a gradient than where
-        # they do not: the policy's would be rounded differently from the opponent's.
+        # F.linear chooses its kernel for a transposed view by whether the weights need a gradient:
+        # the policy's tokens would be rounded differently from the opponent's.
         tokens = tokens.contiguous()
         tokens = self.project(self.proj_in, tokens)
         tokens = self.transformer_blocks[0](tokens, context)
@@ -164,17 +164,17 @@ class BlockSizes:
 
 
 class Layers(nn.Module):
-    """Runs layers one after another. Base class of all blocks.
+    """Base class of all blocks.
 
-    checkpoint_activations: whether training stores only what each layer reads and recomputes the
-        rest in the backward pass: less memory, a quarter more work.
+    recomputes: whether training stores only what each layer reads, and recomputes the rest in the
+        backward pass: less memory, a quarter more work.
     """
 
-    checkpoint_activations = False
+    recomputes = False
 
     def run(self, layer: Callable, *inputs) -> Tensor:
-        """Return layer(*inputs)."""
-        if self.checkpoint_activations and torch.is_grad_enabled():
+        """Return layer(*inputs), whose activations are recomputed if that is switched on."""
+        if self.recomputes and torch.is_grad_enabled():
             # no layer draws random numbers, so that there is no state to restore
             return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
         return layer(*inputs)
@@ -274,6 +274,7 @@ class UpBlock(Block):
     def layer_with_skip(
         self, i: int, x: Tensor, skip: Tensor, temb: Tensor, context: Tensor
     ) -> Tensor:
+        # here, and not in forward, so that the concatenation is recomputed and not stored
         return self.layer(i, torch.cat([x, skip], dim=1), temb, context)
 
 
@@ -379,7 +380,7 @@ class UNet(nn.Module):
     def checkpoint_activations(self, enabled: bool) -> None:
         """Switch the recomputation of activations on or off, see `Layers`."""
         for block in [*self.down_blocks, self.mid_block, *self.up_blocks]:
-            block.checkpoint_activations = enabled
+            block.recomputes = enabled
 
 
 def heads_per_block(config: dict) -> list[int]:

@@ -168,6 +168,8 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = Conv2d(latent_channels, latent_channels, 1)
 
+    # TF32 has as many binary digits as float16, in which latents are stored; a pixel has 8.
+
     @tf32()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of the latents, unscaled, [B,4,H/f,W/f] each.

@@ -18,7 +18,8 @@ from spin.pairs import ENCODE_BATCH, PairLoader
 from spin.sampler import SamplingOptions, sample
 from spin.step import LossStep, cast_weights_, compile_unet
 
-# Seconds. A shorter measurement is repeated, because the first call of a kernel is slow.
+# Seconds. A shorter measurement is repeated, because the first call of a kernel is slow. So is a
+# compiled one of any length, because its first call measures the compiler.
 MIN_SECONDS = 10.0
 
 SAMPLING_STEPS = 2  # measured per image
@@ -78,7 +79,7 @@ def measure_sampling(
         started = time.perf_counter()
         latents = sample(pipe, [""] * batch_size, **vars(few_steps))
         seconds = seconds_since(started, latents)
-        if seconds > MIN_SECONDS and not compiled:  # a first compiled call measures the compiler
+        if seconds > MIN_SECONDS and not compiled:
             break
     seconds_each = seconds * options.steps / steps / batch_size / ranks
     return Estimate(name, count, seconds_each)
@@ -115,7 +116,7 @@ def measure_training(
         loss, _ = loss_step(policy, batch)
         loss.backward()
         seconds = seconds_since(started, loss.detach())
-        if seconds > MIN_SECONDS and not compiled:  # a first compiled call measures the compiler
+        if seconds > MIN_SECONDS and not compiled:
             break
     seconds_each = seconds / micro_batch / distributed.WORLD_SIZE
     return Estimate(f"pairs for {loader.loss}", count, seconds_each)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from spin.infra import distributed
-from spin.infra.errors import InputError
+from spin.infra.errors import InputError, first_sentence
 from spin.infra.interrupt import Interrupted, raise_on_stop_signals
 
 
@@ -48,10 +48,6 @@ def run_script(
         message = "\n" + message
     sys.stderr.write(message + "\n")
     return status
-
-
-def first_sentence(error: Exception) -> str:
-    return str(error).split(". ")[0].splitlines()[0]
 
 
 def number(kind: type, low: float, high: float = math.inf):

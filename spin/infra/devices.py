@@ -10,7 +10,7 @@ from spin.infra.errors import InputError
 
 
 def prepare_device(device: str) -> str:
-    """Return `device`, on which float32 from now on means float32.
+    """Return `device`. From now on, float32 means float32 on every GPU of this process.
 
     By default, a GPU's convolutions round float32 inputs to TF32, which has three digits. `tf32`
     allows that where it does no harm.
@@ -36,9 +36,9 @@ def default_dtype(device: str) -> str:
 
 
 def copy_to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
-    """Return a tensor of the CPU's memory on `device`, without waiting for a GPU.
+    """Copy a tensor in the CPU's memory to `device`, without waiting for a GPU.
 
-    A GPU can only fetch data by itself from memory that is pinned.
+    Only pinned memory can be read by a GPU on its own. For the CPU, return the tensor itself.
     """
     if is_cuda(device):
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -56,12 +56,12 @@ def allow_tf32(allowed: bool) -> None:
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    """Allow TF32 in a `with` block or a decorated function: twice as fast, three digits."""
-    before = torch.backends.cudnn.allow_tf32
+    """Allow TF32 in a `with` block or a decorated function: faster, with three digits."""
+    cudnn_before = torch.backends.cudnn.allow_tf32
     matmul_before = torch.backends.cuda.matmul.allow_tf32
     allow_tf32(True)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32 = cudnn_before
         torch.backends.cuda.matmul.allow_tf32 = matmul_before

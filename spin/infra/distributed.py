@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spin.infra.devices import is_cuda
+from spin.infra.errors import first_sentence
 
 # MASTER_ADDR and RANK prove nothing: some clusters set them for every job. torchrun sets this one.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
@@ -74,10 +75,9 @@ def process_group(device: str) -> Iterator[None]:
     except RuntimeError as error:
         if "gloo" not in str(error) and "NCCL" not in str(error):
             raise
-        reason = str(error).split(". ")[0].splitlines()[0]
         raise ConnectionError(
             f"rank {RANK} of {WORLD_SIZE}: another rank has exited; "
-            f"the same command resumes from the last saved state ({reason})"
+            f"the same command resumes from the last saved state ({first_sentence(error)})"
         ) from None
     dist.destroy_process_group()
 

@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     The message is one line. It names the flag, file or value and says what to do.
     """
+
+
+def first_sentence(error: Exception) -> str:
+    """Return the first sentence of an error's message, on one line; its type if it has none."""
+    message = str(error) or type(error).__name__
+    return message.split(". ")[0].splitlines()[0]

@@ -223,6 +223,19 @@ class Run:
         return rows
 
 
+def config_of_checkpoint(source: str) -> dict:
+    """Return config.json of the run that a checkpoint was trained in; {} if it was in none.
+
+    source: a run's folder checkpoint/, or unet/ in it. For anything else the answer is {}.
+    """
+    path = Path(source).resolve()
+    if path.name == "unet":
+        path = path.parent
+    if path.name != "checkpoint":
+        return {}
+    return Run(path.parent.parent).read_config()
+
+
 def max_iteration(folders: Iterable[Path]) -> int:
     """Return the largest k of folders iter<k>; 0 for none."""
     numbers = [0]
@@ -235,16 +248,6 @@ def max_iteration(folders: Iterable[Path]) -> int:
 
 #: The flags of those keys of config.json that are hashes of contents.
 CONTENTS = {"model_hash": "--model", "unet_hash": "--unet", "data_sha256": "--data"}
-
-
-def config_of_checkpoint(source: str) -> dict:
-    """Return config.json of the run that a checkpoint was trained in; {} if it was in none."""
-    path = Path(source).resolve()
-    if path.name == "unet":
-        path = path.parent
-    if path.name != "checkpoint":
-        return {}
-    return Run(path.parent.parent).read_config()
 
 
 def describe_difference(key: str, before, now) -> str:

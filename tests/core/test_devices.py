@@ -71,7 +71,7 @@ def pipelines(tiny_folder, tiny2_folder) -> dict[str, Pipeline]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["SD-1", "SD-2", "miniature world"])
 def test_policy_and_opponent_run_the_same_operators(pipelines, name, dtype):
-    """On tensors of the same shapes and strides: else their roundings differ on a GPU."""
+    """On tensors of the same dtypes, shapes and strides: else a GPU may round them differently."""
     opponent = copy.deepcopy(pipelines[name].unet)
     policy = copy.deepcopy(opponent).requires_grad_(True)
     cast_weights_(opponent, dtype)
@@ -94,8 +94,8 @@ def test_cudnns_attention_is_not_considered(monkeypatch):
     attention = F.scaled_dot_product_attention
 
     def record_allowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        flags = torch.backends.cuda
-        allowed.append((flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled()))
+        backends = torch.backends.cuda
+        allowed.append((backends.cudnn_sdp_enabled(), backends.flash_sdp_enabled()))
         return attention(q, k, v)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", record_allowed)
@@ -121,7 +121,7 @@ def meta_pipe(tiny_folder, monkeypatch) -> Pipeline:
     return pipe
 
 
-class OtherCopies(TorchDispatchMode):
+class NoOtherCopies(TorchDispatchMode):
     """Fails if values are copied from the CPU to the device by anything but `copy_to_device`."""
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -133,7 +133,7 @@ class OtherCopies(TorchDispatchMode):
 
 
 def tensor_of_the_cpu(*args, device=None, torch_tensor=torch.tensor, **kwargs) -> Tensor:
-    """Stands for torch.tensor, which on a GPU copies and waits unseen by `OtherCopies`."""
+    """Stands for torch.tensor, which on a GPU copies and waits unseen by `NoOtherCopies`."""
     assert device is None, "torch.tensor on a GPU is a copy to wait for"
     return torch_tensor(*args, **kwargs)
 
@@ -150,13 +150,13 @@ def counted_copies(monkeypatch) -> Iterator[list[tuple[int, ...]]]:
     for module in (pairs, sampler, text):
         monkeypatch.setattr(module, "copy_to_device", note_shape)
     monkeypatch.setattr(torch, "tensor", tensor_of_the_cpu)
-    with OtherCopies():
+    with NoOtherCopies():
         yield shapes
 
 
 @pytest.mark.parametrize("steps", [2, 5])
 @pytest.mark.parametrize("name", list(SAMPLERS))
-def test_a_sampling_step_waits_for_nothing_and_copies_only_its_noise(
+def test_sampling_waits_for_nothing_and_copies_only_noise_after_the_prompts(
     meta_pipe, monkeypatch, name, steps
 ):
     monkeypatch.setattr(sampler, "check_finite", lambda latent, description: None)
@@ -262,17 +262,17 @@ def test_three_iterations_and_dpo_share_one_graph(backend):
     args = SimpleNamespace(
         device="cpu", dtype="float32", checkpoint_activations=False, compile=True
     )
-    for loss, beta in [("spin", 2000.0), ("spin", 5000.0), ("spin", 5000.0), ("dpo", 100.0)]:
-        stage = train.Stage("a model", loss, steps=[(1, 1)], lr=1e-5, beta=beta)
+    for kind, beta in [("spin", 2000.0), ("spin", 5000.0), ("spin", 5000.0), ("dpo", 100.0)]:
+        stage = train.Stage("a model", kind, steps=[(1, 1)], lr=1e-5, beta=beta)
         policy, loss_step = train.load_players(args, stage, toy.BASE, pipe)
         with torch.no_grad():
             policy.conv_out.bias += 0.1  # away from theta_k
         for seed in (1, 2):
             batch = toy_batch(seed, policy)
-            value, _ = loss_step(policy, batch)
-            value.backward()
+            loss, _ = loss_step(policy, batch)
+            loss.backward()
             expected, _ = spin_step(policy, **batch, **loss_step.constants)
-            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     assert backend.graphs == 1
 
 
@@ -297,18 +297,18 @@ def test_the_opponents_of_three_iterations_sample_by_one_graph(backend, image_fo
 # precision
 
 
-@pytest.fixture(autouse=True)
-def restored_tf32():
-    before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def tf32_flags() -> tuple[bool, bool]:
     return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
 
-def test_on_a_device_that_is_ready_float32_is_float32():
+@pytest.fixture(autouse=True)
+def restored_tf32():
+    before = tf32_flags()
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_a_prepared_device_does_not_round_float32_to_tf32():
     allow_tf32(True)
     assert prepare_device("cpu") == "cpu"
     assert tf32_flags() == (False, False)

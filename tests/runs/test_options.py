@@ -370,7 +370,7 @@ def test_the_known_failure_is_warned_of_once_and_explained(tmp_path, capsys):
 
 
 def test_the_papers_preset_is_the_papers_table():
-    """Appendix A of arXiv 2402.10210. Its 2048 pairs are 8 on each of 8 GPUs, accumulated 32 times."""
+    """Appendix A of arXiv 2402.10210."""
     args = train.parse_args("--preset paper --model m --data d".split())
     assert args.steps == [50, 500, 200]
     assert args.lr == [2e-5, 2e-5, 5e-8]
