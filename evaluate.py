@@ -29,7 +29,7 @@ from spin.infra.errors import InputError
 from spin.infra.files import hash_files, read_json
 from spin.infra.images import read_image, save_png
 from spin.infra.prompts import read_prompts
-from spin.infra.run import Run
+from spin.infra.run import Run, dtype_of_checkpoint
 from spin.sampler import SAMPLERS, SamplingOptions
 from spin.scheduler import PREDICTION_TYPES
 
@@ -152,7 +152,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
-        help="compute dtype for sampling (default: the run's, or bfloat16 on CUDA, else float32)",
+        help="compute dtype for sampling (default: the run's, that of a run which trained one of "
+        "the models, or bfloat16 on CUDA, else float32)",
     )
     parser.add_argument(
         "--paper", action="store_true", help="print the published figures beside ours"
@@ -182,7 +183,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--eta: --sampler {args.sampler} does not use it")
     args.guidance = args.guidance or [config.get("guidance", 7.5)]
     args.resolution = args.resolution or config.get("resolution")
-    args.dtype = args.dtype or config.get("dtype") or default_dtype(args.device)
+    args.dtype = args.dtype or config.get("dtype") or dtype_of_models(args.models, args.device)
     args.batch_size = args.batch_size or config.get("generation_batch", 16)
     args.metrics = args.metrics or (["toy"] if config.get("world") else PAPER_METRICS)
     args.metrics = list(dict.fromkeys(args.metrics))  # without repetitions
@@ -368,6 +369,19 @@ def name_models(
     return models
 
 
+def dtype_of_models(arguments: list[str], device: str) -> str:
+    """Return the dtype in which the models of --models are sampled unless --dtype is given.
+
+    All models have the same: that of the first one that was trained in a run.
+    """
+    for argument in arguments:
+        _, source = split_name(argument)
+        dtype = dtype_of_checkpoint(source)
+        if dtype is not None:
+            return dtype
+    return default_dtype(device)
+
+
 def split_name(argument: str) -> tuple[str, str]:
     """Split PATH or NAME=PATH into a name and a source. The name is safe for files and tables."""
     given_name = re.match(r"([\w.-]+)=", argument)
@@ -384,5 +398,5 @@ def split_name(argument: str) -> tuple[str, str]:
 
 if __name__ == "__main__":
     advice = "finished images and scores are kept; the same command resumes from there"
-    memory_advice = "lower --batch-size, or use --dtype bfloat16"
+    memory_advice = "lower --batch-size"
     sys.exit(run_script("evaluate.py", main, advice, memory_advice))

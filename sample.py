@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from spin import toy
 from spin.checkpoint import load_pipeline, save_single_file
+from spin.config import TOY
 from spin.eval import plots
 from spin.infra.cli import (
     SEED_TYPE,
@@ -27,7 +29,7 @@ from spin.infra.cli import (
 from spin.infra.devices import default_dtype, prepare_device
 from spin.infra.images import save_png, to_pil
 from spin.infra.prompts import read_prompts
-from spin.infra.run import config_of_checkpoint
+from spin.infra.run import dtype_of_checkpoint
 from spin.sampler import SAMPLERS, SamplingOptions, sample_images
 from spin.scheduler import PREDICTION_TYPES
 from spin.step import cast_weights_
@@ -158,6 +160,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
 
     # ---- the model
     device = prepare_device(args.device)
+    dtype = args.dtype or dtype_of_model(args.unet or args.model, device)
     # without --dtype: float32, in which --save-single writes; cast_weights_ rounds the UNet later
     weight_dtype = getattr(torch, args.dtype or "float32")
     pipe = load_pipeline(args.model, weight_dtype, device, args.unet, args.prediction_type)
@@ -168,8 +171,6 @@ def main(argv: list[str] | None = None) -> list[Path]:
         return []
     all_prompts = [*prompts, args.negative_prompt]
     warn_of_cut_prompts(pipe.text_encoder.tokenizer, all_prompts)
-    run_config = config_of_checkpoint(args.unet or args.model)
-    dtype = args.dtype or run_config.get("dtype") or default_dtype(device)
 
     # ---- an image for each prompt and seed
     out = Path(args.out)
@@ -227,6 +228,17 @@ def main(argv: list[str] | None = None) -> list[Path]:
     return paths
 
 
+def dtype_of_model(source: str, device: str) -> str:
+    """Return the dtype that a model computes in unless --dtype is given.
+
+    It is that of the run which trained the model, so that the miniature world's base is sampled
+    like the models that are trained from it.
+    """
+    if Path(source).resolve() == toy.BASE:
+        return TOY["dtype"]
+    return dtype_of_checkpoint(source) or default_dtype(device)
+
+
 if __name__ == "__main__":
-    memory_advice = "lower --batch-size, or use --dtype bfloat16"
+    memory_advice = "lower --batch-size, --height or --width"
     sys.exit(run_script("sample.py", main, "finished images are kept", memory_advice))

@@ -250,7 +250,7 @@ def load_players(
     """
     dtype = getattr(torch, args.dtype)
     policy = load_unet(start, device=args.device).requires_grad_(True)
-    policy.checkpoint_activations(args.checkpoint_activations)
+    policy.checkpoint_activations = args.checkpoint_activations
     opponent = None
     if stage.loss != "sft":
         opponent = load_unet(start, device=args.device).requires_grad_(False)
@@ -528,10 +528,14 @@ def check_flags(parser: argparse.ArgumentParser, args, given) -> None:
     has_remainder = pairs_per_rank > args.micro_batch and pairs_per_rank % args.micro_batch > 0
     if args.compile and has_remainder:
         divisor = largest_divisor(pairs_per_rank, args.micro_batch)
+        whole = args.batch_size - args.batch_size % (args.micro_batch * distributed.WORLD_SIZE)
+        advice = f"--micro-batch {divisor}"
+        if divisor < args.micro_batch / 2:  # that would be slow
+            advice = f"--batch-size {whole}"
         parser.error(
             f"--micro-batch {args.micro_batch}: does not divide the {pairs_per_rank} pairs of a "
             "step on each GPU, so that another size would be compiled, too; "
-            f"use {divisor}, or --no-compile"
+            f"use {advice}, or --no-compile"
         )
     for name in ("steps", "lr", "beta"):
         values = getattr(given, name) or []
@@ -641,6 +645,7 @@ def prepare_run(
         "model_hash": hash_checkpoint(locate(args.model)),
         "unet_hash": None,
         "data_sha256": hash_data(args, run, images),
+        "drop_draws": "their own stream",
     }
     if args.unet is not None:
         inputs["unet_hash"] = hash_checkpoint(locate(args.unet, ("unet", "scheduler")))
@@ -650,10 +655,11 @@ def prepare_run(
 
     if distributed.is_main():
         config = {**vars(args), **inputs, **provenance()}
+        defaults = {**flag_defaults(args.preset), "drop_draws": "the pair's stream"}
         run.check_config(
             config,
             settings_to_match(args, run),
-            flag_defaults(args.preset),
+            defaults,
             REMOVED,
             num_settled=settled_iterations(args, run),
         )
@@ -687,6 +693,8 @@ def settings_to_match(args: argparse.Namespace, run: Run) -> list[str]:
     settings = MUST_MATCH + settings_of_loss(args.loss)
     if args.loss in ("spin", "all"):
         settings += HOW_OPPONENTS_SAMPLE
+    if args.prompt_dropout > 0:
+        settings.append("drop_draws")
     if args.loss != "spin" or args.iterations < run.begun_iterations():
         settings.append("iterations")
     return settings
@@ -956,6 +964,6 @@ if __name__ == "__main__":
     advice = "finished work is kept, and the same command resumes from there"
     memory_advice = (
         "lower --micro-batch, which changes no result, or --generation-batch if it was generating; "
-        "or add --checkpoint-activations, with --no-compile if the step is compiled"
+        "or add --no-compile --checkpoint-activations"
     )
     sys.exit(run_script("train.py", main, advice, memory_advice))

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # The kernels that may compute an attention. On a GPU that is flash in half precision, the efficient
 # one in float32, and plain matrix products where neither can. PyTorch would also consider cuDNN's,
 # depending on whether a gradient is wanted: the policy's attention would then be rounded unlike
-# the opponent's, and the first loss of an iteration would not be log 2.
+# the opponent's, and the first loss of an iteration would not be log 2. A caller's own choice of
+# kernels has no effect.
 ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

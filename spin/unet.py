@@ -377,8 +377,13 @@ class UNet(nn.Module):
 
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Whether training recomputes activations, see `Layers`. It can be set."""
+        return self.mid_block.recomputes
+
+    @checkpoint_activations.setter
     def checkpoint_activations(self, enabled: bool) -> None:
-        """Switch the recomputation of activations on or off, see `Layers`."""
         for block in [*self.down_blocks, self.mid_block, *self.up_blocks]:
             block.recomputes = enabled
 

@@ -236,7 +236,7 @@ def measure_training(
     """
     torch.backends.cudnn.benchmark = compiled
     policy, loss_step = make_players(setup, compiled)
-    policy.checkpoint_activations(checkpointed)
+    policy.checkpoint_activations = checkpointed
     if not exact_rounding:
         loss_step.function = torch.compile(spin_step, fullgraph=True, dynamic=False)
     loader = train.pair_loader(

@@ -97,7 +97,7 @@ def measure_training(
     loader: whose latents may be blank, see `BlankLatents`. compiled: whether to compile the step.
     """
     policy = deepcopy(loader.pipe.unet).requires_grad_(True)
-    policy.checkpoint_activations(checkpoint_activations)
+    policy.checkpoint_activations = checkpoint_activations
     opponent = deepcopy(loader.pipe.unet)
     cast_weights_(opponent, loader.dtype)
     loss_step = LossStep(

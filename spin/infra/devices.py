@@ -22,7 +22,7 @@ def prepare_device(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device}: cannot be used here ({reason})") from None
-    allow_tf32(False)
+    torch.backends.cudnn.allow_tf32 = False
     return device
 
 
@@ -45,23 +45,16 @@ def copy_to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
     return tensor.to(device)
 
 
-# ---- TF32 ----------------------------------------------------------------------------------------
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Set whether convolutions and matrix products in float32 may compute in TF32."""
-    torch.backends.cudnn.allow_tf32 = allowed
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
 @contextmanager
 def tf32() -> Iterator[None]:
     """Allow TF32 in a `with` block or a decorated function: faster, with three digits."""
-    cudnn_before = torch.backends.cudnn.allow_tf32
-    matmul_before = torch.backends.cuda.matmul.allow_tf32
-    allow_tf32(True)
+    try:
+        before = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set by the newer of torch's two interfaces, which do not mix: left as is
+        yield
+        return
+    torch.backends.cudnn.allow_tf32 = True
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = cudnn_before
-        torch.backends.cuda.matmul.allow_tf32 = matmul_before
+        torch.backends.cudnn.allow_tf32 = before

@@ -223,17 +223,21 @@ class Run:
         return rows
 
 
-def config_of_checkpoint(source: str) -> dict:
-    """Return config.json of the run that a checkpoint was trained in; {} if it was in none.
+def dtype_of_checkpoint(source: str) -> str | None:
+    """Return the --dtype of the run that a checkpoint was trained in; None if it was in none.
 
-    source: a run's folder checkpoint/, or unet/ in it. For anything else the answer is {}.
+    source: a run's folder checkpoint/, or unet/ in it. For anything else the answer is None.
     """
     path = Path(source).resolve()
     if path.name == "unet":
         path = path.parent
     if path.name != "checkpoint":
-        return {}
-    return Run(path.parent.parent).read_config()
+        return None
+    try:
+        dtype = Run(path.parent.parent).read_config().get("dtype")
+    except (InputError, OSError):  # damaged, or not a run's: nothing else is needed of it
+        return None
+    return dtype if dtype in ("float32", "bfloat16") else None
 
 
 def max_iteration(folders: Iterable[Path]) -> int:
@@ -254,6 +258,8 @@ def describe_difference(key: str, before, now) -> str:
     """Return a setting's value at the start of a run and its value now, as flags."""
     if key in CONTENTS:
         return f"other contents of {CONTENTS[key]} ({before}, now {now})"
+    if key == "drop_draws":
+        return "an earlier version's random numbers for --prompt-dropout"
     flag = flag_name(key)
     if key == "predicts":  # from the flag or from the model's files
         flag = "--prediction-type"

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +22,8 @@ import train
 from spin import pairs, sampler, step, text, toy
 from spin.checkpoint import Pipeline, load_pipeline
 from spin.data import CaptionedImages
+from spin.infra import distributed
 from spin.infra.devices import (
-    allow_tf32,
     copy_to_device,
     default_dtype,
     prepare_device,
@@ -30,7 +31,7 @@ from spin.infra.devices import (
 )
 from spin.infra.errors import InputError
 from spin.infra.shards import LatentShards
-from spin.layers import Attention
+from spin.layers import Attention, Conv2d
 from spin.pairs import PairLoader
 from spin.sampler import SAMPLERS, sample
 from spin.step import LossStep, cast_weights_, mixed_precision, spin_step
@@ -220,6 +221,41 @@ def test_a_copy_to_a_gpu_comes_from_pinned_memory_and_is_not_waited_for(monkeypa
     assert calls == ["pin_memory", ("cuda:1", True)]
 
 
+def test_compiled_for_a_gpu_a_convolution_reads_channels_last(monkeypatch):
+    """Not on a CPU, and not uncompiled."""
+    layouts = []
+
+    class GpuTensor(Tensor):
+        is_cuda = True
+
+    def note_layout(convolution, x: Tensor) -> Tensor:
+        layouts.append(x.is_contiguous(memory_format=torch.channels_last))
+        return x
+
+    monkeypatch.setattr(nn.Conv2d, "forward", note_layout)
+    with torch.random.fork_rng():
+        convolution = Conv2d(4, 4, 3)
+    images = torch.ones(2, 4, 8, 8)
+    convolution(images.as_subclass(GpuTensor))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    convolution(images)
+    convolution(images.as_subclass(GpuTensor))
+    assert layouts == [False, False, True]
+
+
+def test_a_rank_tells_nccl_which_gpu_is_its_own(monkeypatch):
+    """Else NCCL guesses, and may put two ranks on one GPU."""
+    calls = []
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with distributed.process_group("cuda:1"):
+        pass
+    assert calls[0] == "cuda:1"
+    assert calls[1]["device_id"] == torch.device("cuda:1")
+
+
 def test_on_the_cpu_a_copy_is_the_tensor_itself():
     tensor = torch.ones(2)
     assert copy_to_device(tensor, "cpu") is tensor
@@ -297,21 +333,18 @@ def test_the_opponents_of_three_iterations_sample_by_one_graph(backend, image_fo
 # precision
 
 
-def tf32_flags() -> tuple[bool, bool]:
-    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-
-
 @pytest.fixture(autouse=True)
-def restored_tf32():
-    before = tf32_flags()
+def restored_tf32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
     yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def test_a_prepared_device_does_not_round_float32_to_tf32():
-    allow_tf32(True)
+    torch.backends.cudnn.allow_tf32 = True
     assert prepare_device("cpu") == "cpu"
-    assert tf32_flags() == (False, False)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "abacus"])
@@ -327,7 +360,7 @@ def test_the_vae_alone_computes_in_tf32(pipelines):
         flags = flags_in_part[name] = set()
 
         def note_flags(module, inputs, flags=flags):
-            flags.add(tf32_flags())
+            flags.add(torch.backends.cudnn.allow_tf32)
 
         for module in getattr(pipe, name).modules():
             module.register_forward_pre_hook(note_flags)
@@ -336,17 +369,27 @@ def test_the_vae_alone_computes_in_tf32(pipelines):
     latents = sample(pipe, ["a"], steps=1)
     images = sampler.decode_latents(pipe, latents)
     pipe.vae.encode(2 * images - 1)
-    assert flags_in_part["vae"] == {(True, True)}
-    assert flags_in_part["unet"] == {(False, False)}
-    assert flags_in_part["text_encoder"] == {(False, False)}
-    assert tf32_flags() == (False, False)
+    assert flags_in_part["vae"] == {True}
+    assert flags_in_part["unet"] == {False}
+    assert flags_in_part["text_encoder"] == {False}
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_tf32_is_restored_after_an_error():
-    allow_tf32(False)
+    torch.backends.cudnn.allow_tf32 = False
     with pytest.raises(ZeroDivisionError), tf32():
         raise ZeroDivisionError
-    assert tf32_flags() == (False, False)
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_a_precision_set_by_torchs_newer_interface_is_left_alone(pipelines):
+    precision = torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        pipelines["SD-1"].vae.decode(torch.zeros(1, 4, 2, 2))
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = precision
 
 
 def test_half_precision_is_for_gpus():

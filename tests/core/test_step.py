@@ -208,7 +208,7 @@ def test_no_input_is_changed(policy, opponent, pairs):
 def test_recomputed_activations_give_the_same_gradient(policy, opponent, pairs):
     stored_loss, _ = spin_step(policy, opponent, **pairs)
     stored = gradient(stored_loss, policy)
-    policy.checkpoint_activations(True)
+    policy.checkpoint_activations = True
     recomputed_loss, _ = spin_step(policy, opponent, **pairs)
     recomputed_loss.backward()
     recomputed = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])

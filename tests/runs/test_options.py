@@ -448,8 +448,8 @@ def test_a_gpu_computes_in_half_precision_except_in_the_miniature_world():
     "more, suggestion",
     [
         ("--batch-size 24 --micro-batch 16", "--micro-batch 16: does not divide the 24 pairs"),
-        ("--batch-size 24 --micro-batch 16", "use 12, or --no-compile"),
-        ("--batch-size 13 --micro-batch 4", "use 1, or --no-compile"),
+        ("--batch-size 24 --micro-batch 16", "use --micro-batch 12, or --no-compile"),
+        ("--batch-size 13 --micro-batch 4", "use --batch-size 12, or --no-compile"),
     ],
 )
 def test_two_sizes_of_micro_batches_are_not_compiled(more, suggestion, capsys):

@@ -20,6 +20,7 @@ import train
 from spin import toy
 from spin.infra.cli import run_script
 from spin.infra.interrupt import Interrupted
+from spin.infra.run import dtype_of_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 MAIN = {"train.py": train.main, "sample.py": sample.main, "evaluate.py": evaluate.main}
@@ -80,6 +81,25 @@ def test_a_model_samples_in_the_dtype_of_its_run(finished, tmp_path, files, prec
     flags = f"--prompt a --steps 2 --device cpu --out {tmp_path / 'out'}"
     [path] = sample.main([*files.split(), *flags.split()])
     assert f"Precision: {precision}, " in Image.open(path).text["parameters"]
+
+
+@pytest.mark.parametrize("content", ['{"dtype": "int8"}', '{"dtype": 5}', "{", "[]", "{}"])
+def test_what_is_beside_a_folder_named_checkpoint_need_not_be_a_run(tiny_folder, tmp_path, content):
+    shutil.copytree(tiny_folder, tmp_path / "iter1" / "checkpoint")
+    (tmp_path / "config.json").write_text(content)
+    assert dtype_of_checkpoint(str(tmp_path / "iter1" / "checkpoint")) is None
+
+
+def test_the_miniature_base_is_sampled_like_the_models_trained_from_it():
+    """In float32 on a GPU, too, where other models compute in half precision."""
+    assert sample.dtype_of_model(str(toy.BASE), "cuda") == "float32"
+    assert sample.dtype_of_model("some/model", "cuda") == "bfloat16"
+
+
+def test_models_that_are_compared_share_the_dtype_of_the_first_run(finished):
+    trained = f"spin-1={finished}/iter1/checkpoint"
+    assert evaluate.dtype_of_models([str(toy.BASE), trained], "cuda") == "float32"
+    assert evaluate.dtype_of_models(["some/model"], "cuda") == "bfloat16"
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------

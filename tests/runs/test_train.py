@@ -472,6 +472,16 @@ def test_another_value_is_refused_by_name(finished, flags):
         train.main(flags(finished, "--lr 2e-5"))
 
 
+def test_prompts_dropped_by_other_random_numbers_are_refused(finished, flags, tmp_path):
+    """Those of a run that an earlier version started. Without dropped prompts it may go on."""
+    out = copy_run(finished, tmp_path)
+    change_config(out, drop_draws=None)
+    train.main(flags(out))
+    change_config(out, drop_draws=None, prompt_dropout=0.5)
+    with pytest.raises(InputError, match="an earlier version's random numbers for --prompt-drop"):
+        train.main(flags(out, "--prompt-dropout 0.5"))
+
+
 def test_self_play_goes_on_for_more_iterations(finished, flags, tmp_path):
     """As if there had been as many from the beginning."""
     out = tmp_path / "run"
