@@ -17,9 +17,11 @@ import gc
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -381,84 +383,112 @@ COUNT_OR_0 = number(int, 0)
 NOT_NEGATIVE = number(float, 0)
 PROBABILITY = number(float, 0, 1)
 
+# what --help calls a value
+METAVARS = {
+    str: "PATH",
+    COUNT: "N",
+    COUNT_OR_0: "N",
+    SEED_TYPE: "N",
+    NOT_NEGATIVE: "X",
+    PROBABILITY: "P",
+}
+
+
+class FlagGroup:
+    """Flags under a title of their own in --help.
+
+    A flag that changes what is computed goes into MUST_MATCH, too.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str):
+        self.group = parser.add_argument_group(title)
+
+    def flag(self, name: str, kind: Callable, help: str, **kwargs) -> None:
+        """Add a flag. kind: argparse's type of its value."""
+        if "choices" not in kwargs:
+            kwargs.setdefault("metavar", METAVARS[kind])
+        self.group.add_argument(name, type=kind, help=help, **kwargs)
+
+    def setting(self, name: str, kind: Callable, help: str, **kwargs) -> None:
+        """Add a flag whose defaults are in spin/config.py."""
+        default = describe_default(name.strip("-").replace("-", "_"))
+        self.flag(name, kind, f"{help} ({default})", **kwargs)
+
+    def switch(self, name: str, help: str) -> None:
+        self.group.add_argument(name, action="store_true", help=help)
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser. The settings of spin/config.py have no defaults yet."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], usage=argparse.SUPPRESS, epilog=SOURCES
+        description=__doc__.split("\n")[0],
+        usage=argparse.SUPPRESS,
+        epilog=SOURCES,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=26),
     )
 
-    def flag(name: str, kind: type | None, help: str, **kwargs) -> None:
-        parser.add_argument(name, type=kind, help=help, **kwargs)
-
-    def setting(name: str, kind: type | None, help: str, **kwargs) -> None:
-        default = describe_default(name.strip("-").replace("-", "_"))
-        flag(name, kind, f"{help} ({default})", **kwargs)
-
-    def switch(name: str, help: str) -> None:
-        parser.add_argument(name, action="store_true", help=help)
-
-    # `setting` adds a flag whose default is in spin/config.py. A flag that changes what is computed
-    # goes into MUST_MATCH, too.
-
     # ---- what to do
-    flag("--model", str, "theta_0: diffusers folder, hub id or single file (the miniature base)")
-    flag("--unet", str, "checkpoint, or folder unet/, whose UNet to start from (the model's own)")
-    flag("--prediction-type", str, "what the UNet predicts (what the model's files say)",
-         choices=PREDICTION_TYPES)  # fmt: skip
-    flag("--data", str, "folder of images with metadata.jsonl (the miniature world's curated set)")
-    flag("--out", str, "run folder (runs/toy, or runs/<name of the data folder>)")
-    flag("--preset", str, "defaults of the settings (toy without --model, paper with it)",
-         choices=list(PRESETS))  # fmt: skip
-    flag("--loss", str, "spin, a baseline, or all three (all without --data, spin with it)",
-         choices=["all", "spin", "sft", "dpo"])  # fmt: skip
+    group = FlagGroup(parser, "what to train, and on what")
+    group.flag("--model", str, "theta_0: folder, hub id or single file (the miniature base)")
+    group.flag("--unet", str, "checkpoint whose UNet to start from (the model's own)")
+    group.flag("--data", str, "folder with metadata.jsonl (the miniature world's curated set)")
+    group.flag("--out", str, "run folder (runs/toy, or runs/<name of the data folder>)")
+    group.flag("--preset", str, "defaults of the settings (toy without --model, paper with it)",
+               choices=list(PRESETS))  # fmt: skip
+    group.flag("--loss", str, "spin, a baseline, or all three (all without --data, else spin)",
+               choices=["all", "spin", "sft", "dpo"])  # fmt: skip
+    group.switch("--dry-run", "estimate how long the run will take, print it, and exit")
 
-    # ---- settings of spin/config.py
-    many = {"nargs": "+", "metavar": "X"}
-    setting("--iterations", COUNT, "iterations K of self-play; baselines take the steps of all")
-    setting("--steps", COUNT, "optimizer steps: one value, or one per iteration", **many)
-    setting("--lr", NOT_NEGATIVE, "peak learning rate: one value, or one per iteration", **many)
-    setting("--beta", NOT_NEGATIVE, "beta in logit = beta / 2 * margin: one, or one per iteration",
-            **many)  # fmt: skip
-    setting("--sft-lr", NOT_NEGATIVE, "peak learning rate of SFT")
-    setting("--dpo-lr", NOT_NEGATIVE, "peak learning rate of Diffusion-DPO")
-    setting("--dpo-beta", NOT_NEGATIVE, "beta of Diffusion-DPO")
-    setting("--batch-size", COUNT, "pairs per optimizer step, over all GPUs")
-    setting("--micro-batch", COUNT, "pairs per forward pass on one GPU; gradients are accumulated")
-    setting("--warmup", COUNT_OR_0, "steps of linear warmup, before the linear decay to 0")
-    setting("--weight-decay", NOT_NEGATIVE, "weight decay of AdamW; 0: none")
-    setting("--clip", NOT_NEGATIVE, "maximum gradient norm, for clipping; 0: no clipping")
-    setting("--resolution", COUNT, "height and width of the images, in pixels")
-    setting("--flip", PROBABILITY, "probability of mirroring a real image; 0: never")
-    setting("--prompt-dropout", PROBABILITY, "probability of an empty prompt; 0: never")
-    setting("--guidance", NOT_NEGATIVE, "guidance scale of generated images; 1: none")
-    setting("--sampler", str, "sampler; dpm++ is DPM-Solver++(2M)", choices=list(SAMPLERS))
-    setting("--sampler-steps", COUNT, "sampling steps per image; fewer with dpm++")
-    setting("--generation-batch", COUNT, "images generated at once")
-    setting("--grid-prompts", COUNT_OR_0, "prompts in samples/grid.png; 0: no grid")
-    setting("--seed", SEED_TYPE, "seed of all randomness in training and generation")
+    group = FlagGroup(parser, "training; --steps, --lr and --beta: one value, or one per iteration")
+    group.setting("--iterations", COUNT, "iterations K of self-play; baselines take all steps")
+    group.setting("--steps", COUNT, "optimizer steps", nargs="+")
+    group.setting("--lr", NOT_NEGATIVE, "peak learning rate", nargs="+")
+    group.setting("--beta", NOT_NEGATIVE, "beta in logit = beta / 2 * margin", nargs="+")
+    group.setting("--sft-lr", NOT_NEGATIVE, "peak learning rate of SFT")
+    group.setting("--dpo-lr", NOT_NEGATIVE, "peak learning rate of Diffusion-DPO")
+    group.setting("--dpo-beta", NOT_NEGATIVE, "beta of Diffusion-DPO")
+    group.setting("--batch-size", COUNT, "pairs per optimizer step, over all GPUs")
+    group.setting("--warmup", COUNT_OR_0, "steps of linear warmup; then linear decay to 0")
+    group.setting("--weight-decay", NOT_NEGATIVE, "weight decay of AdamW; 0: none")
+    group.setting("--clip", NOT_NEGATIVE, "maximum gradient norm; 0: no clipping")
+    group.flag("--noise", str, "of a pair's two images; the paper mentions both (shared)",
+               choices=["shared", "independent"], default="shared")  # fmt: skip
+    group.setting("--seed", SEED_TYPE, "seed of all randomness in training and generation")
 
-    # ---- others
-    flag("--noise", str, "noise of a pair's two images; the paper mentions both (shared)",
-         choices=["shared", "independent"], default="shared")  # fmt: skip
-    flag("--num-prompts", COUNT, "use only the first N rows of the data (all)")
-    switch("--follow-links", "read images through links that leave the data folder, as a hub's do")
-    switch("--skip-bad", "skip data rows that cannot be used, instead of stopping")
-    flag("--sample-every", COUNT_OR_0, "steps between image grids; 0: none (0)", default=0)
-    flag("--score", str, "prompts of the miniature world to score all models on (test)",
-         choices=["test", "validation", "none"], default="test")  # fmt: skip
-    flag("--score-images", COUNT, "images per prompt and model for the scores (2)", default=2)
-    flag("--device", str, "cpu, cuda, cuda:1, ... (%(default)s)",
-         default="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
-    flag("--dtype", str, "compute dtype of the networks (toy: float32; paper: bfloat16 on CUDA, "
-         "else float32)", choices=["float32", "bfloat16"])  # fmt: skip
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="compile the loss step, and the UNet for generating; takes minutes "
-                             "(toy: no; paper: on CUDA)")  # fmt: skip
-    flag("--save-every", COUNT_OR_0, "steps between saved states; 0: only at the end (50)",
-         default=50)  # fmt: skip
-    switch("--checkpoint-activations", "recompute activations: less memory, 1/4 more compute")
-    switch("--dry-run", "estimate how long the run will take, print it, and exit")
+    group = FlagGroup(parser, "data")
+    group.setting("--resolution", COUNT, "height and width of the images, in pixels")
+    group.setting("--flip", PROBABILITY, "probability of mirroring a real image; 0: never")
+    group.setting("--prompt-dropout", PROBABILITY, "probability of an empty prompt; 0: never")
+    group.flag("--num-prompts", COUNT, "use only the first N rows of the data (all)")
+    group.switch("--skip-bad", "skip data rows that cannot be used, instead of stopping")
+    group.switch("--follow-links", "read images through links that leave the data folder")
+
+    group = FlagGroup(parser, "generating the opponent's images")
+    group.setting("--guidance", NOT_NEGATIVE, "guidance scale; 1: none")
+    group.setting("--sampler", str, "dpm++ is DPM-Solver++(2M)", choices=list(SAMPLERS))
+    group.setting("--sampler-steps", COUNT, "sampling steps per image; fewer with dpm++")
+    group.setting("--generation-batch", COUNT, "images generated at once")
+    group.flag("--prediction-type", str, "what the UNet predicts (what the model's files say)",
+               choices=PREDICTION_TYPES)  # fmt: skip
+
+    group = FlagGroup(parser, "looking at the run")
+    group.setting("--grid-prompts", COUNT_OR_0, "prompts in samples/grid.png; 0: no grid")
+    group.flag("--sample-every", COUNT_OR_0, "steps between grids; 0: none (0)", default=0)
+    group.flag("--score", str, "the miniature world's prompts to score all models on (test)",
+               choices=["test", "validation", "none"], default="test")  # fmt: skip
+    group.flag("--score-images", COUNT, "images per prompt and model (2)", default=2)
+
+    group = FlagGroup(parser, "speed and memory; but for --dtype, they change no more than rounding")
+    group.flag("--device", str, "cpu, cuda, cuda:1, ... (%(default)s)", metavar="NAME",
+               default="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
+    group.flag("--dtype", str, "of the networks (toy: float32; paper: bfloat16 on CUDA)",
+               choices=["float32", "bfloat16"])  # fmt: skip
+    group.setting("--micro-batch", COUNT, "pairs per forward pass on one GPU")
+    group.group.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                             help="compile the networks, for minutes (paper: on CUDA)")  # fmt: skip
+    group.switch("--checkpoint-activations", "less memory, a quarter more compute")
+    group.flag("--save-every", COUNT_OR_0, "steps between states; 0: only at the end (50)",
+               default=50)  # fmt: skip
     return parser
 
 

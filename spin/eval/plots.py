@@ -148,18 +148,29 @@ def tick_spacing(span: float) -> float:
 
 
 def line_charts(
-    panels: dict[str, Lines], marks: Sequence[int] = (), width: int = 460, height: int = 240
+    panels: dict[str, Lines],
+    marks: Sequence[int] = (),
+    width: int = 460,
+    height: int = 240,
+    window: int = 1,
 ) -> Image.Image:
-    """Return a panel for each title, two a row, with a vertical line at each step in `marks`."""
-    return two_a_row(
-        [line_chart(title, lines, marks, width, height) for title, lines in panels.items()]
-    )
+    """Return a panel for each title, two a row, with a vertical line at each step in `marks`.
+
+    window: see `line_chart`.
+    """
+    charts = []
+    for title, lines in panels.items():
+        charts.append(line_chart(title, lines, marks, width, height, window))
+    return two_a_row(charts)
 
 
 def line_chart(
-    title: str, lines: Lines, marks: Sequence[int], width: int, height: int
+    title: str, lines: Lines, marks: Sequence[int], width: int, height: int, window: int = 1
 ) -> Image.Image:
     """Return a panel with lines over steps 1, 2, .... Values that are not finite are left out.
+
+    window: how many steps a running mean covers. It lies over the values, which are thin and pale,
+        and begins anew after each step in `marks`. 1: the values alone.
 
     Raises ValueError if there are more lines than COLORS.
     """
@@ -183,17 +194,50 @@ def line_chart(
     legend_end = axes.right
     colored = list(zip(lines.items(), COLORS))
     for (name, values), color in reversed(colored):
-        points = []
-        for step, value in enumerate(values, start=1):
-            if math.isfinite(value):
-                points.append((axes.x((step - 1) / (last_step - 1)), axes.y(value)))
-        axes.draw.line(points, color, 2)
-        if len(points) == 1:
-            axes.draw.circle(points[0], 2, color)
+        if window > 1:
+            draw_line(axes, values, last_step, pale(color), width=1)
+        draw_line(axes, running_mean(values, marks, window), last_step, color, width=2)
         if len(lines) > 1:
             axes.draw.text((legend_end, 6), name, color, axes.font, anchor="ra")
             legend_end -= axes.font.getlength(name) + 14
     return axes.panel
+
+
+def draw_line(
+    axes: Axes, values: Sequence[float], last_step: int, color: tuple[int, int, int], width: int
+) -> None:
+    """Draw values at steps 1, 2, ... as a line, and a single one as a dot."""
+    points = []
+    for step, value in enumerate(values, start=1):
+        if math.isfinite(value):
+            points.append((axes.x((step - 1) / (last_step - 1)), axes.y(value)))
+    axes.draw.line(points, color, width)
+    if len(points) == 1:
+        axes.draw.circle(points[0], 2, color)
+
+
+def running_mean(values: Sequence[float], marks: Sequence[int], window: int) -> list[float]:
+    """Return the mean of every value and up to window - 1 before it, back to the last mark.
+
+    marks: steps, counted from 1, after which the mean begins anew. Values that are not finite are
+        left out of it, and it is not finite at their steps.
+    """
+    means = []
+    recent: list[float] = []  # finite values
+    for step, value in enumerate(values, start=1):
+        if math.isfinite(value):
+            recent = [*recent, value][-window:]
+            means.append(sum(recent) / len(recent))
+        else:
+            means.append(math.nan)
+        if step in marks:
+            recent = []
+    return means
+
+
+def pale(color: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return a color mixed with white, two parts to one."""
+    return tuple((channel + 2 * 255) // 3 for channel in color)
 
 
 def interval_charts(

@@ -17,6 +17,8 @@ from spin.sampler import SamplingOptions
 
 GRID_SEED = 0  # of the first image of every model in samples/
 
+CURVES_WINDOW = 10  # steps that the running mean of a curve covers
+
 # What curves.png shows of the log: {panel's title: the keys of its lines}.
 CURVES = {
     "loss": ["loss"],
@@ -120,7 +122,7 @@ def update_samples(grid: SampleGrid, models: dict[str, ModelSource], device: str
 def draw_curves(run: Run) -> None:
     """Write curves.png: the log over the steps of self-play and of each baseline.
 
-    A vertical line marks the end of an iteration.
+    A vertical line marks the end of an iteration. Over the thin single steps lies a running mean.
     """
     log = run.read_log()
     panels: dict[str, plots.Lines] = {}
@@ -136,7 +138,8 @@ def draw_curves(run: Run) -> None:
             if lines[i]["step"] == 1:
                 ends.add(i)
     if panels:
-        save_png(plots.line_charts(panels, sorted(ends)), run.folder / "curves.png")
+        chart = plots.line_charts(panels, sorted(ends), window=CURVES_WINDOW)
+        save_png(chart, run.folder / "curves.png")
 
 
 def curves_of(lines: Sequence[dict], keys: Sequence[str]) -> plots.Lines:

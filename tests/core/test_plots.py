@@ -83,6 +83,25 @@ def test_more_lines_than_colors_are_refused():
         plots.line_chart("many", lines, (), WIDTH, HEIGHT)
 
 
+def test_a_running_mean_begins_anew_after_a_mark_and_skips_what_is_not_finite():
+    values = [1.0, 3.0, math.nan, 5.0, 11.0, 13.0]
+    means = plots.running_mean(values, marks=(4,), window=2)
+    assert means == pytest.approx([1.0, 2.0, math.nan, 4.0, 11.0, 12.0], nan_ok=True)
+    assert plots.running_mean(values[3:], marks=(), window=1) == values[3:]
+
+
+def test_a_running_mean_lies_over_pale_single_values():
+    lines = {"loss": [0.0, 1.0] * 20}
+    chart = plots.line_chart("loss", lines, (), WIDTH, HEIGHT, window=10)
+    mean = pixels_of(chart, plots.COLORS[0])
+    values = pixels_of(chart, plots.pale(plots.COLORS[0]))
+    axes = plots.make_axes("loss", [0, 1], WIDTH, HEIGHT)
+    later = mean[mean[:, 1] > axes.x(0.5)]
+    assert later[:, 0] == pytest.approx(axes.y(0.5), abs=2)
+    assert values[:, 0].min() == pytest.approx(axes.y(1), abs=2)
+    assert values[:, 0].max() == pytest.approx(axes.y(0), abs=2)
+
+
 def test_marks_are_vertical_lines():
     lines = {"loss": [0.0, 1.0, 0.0, 1.0, 0.0]}
     without = np.asarray(plots.line_chart("loss", lines, (), WIDTH, HEIGHT), int)

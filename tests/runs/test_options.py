@@ -460,6 +460,16 @@ def test_two_sizes_of_micro_batches_are_not_compiled(more, suggestion, capsys):
     train.parse_args("--compile --batch-size 7 --micro-batch 16".split())  # one size alone
 
 
+def test_help_has_groups_and_fits_two_screens(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert len(titles) == 7
+    assert len(lines) <= 80  # two of 40
+
+
 def test_help_names_the_source_of_every_default(capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
