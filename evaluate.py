@@ -2,6 +2,8 @@
 
     python evaluate.py runs/toy                        every model of a run of train.py
     python evaluate.py --models A B --prompts FILE     any checkpoints, by the paper's metrics
+    python evaluate.py runs/toy --guidance 1 2 3 5 --validation
+                                                       each model at the guidance that is best for it
 
 Of a prompt's --num-images images, the one with the highest unweighted average of the scores counts,
 as in the paper. After an interruption, the same command samples and scores only what is missing.
@@ -11,7 +13,7 @@ import argparse
 import re
 import sys
 from collections import defaultdict
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from os.path import expanduser
 from pathlib import Path
 
@@ -49,9 +51,12 @@ RUN_KEYS = [
     "generation_batch",
 ]
 
+WORLDS_OWN = ""  # the value of --validation that is given without a file
+
 # Titles of tables in results.json.
 SINGLE_TITLE = "One image per prompt: the mean over all images."
 SWEEP_TITLE = "The {} by guidance. The best is chosen on these same prompts, a bias in its favor."
+VALIDATION_TITLE = "The {} by guidance on the validation prompts, on which the best is chosen."
 PUBLISHED_TITLE = (
     "Published, not measured here: arXiv 2402.10210, Pick-a-Pic's 500 test prompts, best of five "
     "images, approximate."
@@ -86,6 +91,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=expanduser,
         help="file of prompts: .txt (one per line), .json, .jsonl (default: the miniature world's "
         "test set)",
+    )
+    parser.add_argument(
+        "--validation",
+        type=expanduser,
+        nargs="?",
+        const=WORLDS_OWN,
+        metavar="FILE",
+        help="choose each model's best guidance on these prompts, and report it on --prompts "
+        "(without FILE: the miniature world's validation set; default: choose on --prompts)",
     )
     parser.add_argument(
         "--num-prompts", type=number(int, 1), help="use only the first N prompts (default: all)"
@@ -190,6 +204,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.out = args.out or (f"{args.run}/evaluation" if args.run else "runs/evaluation")
     if not args.prompts and args.metrics != ["toy"]:
         parser.error("--prompts: required, except in the miniature world")
+    if args.validation == WORLDS_OWN and args.metrics != ["toy"]:
+        parser.error("--validation: needs a file of prompts, except in the miniature world")
+    if args.validation is not None and len(args.guidance) == 1:
+        parser.error("--validation: there is nothing to choose; give several values of --guidance")
     return args
 
 
@@ -204,11 +222,7 @@ def main(argv: list[str] | None = None) -> dict:
 def evaluate(args: argparse.Namespace) -> dict:
     """Sample, score and compare the models; write and return the results."""
     out = Path(args.out)
-    if args.prompts:
-        prompts = read_prompts(args.prompts)
-    else:
-        prompts = [scene.caption for scene in toy.split()["test"]]
-    prompts = prompts[: args.num_prompts]
+    prompts = read_prompts_or_split(args.prompts, "test")[: args.num_prompts]
     if args.run:
         base = base_of_run(args.run_config, args.prediction_type)
         models = models_of_run(Run(args.run), base, args.run_config["iterations"])
@@ -220,7 +234,109 @@ def evaluate(args: argparse.Namespace) -> dict:
     for metric in args.metrics:
         locate_files(metric, args.scorers)  # fail on missing files before hours of sampling
 
-    # ---- every model samples every prompt, at every guidance
+    # ---- each model at its best guidance, which for a single value is that
+    guidance_of = {model: args.guidance for model in models}
+    if args.validation is None:
+        reported = sample_and_score(args, out, prompts, models, hashes, guidance_of)
+        swept = reported
+    else:
+        others = read_prompts_or_split(args.validation, "validation")[: args.num_prompts]
+        folder = out / "validation"
+        swept = sample_and_score(args, folder, others, models, hashes, guidance_of)
+    best_guidance = {}
+    for model in models:
+        means = {guidance: swept.mean(guidance, model) for guidance in args.guidance}
+        best_guidance[model] = max(means, key=means.get)
+    if args.validation is not None:
+        guidance_of = {model: [guidance] for model, guidance in best_guidance.items()}
+        reported = sample_and_score(args, out, prompts, models, hashes, guidance_of)
+
+    # ---- the comparison
+    best_scores = {}
+    for model, guidance in best_guidance.items():
+        best_scores[model] = reported.best[guidance, model]
+    config = {
+        **vars(args),
+        "models": {model: astuple(source) for model, source in models.items()},
+        "hashes": hashes,
+        "count": len(prompts),
+        "prompts_hash": hash_files([Path(args.prompts)] if args.prompts else [], prompts),
+        "resamples": stats.RESAMPLES,
+        **provenance(),
+        "scorer_hashes": reported.scorer_hashes,
+        "best_guidance": best_guidance,
+    }
+    title = describe(len(prompts), args.num_images, args.guidance)
+    metric = reported.metric
+    results = comparison.compare(title, best_scores, reported.less_is_better, metric, config)
+
+    # ---- more tables: single images, guidance, what the paper published
+    single: dict[str, dict] = {}
+    sweep: dict[str, dict] = {}
+    for model, guidance in best_guidance.items():
+        single[model] = {}
+        for name, values in reported.scores[guidance, model].items():
+            single[model][name] = stats.interval(values.mean(axis=1))
+        sweep[model] = {"best at": f"{guidance:g}"}
+        for other in args.guidance:
+            sweep[model][f"{other:g}"] = stats.interval(swept.best[other, model][metric])
+    sweep_title = SWEEP_TITLE if args.validation is None else VALIDATION_TITLE
+    results["tables"] = {SINGLE_TITLE: single, sweep_title.format(metric): sweep}
+    if args.paper:
+        results["tables"][PUBLISHED_TITLE] = PUBLISHED
+    comparison.write_results(out, results)
+
+    # ---- a grid: each prompt's first image, a column for each model
+    rows = []
+    for i in range(min(GRID_ROWS, len(prompts))):
+        row = []
+        for model, guidance in best_guidance.items():
+            requests = reported.evaluations[guidance].requests(model, hashes[model])
+            row.append(read_image(requests[i * args.num_images].path))
+        rows.append(row)
+    save_png(plots.grid(rows, list(models), prompts[: len(rows)]), out / "grid.png")
+
+    print(comparison.format_markdown(results))
+    print(f"{args.out}: see results.md, results.png, grid.png")
+    return results
+
+
+def read_prompts_or_split(path: str | None, split: str) -> list[str]:
+    """Return the prompts in a file or, without one, those of the miniature world's split."""
+    if path:
+        return read_prompts(path)
+    return [scene.caption for scene in toy.split()[split]]
+
+
+@dataclass
+class Scored:
+    """The images of some models for the same prompts, and their scores."""
+
+    evaluations: dict[float, Evaluation]  # by guidance
+    scores: dict[tuple[float, str], dict]  # of (guidance, model): {metric: [N,num_images]}
+    best: dict[tuple[float, str], dict]  # the same, of each prompt's best image: {metric: [N]}
+    metric: str  # by which images are chosen and claims are judged
+    less_is_better: list[str]  # metrics
+    scorer_hashes: dict[str, str]
+
+    def mean(self, guidance: float, model: str) -> float:
+        """Return the mean over the prompts of a model's best images."""
+        return self.best[guidance, model][self.metric].mean()
+
+
+def sample_and_score(
+    args: argparse.Namespace,
+    folder: Path,
+    prompts: list[str],
+    models: dict[str, ModelSource],
+    hashes: dict[str, str],
+    guidance_of: dict[str, list[float]],
+) -> Scored:
+    """Sample and score what is missing in `folder`.
+
+    guidance_of: the values of guidance at which each model is sampled
+    """
+    # ---- every model samples every prompt
     evaluations: dict[float, Evaluation] = {}
     for guidance in args.guidance:
         options = SamplingOptions(
@@ -232,77 +348,30 @@ def evaluate(args: argparse.Namespace) -> dict:
             width=args.resolution,
             dtype=getattr(torch, args.dtype),
         )
-        evaluations[guidance] = Evaluation(out, prompts, args.num_images, options, args.seed)
-    comparison.sample_models(
-        list(evaluations.values()), models, hashes, args.batch_size, args.device
-    )
+        evaluations[guidance] = Evaluation(folder, prompts, args.num_images, options, args.seed)
+    evaluations_of: dict[str, list[Evaluation]] = {}
+    for model in models:
+        evaluations_of[model] = [evaluations[guidance] for guidance in guidance_of[model]]
+    comparison.sample_models(evaluations_of, models, hashes, args.batch_size, args.device)
 
     # ---- every scorer scores every image; the best of a prompt's images counts
-    scores = defaultdict(dict)  # of (guidance, model): {metric: [N,num_images]}
+    scores = defaultdict(dict)
     primary_metrics = []
     less_is_better = []
     scorer_hashes = {}
     for name in args.metrics:
         scorer = load_scorer(name, args.scorers, args.device)
-        for guidance, evaluation in evaluations.items():
-            for model in models:
-                scores[guidance, model].update(evaluation.score(model, hashes[model], scorer))
+        for model in models:
+            for guidance in guidance_of[model]:
+                new_scores = evaluations[guidance].score(model, hashes[model], scorer)
+                scores[guidance, model].update(new_scores)
         primary_metrics.append(scorer.primary_metric)
         less_is_better += scorer.less_is_better
         scorer_hashes[name] = scorer.hash
         del scorer  # frees its network's memory before the next is loaded
     best = {key: stats.best_of(values, primary_metrics) for key, values in scores.items()}
     metric = primary_metrics[0] if len(primary_metrics) == 1 else "average"
-
-    # ---- each model at its best guidance, which for a single value is that
-    best_guidance = {}
-    for model in models:
-        means = {guidance: best[guidance, model][metric].mean() for guidance in args.guidance}
-        best_guidance[model] = max(means, key=means.get)
-    best_scores = {model: best[guidance, model] for model, guidance in best_guidance.items()}
-
-    config = {
-        **vars(args),
-        "models": {model: astuple(source) for model, source in models.items()},
-        "hashes": hashes,
-        "count": len(prompts),
-        "prompts_hash": hash_files([Path(args.prompts)] if args.prompts else [], prompts),
-        "resamples": stats.RESAMPLES,
-        **provenance(),
-        "scorer_hashes": scorer_hashes,
-        "best_guidance": best_guidance,
-    }
-    title = describe(len(prompts), args.num_images, args.guidance)
-    results = comparison.compare(title, best_scores, less_is_better, metric, config)
-
-    # ---- more tables: single images, guidance, what the paper published
-    single: dict[str, dict] = {}
-    sweep: dict[str, dict] = {}
-    for model, guidance in best_guidance.items():
-        single[model] = {}
-        for name, values in scores[guidance, model].items():
-            single[model][name] = stats.interval(values.mean(axis=1))
-        sweep[model] = {"best at": f"{guidance:g}"}
-        for other in args.guidance:
-            sweep[model][f"{other:g}"] = stats.interval(best[other, model][metric])
-    results["tables"] = {SINGLE_TITLE: single, SWEEP_TITLE.format(metric): sweep}
-    if args.paper:
-        results["tables"][PUBLISHED_TITLE] = PUBLISHED
-    comparison.write_results(out, results)
-
-    # ---- a grid: each prompt's first image, a column for each model
-    rows = []
-    for i in range(min(GRID_ROWS, len(prompts))):
-        row = []
-        for model, guidance in best_guidance.items():
-            requests = evaluations[guidance].requests(model, hashes[model])
-            row.append(read_image(requests[i * args.num_images].path))
-        rows.append(row)
-    save_png(plots.grid(rows, list(models), prompts[: len(rows)]), out / "grid.png")
-
-    print(comparison.format_markdown(results))
-    print(f"{args.out}: see results.md, results.png, grid.png")
-    return results
+    return Scored(evaluations, scores, best, metric, less_is_better, scorer_hashes)
 
 
 def describe(num_prompts: int, num_images: int, guidance: list[float]) -> str:

@@ -237,20 +237,25 @@ def score_images(scorer: Scorer, requests: Sequence[ImageRequest]) -> list[dict[
 
 
 def sample_models(
-    evaluations: Sequence[Evaluation],
+    evaluations: dict[str, Sequence[Evaluation]],
     models: dict[str, ModelSource],
     hashes: dict[str, str],
     batch_size: int,
     device: str,
 ) -> None:
-    """Sample every model's missing images. A model that has none missing is not loaded."""
+    """Sample every model's missing images. A model that has none missing is not loaded.
+
+    evaluations: {model: the sets of images to sample from it}
+    """
     warned = False
     for name, source in models.items():
-        todo = [missing(evaluation.requests(name, hashes[name])) for evaluation in evaluations]
+        todo = []
+        for evaluation in evaluations[name]:
+            todo.append(missing(evaluation.requests(name, hashes[name])))
         if any(todo):
             pipe = source.load(device)
             if not warned:
-                warn_of_cut_prompts(pipe.text_encoder.tokenizer, evaluations[0].prompts)
+                warn_of_cut_prompts(pipe.text_encoder.tokenizer, evaluations[name][0].prompts)
                 warned = True
             for requests in todo:
                 sample_requests(pipe, requests, batch_size)

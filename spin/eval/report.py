@@ -179,7 +179,8 @@ def score_models(
 
     evaluation = Evaluation(run.folder / "evaluation", prompts, images_per_prompt, options)
     hashes = comparison.hash_models(models)
-    comparison.sample_models([evaluation], models, hashes, batch_size, device)
+    evaluations = {name: [evaluation] for name in models}
+    comparison.sample_models(evaluations, models, hashes, batch_size, device)
 
     scorer = load_scorer("toy")
     scores = {}

@@ -171,6 +171,47 @@ def test_the_sweep_takes_each_model_at_its_best(evaluated, toy_run, copied):
     assert "The reward by guidance." in (copied / "results.md").read_text()
 
 
+def test_the_best_guidance_is_chosen_on_other_prompts(evaluated, toy_run, copied, sampled):
+    """And reported on these, at that guidance alone."""
+    command = [str(toy_run), *FEW, "--guidance", "3", "1", "--validation", "--out", str(copied)]
+    results = evaluate.main(command)
+    sweep = results["tables"][evaluate.VALIDATION_TITLE.format("reward")]
+    validation_prompts = [scene.caption for scene in toy.split()["validation"][:10]]
+    assert set(sampled[: 4 * 20]) == set(validation_prompts)  # 2 models, 2 values of guidance
+    for model, row in sweep.items():
+        best = "1" if row["1"]["mean"] > row["3"]["mean"] else "3"
+        assert row["best at"] == best == f"{results['config']['best_guidance'][model]:g}"
+        assert results["models"][model]["reward"]["n"] == 10
+        if best == "3":
+            assert results["models"][model] == evaluated[1]["models"][model]
+    assert "on which the best is chosen" in (copied / "results.md").read_text()
+    on_test = sampled[4 * 20 :]
+    at_best = [model for model, row in sweep.items() if row["best at"] == "1"]
+    assert len(on_test) == 20 * len(at_best)  # those at guidance 3 were there
+
+
+def test_the_choice_is_that_of_the_validation_prompts_even_if_it_is_wrong(
+    toy_run, copied, monkeypatch
+):
+    """A model that looks best at 1 on the validation prompts is reported at 1."""
+    score = toy.score
+    validation_prompts = {scene.caption for scene in toy.split()["validation"]}
+
+    def misleading_score(images, prompts):
+        scores = score(images, prompts)
+        if set(prompts) <= validation_prompts:
+            scores["reward"] = 10 - scores["reward"]
+        return scores
+
+    monkeypatch.setattr(toy, "score", misleading_score)
+    command = [str(toy_run), *FEW, "--guidance", "3", "1", "--out", str(copied)]
+    right = evaluate.main(command)["config"]["best_guidance"]
+    wrong = evaluate.main([*command, "--validation"])["config"]["best_guidance"]
+    assert right.keys() == wrong.keys()
+    for model in right:
+        assert {right[model], wrong[model]} == {1.0, 3.0}
+
+
 # ---- What is reused, and what is not -------------------------------------------------------------
 
 

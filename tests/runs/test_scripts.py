@@ -157,6 +157,10 @@ WRONG_EVALUATE = {
     "--models {model} --prompts missing.jsonl": "missing.jsonl: no such file",
     "--models {model} no/where --metrics toy": "no/where: no such folder here, and not available",
     "--models {model} nowhere --metrics toy": "nowhere: no such folder or file",
+    "--models {model} --metrics toy --validation": "give several values of --guidance",
+    "--models {model} --prompts {empty} --guidance 1 2 --validation": (
+        "--validation: needs a file of prompts, except in the miniature world"
+    ),
     "--models {model} {model} --metrics toy": (
         "two models are named base; rename one of them: base-2={model}"
     ),
