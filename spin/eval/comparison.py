@@ -186,7 +186,8 @@ class Evaluation:
         """Return {metric: [N,images_per_prompt]} of a model's images, which have been sampled.
 
         Scores are stored under a hash of the scorer and the image's file, which states its prompt.
-        Raises InputError if a score is not finite.
+        A metric of a prompt's images as a set is the same for all of them; with an image per prompt
+        there is none. Raises InputError if a score is not finite.
         """
         requests = self.requests(model, model_hash)
         keys = []
@@ -211,6 +212,23 @@ class Evaluation:
         for metric in scorer.metrics:
             values = np.array([known[key][metric] for key in keys])
             result[metric] = values.reshape(len(self.prompts), self.images_per_prompt)
+        if self.images_per_prompt > 1:
+            result.update(self.score_sets(requests, scorer))
+        return result
+
+    def score_sets(
+        self, requests: Sequence[ImageRequest], scorer: Scorer
+    ) -> dict[str, np.ndarray]:
+        """Return {metric: [N,images_per_prompt]} of the scorer's metrics of sets."""
+        result = {}
+        for metric in scorer.set_metrics:
+            result[metric] = np.empty((len(self.prompts), self.images_per_prompt))
+        for i, prompt in enumerate(self.prompts):
+            start = i * self.images_per_prompt
+            set_requests = requests[start : start + self.images_per_prompt]
+            images = [read_image(request.path) for request in set_requests]
+            for metric, value in scorer.score_set(images, prompt).items():
+                result[metric][i] = value
         return result
 
 

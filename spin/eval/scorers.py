@@ -116,12 +116,14 @@ class Scorer:
     """Scores images by their prompts.
 
     name: its name in FILES. hash: 16 hexadecimal digits over its files.
-    metrics: what it returns. primary_metric: the metric that models are compared by.
+    metrics: what `score` returns, set_metrics: what `score_set` returns.
+    primary_metric: the metric that models are compared by.
     """
 
     name: str
     hash: str
     metrics: tuple[str, ...]
+    set_metrics: tuple[str, ...] = ()
     primary_metric: str
     less_is_better: tuple[str, ...] = ()
 
@@ -132,27 +134,40 @@ class Scorer:
         """
         raise NotImplementedError
 
+    def score_set(self, images: list[Image.Image], prompt: str) -> dict[str, float]:
+        """Return {metric: score} for at least two images of one prompt, as a set."""
+        return {}
+
 
 class ToyScorer(Scorer):
     """The miniature world's exact score, which needs no network."""
 
     name = "toy"
     metrics = toy.METRICS
+    set_metrics = toy.SET_METRICS
     primary_metric = "reward"
     less_is_better = toy.LESS_IS_BETTER
 
     def __init__(self):
         folder = Path(toy.__file__).parent
-        self.hash = hash_files([folder / "scenes.py", folder / "score.py"])
+        names = ["scenes.py", "pictures.py", "score.py"]
+        self.hash = hash_files([folder / name for name in names])
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
         """Return the metrics of `toy.score`. Raises InputError for anything not of that world."""
-        pixels = [np.asarray(image, dtype=np.float32) / 255 for image in images]
         try:
-            return toy.score(np.stack(pixels), prompts)
+            return toy.score(to_pixels(images), prompts)
         except (KeyError, ValueError) as error:
             size = f"{toy.SIDE} x {toy.SIDE} pixels"
             raise InputError(f"toy needs {size} and captions of its world: {error}") from None
+
+    def score_set(self, images: list[Image.Image], prompt: str) -> dict[str, float]:
+        return toy.score_set(to_pixels(images), prompt)
+
+
+def to_pixels(images: list[Image.Image]) -> np.ndarray:
+    """Return N images of one size as an array [N,H,W,3] in [0,1]."""
+    return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
 
 
 class ClipScorer(Scorer):

@@ -15,7 +15,7 @@ from spin.toy.pictures import (
     write_curated_set,
 )
 from spin.toy.scenes import SCENES, SIDE, Scene, ideal_image, split, to_pil
-from spin.toy.score import LESS_IS_BETTER, METRICS, score
+from spin.toy.score import LESS_IS_BETTER, METRICS, SET_METRICS, score, score_set
 
 BASE = Path(__file__).parent / "base"
 
@@ -25,6 +25,7 @@ __all__ = [
     "LESS_IS_BETTER",
     "METRICS",
     "SCENES",
+    "SET_METRICS",
     "SIDE",
     "Scene",
     "curated_image",
@@ -32,6 +33,7 @@ __all__ = [
     "hash_curated_set",
     "ideal_image",
     "score",
+    "score_set",
     "split",
     "to_pil",
     "write_curated_set",

@@ -4,6 +4,8 @@ An image is explained as a shape of one color on a background of another: for ev
 scene can have, the two colors are fitted by least squares, and the mask with the smallest residual
 wins. The winner's attributes and the named colors nearest to the fitted ones are what the image
 shows. `score` compares that with the prompt.
+
+`score_set` judges several images of one prompt together: are they distributed as the data?
 """
 
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from itertools import product
 
 import numpy as np
 
+from spin.toy.pictures import curated_image
 from spin.toy.scenes import (
     COLORS,
     PLACES,
@@ -24,8 +27,11 @@ from spin.toy.scenes import (
     shape_mask,
 )
 
-METRICS = ("aligned", "clean", "reward", "palette")
-LESS_IS_BETTER = ("palette",)
+METRICS = ("aligned", "clean", "reward", "palette")  # of an image
+SET_METRICS = ("energy", "spread")  # of the images of a prompt
+LESS_IS_BETTER = ("palette", "energy")
+
+DRAWINGS = 16  # curated drawings of a scene that `score_set` compares with
 
 SCENE_OF_CAPTION = {scene.caption: scene for scene in SCENES}
 SHIFTS = (-2, -1, 0, 1, 2)  # pixels by which a shape may be off its place and still be found
@@ -64,6 +70,35 @@ def score(images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
         "reward": 10 * np.exp(-distance / 0.1),
         "palette": palette,
     }
+
+
+def score_set(images: np.ndarray, prompt: str) -> dict[str, float]:
+    """Score images [M,32,32,3] in [0,1] of one prompt, a caption of SCENES, as a set. M >= 2.
+
+    energy: the energy score (Gneiting and Raftery 2007), from 0, less is better. It is the mean
+        distance of an image to a fresh curated drawing of the scene, less half the spread: on
+        average, it is least for images that are distributed as the drawings are.
+    spread: the mean distance of two images.
+
+    Distances are rms over pixels. Raises KeyError if the prompt is not a caption of SCENES.
+    """
+    to_drawings = distances(images, drawings_of(SCENE_OF_CAPTION[prompt]))  # [M,DRAWINGS]
+    to_each_other = distances(images, images)  # [M,M], 0 on the diagonal
+    spread = to_each_other.sum() / (len(images) * (len(images) - 1))
+    return {"energy": to_drawings.mean() - spread / 2, "spread": spread}
+
+
+def distances(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the rms distance of every one of [M,H,W,3] to every one of [N,H,W,3]: [M,N]."""
+    differences = images[:, None] - others[None]  # [M,N,H,W,3]
+    return np.sqrt((differences**2).mean((2, 3, 4)))
+
+
+@cache
+def drawings_of(scene: Scene) -> np.ndarray:
+    """Return curated drawings of a scene, [DRAWINGS,32,32,3], none of which is in a data set."""
+    rng = np.random.default_rng([1, SCENES.index(scene)])  # data sets are drawn from [0, ...]
+    return np.stack([curated_image(scene, rng) for _ in range(DRAWINGS)]).astype(np.float32)
 
 
 @cache

@@ -315,7 +315,10 @@ def test_the_miniature_worlds_scorer():
     image = toy.to_pil(toy.ideal_image(scene))
     scores = scorer.score([image, image], [scene.caption, other.caption])
     assert set(scores) == set(scorer.metrics) and scorer.primary_metric == "reward"
-    assert scorer.less_is_better == ("palette",)
+    assert scorer.less_is_better == ("palette", "energy")
+    sets = scorer.score_set([image, image], scene.caption)
+    assert tuple(sets) == scorer.set_metrics
+    assert sets["spread"] == 0
     assert scores["reward"][0] > 9.5 > scores["reward"][1]
     assert scores["aligned"].tolist() == [1, 0]
 

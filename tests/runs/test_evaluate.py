@@ -92,7 +92,7 @@ def test_the_results_of_a_run(evaluated):
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     assert list(results["models"]) == ["base", "spin-1"] and results["metric"] == "reward"
     for model, metrics in results["models"].items():
-        assert list(metrics) == list(toy.METRICS)
+        assert list(metrics) == [*toy.METRICS, *toy.SET_METRICS]
         for summary in metrics.values():
             assert summary["low"] <= summary["mean"] <= summary["high"]
             assert summary["n"] == 10 and "median" in summary

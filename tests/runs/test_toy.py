@@ -2,8 +2,9 @@
 
 import json
 import multiprocessing
-from pathlib import Path
+from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from spin.infra.errors import InputError
 from spin.toy import SCENES, Scene, ideal_image
 from spin.toy.pictures import careless_caption, curated_image, loser_image, web_image
 from spin.toy.pictures import with_mistakes
+from spin.toy.score import DRAWINGS, drawings_of
 from spin.toy.scenes import ATTRIBUTES, COLORS, PLACES, SHAPES, SIZES, paint, shape_mask
 from tutorial import pretrain_toy, tune_toy
 
@@ -188,6 +190,50 @@ def test_a_batch_is_scored_image_by_image():
     for i, scene in enumerate(some):
         for name, value in score_one(images[i], scene).items():
             assert together[name][i] == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+def test_the_score_of_a_set_by_hand():
+    """On gray images, a distance is the difference of the levels."""
+    scene = SCENES[0]
+    drawings = drawings_of(scene)
+    gray = np.full((2, 32, 32, 3), 0.5)
+    gray[1] = 0.75
+    scores = toy.score_set(gray, scene.caption)
+    assert scores["spread"] == pytest.approx(0.25)
+    to_drawings = np.sqrt(((gray[:, None] - drawings) ** 2).mean((2, 3, 4))).mean()
+    assert scores["energy"] == pytest.approx(to_drawings - 0.125)
+
+
+def mean_energy(draw: Callable[[Scene, np.random.Generator], np.ndarray]) -> float:
+    """Return the mean energy of four images each of 60 scenes."""
+    energies = []
+    for row, scene in enumerate(SCENES[::15]):
+        rng = np.random.default_rng([2, row])
+        images = np.stack([draw(scene, rng) for _ in range(4)])
+        energies.append(toy.score_set(images, scene.caption)["energy"])
+    return np.mean(energies)
+
+
+def test_the_energy_is_least_for_images_that_are_distributed_as_the_data():
+    """Not for the ideal image, which is the mode of the data, nor for one drawing repeated."""
+    real = mean_energy(curated_image)
+    assert real < 0.9 * mean_energy(lambda scene, rng: ideal_image(scene))
+    rest = np.random.default_rng(3)
+    repeated = {scene: curated_image(scene, rest) for scene in SCENES[::15]}
+    assert real < 0.9 * mean_energy(lambda scene, rng: repeated[scene])
+    assert real < 0.6 * mean_energy(web_image)
+    assert real < 0.5 * mean_energy(lambda scene, rng: np.full((32, 32, 3), 0.5))
+
+
+def test_the_drawings_that_sets_are_compared_with_are_in_no_data_set():
+    scene = toy.split()["train"][7]
+    _, image, _ = list(toy.curated_set())[7]
+    drawings = drawings_of(scene)
+    assert len(np.unique(drawings.reshape(DRAWINGS, -1), axis=0)) == DRAWINGS
+    distance = np.sqrt(((drawings - image) ** 2).mean((1, 2, 3)))
+    assert distance.min() > 0.001
+    fit = toy.score(drawings, [scene.caption] * DRAWINGS)
+    assert fit["aligned"].all()
 
 
 def test_scores_are_those_of_the_published_tables():
