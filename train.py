@@ -34,7 +34,7 @@ from spin.checkpoint import (
     locate,
     save_pipeline,
 )
-from spin.config import LOSS_SETTINGS, PRESETS, describe_default
+from spin.config import LOSS_SETTINGS, PRESETS, STORY_TIME, describe_default
 from spin.data import CaptionedImages
 from spin.eval import comparison, estimate, report
 from spin.eval.watch import ForgettingWatch
@@ -103,6 +103,7 @@ def self_play(args: argparse.Namespace, run: Run) -> dict:
         warn_of_cut_prompts(pipe.text_encoder.tokenizer, captions)
     if args.dry_run:
         return dry_run(args, run, pipe, images, real)
+    announce(args, run, images)
     shared = replace(pipe, unet=None)  # what all players share: VAE, text encoder, scheduler
     del pipe
 
@@ -817,6 +818,44 @@ def unfinished_baselines(args: argparse.Namespace, run: Run) -> list[Stage]:
 
 
 # ---- Looking at a run ----------------------------------------------------------------------------
+
+
+def announce(args: argparse.Namespace, run: Run, images: CaptionedImages) -> None:
+    """Print what is left to do, in at most five lines."""
+    iterations = [self_play_stage(args, k) for k in unfinished_iterations(args, run)]
+    baselines = unfinished_baselines(args, run)
+    if not iterations and not baselines:
+        return
+    theta_0 = "the miniature base" if args.model == str(toy.BASE) else args.unet or args.model
+    lines = [f"theta_0 is {theta_0}; {len(images)} real images are in {args.data}"]
+    if iterations:
+        names = ", ".join(stage.name for stage in iterations)
+        steps = ", ".join(str(len(stage.steps)) for stage in iterations)
+        lines.append(
+            f"self-play: {names}, each on its opponent's images and the real ones "
+            f"(steps: {steps}; pairs per step: {args.batch_size})"
+        )
+    if baselines:
+        names = ", ".join(stage.name for stage in baselines)
+        steps = len(baselines[0].steps)
+        lines.append(f"baselines: {names}, from theta_0 on the same real images (steps: {steps})")
+    if args.world and args.score != "none":
+        lines.append(
+            f"then all models are scored on {len(toy.split()[args.score])} {args.score} prompts"
+        )
+    duration = ""
+    if is_unchanged_story(args):
+        duration = f"took {STORY_TIME} when it was last measured; "
+    lines.append(f"{duration}Ctrl-C stops it, and the same command goes on from there")
+    for line in lines:
+        distributed.print0(line)
+
+
+def is_unchanged_story(args: argparse.Namespace) -> bool:
+    """Return whether this is `python train.py` without flags that change how long it takes."""
+    changed = {"device": args.device, "dtype": args.dtype, "out": args.out, "data": args.data}
+    story = {**vars(parse_args([])), **changed}
+    return vars(args) == story and args.device == "cpu"
 
 
 def models_of_run(args: argparse.Namespace, run: Run) -> dict[str, comparison.ModelSource]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import train
 from spin import toy
 from spin.checkpoint import hash_checkpoint, load_unet
-from spin.config import ASSUMED, PAPER, format_value
+from spin.config import ASSUMED, PAPER, STORY_TIME, format_value
 from spin.data import CaptionedImages
 from spin.eval.watch import ForgettingWatch
 from spin.infra.errors import InputError
@@ -283,6 +283,7 @@ def test_steps_that_a_crash_lost_are_counted_again(flags, tmp_path, capsys, monk
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(Run, "append_log", crash_after_step_5)
         train.main(flags(out, more))
+    capsys.readouterr()  # what the run said it would do
     train.main(flags(out, f"{more} --dry-run"))
     assert capsys.readouterr().out.startswith("8 pairs for spin, ")
     with pytest.raises(InputError, match="started with --beta"):
@@ -478,6 +479,29 @@ def test_help_names_the_source_of_every_default(capsys):
     assert "toy: 2e-05, tuned; paper: 2e-05 2e-05 5e-08)" in text
     for name in ASSUMED:
         assert f"paper: {format_value(PAPER[name])}, assumed" in text
+
+
+def announcement(tmp_path: Path, more: str, capsys) -> list[str]:
+    args = train.parse_args(["--out", str(tmp_path / "run"), "--device", "cpu", *more.split()])
+    train.announce(args, Run(args.out), images=range(600))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_run_says_in_five_lines_what_it_will_do(tmp_path, capsys):
+    lines = announcement(tmp_path, "", capsys)
+    assert len(lines) == 5
+    assert "600 real images" in lines[0]
+    assert "spin-1, spin-2, spin-3" in lines[1]
+    assert "sft, dpo" in lines[2]
+    assert "200 test prompts" in lines[3]
+    assert STORY_TIME in lines[4]
+
+
+def test_a_run_says_nothing_of_what_it_will_not_do(tmp_path, capsys):
+    lines = announcement(tmp_path, "--loss spin --iterations 1 --score none", capsys)
+    assert len(lines) == 3
+    assert "self-play: spin-1, " in lines[1]
+    assert STORY_TIME not in lines[2]
 
 
 # ---- The miniature world's data ------------------------------------------------------------------
