@@ -2,8 +2,7 @@
 
     python evaluate.py runs/toy                        every model of a run of train.py
     python evaluate.py --models A B --prompts FILE     any checkpoints, by the paper's metrics
-    python evaluate.py runs/toy --guidance 1 2 3 5 --validation
-                                                       each model at the guidance that is best for it
+    python evaluate.py runs/toy --guidance 1 2 3 5 --validation        each model at its own best
 
 Of a prompt's --num-images images, the one with the highest unweighted average of the scores counts,
 as in the paper. After an interruption, the same command samples and scores only what is missing.
@@ -235,21 +234,18 @@ def evaluate(args: argparse.Namespace) -> dict:
         locate_files(metric, args.scorers)  # fail on missing files before hours of sampling
 
     # ---- each model at its best guidance, which for a single value is that
-    guidance_of = {model: args.guidance for model in models}
+    all_guidance = {model: args.guidance for model in models}
     if args.validation is None:
-        reported = sample_and_score(args, out, prompts, models, hashes, guidance_of)
-        swept = reported
+        swept = sample_and_score(args, out, prompts, models, hashes, all_guidance)
+        best_guidance = swept.best_guidance(all_guidance)
+        reported = swept
     else:
-        others = read_prompts_or_split(args.validation, "validation")[: args.num_prompts]
+        validation = read_prompts_or_split(args.validation, "validation")[: args.num_prompts]
         folder = out / "validation"
-        swept = sample_and_score(args, folder, others, models, hashes, guidance_of)
-    best_guidance = {}
-    for model in models:
-        means = {guidance: swept.mean(guidance, model) for guidance in args.guidance}
-        best_guidance[model] = max(means, key=means.get)
-    if args.validation is not None:
-        guidance_of = {model: [guidance] for model, guidance in best_guidance.items()}
-        reported = sample_and_score(args, out, prompts, models, hashes, guidance_of)
+        swept = sample_and_score(args, folder, validation, models, hashes, all_guidance)
+        best_guidance = swept.best_guidance(all_guidance)
+        chosen = {model: [guidance] for model, guidance in best_guidance.items()}
+        reported = sample_and_score(args, out, prompts, models, hashes, chosen)
 
     # ---- the comparison
     best_scores = {}
@@ -319,9 +315,15 @@ class Scored:
     less_is_better: list[str]  # metrics
     scorer_hashes: dict[str, str]
 
-    def mean(self, guidance: float, model: str) -> float:
-        """Return the mean over the prompts of a model's best images."""
-        return self.best[guidance, model][self.metric].mean()
+    def best_guidance(self, guidance_of: dict[str, list[float]]) -> dict[str, float]:
+        """Return the guidance at which each model scores best, of those in `guidance_of`."""
+        result = {}
+        for model, values in guidance_of.items():
+            means = {}
+            for guidance in values:
+                means[guidance] = self.best[guidance, model][self.metric].mean()
+            result[model] = max(means, key=means.get)
+        return result
 
 
 def sample_and_score(

@@ -486,7 +486,7 @@ def build_parser() -> argparse.ArgumentParser:
                choices=["float32", "bfloat16"])  # fmt: skip
     group.setting("--micro-batch", COUNT, "pairs per forward pass on one GPU")
     group.group.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                             help="compile the networks, for minutes (paper: on CUDA)")  # fmt: skip
+                             help="compile networks, for minutes (paper: on CUDA)")  # fmt: skip
     group.switch("--checkpoint-activations", "less memory, a quarter more compute")
     group.flag("--save-every", COUNT_OR_0, "steps between states; 0: only at the end (50)",
                default=50)  # fmt: skip
@@ -826,7 +826,9 @@ def announce(args: argparse.Namespace, run: Run, images: CaptionedImages) -> Non
     baselines = unfinished_baselines(args, run)
     if not iterations and not baselines:
         return
-    theta_0 = "the miniature base" if args.model == str(toy.BASE) else args.unet or args.model
+    theta_0 = args.unet or args.model
+    if theta_0 == str(toy.BASE):
+        theta_0 = "the miniature base"
     lines = [f"theta_0 is {theta_0}; {len(images)} real images are in {args.data}"]
     if iterations:
         names = ", ".join(stage.name for stage in iterations)

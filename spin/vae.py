@@ -169,7 +169,6 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = Conv2d(latent_channels, latent_channels, 1)
 
     # TF32 has as many binary digits as float16, in which latents are stored; a pixel has 8.
-
     @tf32()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of the latents, unscaled, [B,4,H/f,W/f] each.

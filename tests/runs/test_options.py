@@ -501,6 +501,7 @@ def test_a_run_says_nothing_of_what_it_will_not_do(tmp_path, capsys):
     lines = announcement(tmp_path, "--loss spin --iterations 1 --score none", capsys)
     assert len(lines) == 3
     assert "self-play: spin-1, " in lines[1]
+    assert "theta_0 is some/unet; " in announcement(tmp_path, "--unet some/unet", capsys)[0]
     assert STORY_TIME not in lines[2]
 
 
