@@ -479,7 +479,7 @@ def build_parser() -> argparse.ArgumentParser:
                choices=["test", "validation", "none"], default="test")  # fmt: skip
     group.flag("--score-images", COUNT, "images per prompt and model (2)", default=2)
 
-    group = FlagGroup(parser, "speed and memory; but for --dtype, they change no more than rounding")
+    group = FlagGroup(parser, "speed and memory; only --dtype changes more than rounding")
     group.flag("--device", str, "cpu, cuda, cuda:1, ... (%(default)s)", metavar="NAME",
                default="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
     group.flag("--dtype", str, "of the networks (toy: float32; paper: bfloat16 on CUDA)",
