@@ -11,19 +11,19 @@ as in the paper. After an interruption, the same command samples and scores only
 import argparse
 import re
 import sys
-from collections import defaultdict
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, replace
 from os.path import expanduser
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from spin import toy
 from spin.checkpoint import hash_checkpoint, locate
-from spin.eval import comparison, plots, stats
+from spin.eval import comparison, plots, stats, sweep, world
 from spin.eval.comparison import Evaluation, ModelSource
 from spin.eval.report import models_of_run
-from spin.eval.scorers import FILES, PUBLISHED, load_scorer, locate_files
+from spin.eval.scorers import FILES, PUBLISHED, locate_files
 from spin.infra.cli import SEED_TYPE, number, provenance, run_script
 from spin.infra.devices import default_dtype, prepare_device
 from spin.infra.errors import InputError
@@ -54,8 +54,6 @@ WORLDS_OWN = ""  # the value of --validation that is given without a file
 
 # Titles of tables in results.json.
 SINGLE_TITLE = "One image per prompt: the mean over all images."
-SWEEP_TITLE = "The {} by guidance. The best is chosen on these same prompts, a bias in its favor."
-VALIDATION_TITLE = "The {} by guidance on the validation prompts, on which the best is chosen."
 PUBLISHED_TITLE = (
     "Published, not measured here: arXiv 2402.10210, Pick-a-Pic's 500 test prompts, best of five "
     "images, approximate."
@@ -234,23 +232,35 @@ def evaluate(args: argparse.Namespace) -> dict:
         locate_files(metric, args.scorers)  # fail on missing files before hours of sampling
 
     # ---- each model at its best guidance, which for a single value is that
+    options = SamplingOptions(
+        steps=args.steps,
+        sampler=args.sampler,
+        eta=args.eta,
+        height=args.resolution,
+        width=args.resolution,
+        dtype=getattr(torch, args.dtype),
+    )
+    evaluation = Evaluation(out, prompts, args.num_images, options, args.seed)
     all_guidance = {model: args.guidance for model in models}
     if args.validation is None:
-        swept = sample_and_score(args, out, prompts, models, hashes, all_guidance)
-        best_guidance = swept.best_guidance(all_guidance)
+        swept = sample_and_score(args, evaluation, models, hashes, all_guidance)
         reported = swept
+        sweep_title = sweep.SAME_PROMPTS
     else:
         validation = read_prompts_or_split(args.validation, "validation")[: args.num_prompts]
-        folder = out / "validation"
-        swept = sample_and_score(args, folder, validation, models, hashes, all_guidance)
-        best_guidance = swept.best_guidance(all_guidance)
-        chosen = {model: [guidance] for model, guidance in best_guidance.items()}
-        reported = sample_and_score(args, out, prompts, models, hashes, chosen)
+        chosen_on = replace(evaluation, folder=out / "validation", prompts=validation)
+        swept = sample_and_score(args, chosen_on, models, hashes, all_guidance)
+        chosen = {model: [guidance] for model, guidance in swept.best_guidance().items()}
+        reported = sample_and_score(args, evaluation, models, hashes, chosen)
+        sweep_title = sweep.VALIDATION
+    best_guidance = swept.best_guidance()
 
     # ---- the comparison
     best_scores = {}
+    single: dict[str, dict] = {}
     for model, guidance in best_guidance.items():
         best_scores[model] = reported.best[guidance, model]
+        single[model] = summarize(reported.mean(guidance, model))
     config = {
         **vars(args),
         "models": {model: astuple(source) for model, source in models.items()},
@@ -265,19 +275,14 @@ def evaluate(args: argparse.Namespace) -> dict:
     title = describe(len(prompts), args.num_images, args.guidance)
     metric = reported.metric
     results = comparison.compare(title, best_scores, reported.less_is_better, metric, config)
+    if args.metrics == ["toy"]:
+        [base, *_] = models.values()
+        real = world.score_real(base.load(args.device).vae, prompts, args.num_images)
+        results["real"] = summarize(stats.best_of(real, [metric]))
+        single["real"] = summarize({name: values.mean(axis=1) for name, values in real.items()})
 
     # ---- more tables: single images, guidance, what the paper published
-    single: dict[str, dict] = {}
-    sweep: dict[str, dict] = {}
-    for model, guidance in best_guidance.items():
-        single[model] = {}
-        for name, values in reported.scores[guidance, model].items():
-            single[model][name] = stats.interval(values.mean(axis=1))
-        sweep[model] = {"best at": f"{guidance:g}"}
-        for other in args.guidance:
-            sweep[model][f"{other:g}"] = stats.interval(swept.best[other, model][metric])
-    sweep_title = SWEEP_TITLE if args.validation is None else VALIDATION_TITLE
-    results["tables"] = {SINGLE_TITLE: single, sweep_title.format(metric): sweep}
+    results["tables"] = {SINGLE_TITLE: single, sweep_title.format(metric): swept.table()}
     if args.paper:
         results["tables"][PUBLISHED_TITLE] = PUBLISHED
     comparison.write_results(out, results)
@@ -304,76 +309,29 @@ def read_prompts_or_split(path: str | None, split: str) -> list[str]:
     return [scene.caption for scene in toy.split()[split]]
 
 
-@dataclass
-class Scored:
-    """The images of some models for the same prompts, and their scores."""
-
-    evaluations: dict[float, Evaluation]  # by guidance
-    scores: dict[tuple[float, str], dict]  # of (guidance, model): {metric: [N,num_images]}
-    best: dict[tuple[float, str], dict]  # the same, of each prompt's best image: {metric: [N]}
-    metric: str  # by which images are chosen and claims are judged
-    less_is_better: list[str]  # metrics
-    scorer_hashes: dict[str, str]
-
-    def best_guidance(self, guidance_of: dict[str, list[float]]) -> dict[str, float]:
-        """Return the guidance at which each model scores best, of those in `guidance_of`."""
-        result = {}
-        for model, values in guidance_of.items():
-            means = {}
-            for guidance in values:
-                means[guidance] = self.best[guidance, model][self.metric].mean()
-            result[model] = max(means, key=means.get)
-        return result
-
-
 def sample_and_score(
     args: argparse.Namespace,
-    folder: Path,
-    prompts: list[str],
+    evaluation: Evaluation,
     models: dict[str, ModelSource],
     hashes: dict[str, str],
     guidance_of: dict[str, list[float]],
-) -> Scored:
-    """Sample and score what is missing in `folder`.
+) -> sweep.Scored:
+    """Sample and score what is missing in the evaluation's folder, with the flags' scorers."""
+    return sweep.sample_and_score(
+        evaluation,
+        guidance_of,
+        models,
+        hashes,
+        args.metrics,
+        args.batch_size,
+        args.device,
+        args.scorers,
+    )
 
-    guidance_of: the values of guidance at which each model is sampled
-    """
-    # ---- every model samples every prompt
-    evaluations: dict[float, Evaluation] = {}
-    for guidance in args.guidance:
-        options = SamplingOptions(
-            steps=args.steps,
-            guidance=guidance,
-            sampler=args.sampler,
-            eta=args.eta,
-            height=args.resolution,
-            width=args.resolution,
-            dtype=getattr(torch, args.dtype),
-        )
-        evaluations[guidance] = Evaluation(folder, prompts, args.num_images, options, args.seed)
-    evaluations_of: dict[str, list[Evaluation]] = {}
-    for model in models:
-        evaluations_of[model] = [evaluations[guidance] for guidance in guidance_of[model]]
-    comparison.sample_models(evaluations_of, models, hashes, args.batch_size, args.device)
 
-    # ---- every scorer scores every image; the best of a prompt's images counts
-    scores = defaultdict(dict)
-    primary_metrics = []
-    less_is_better = []
-    scorer_hashes = {}
-    for name in args.metrics:
-        scorer = load_scorer(name, args.scorers, args.device)
-        for model in models:
-            for guidance in guidance_of[model]:
-                new_scores = evaluations[guidance].score(model, hashes[model], scorer)
-                scores[guidance, model].update(new_scores)
-        primary_metrics.append(scorer.primary_metric)
-        less_is_better += scorer.less_is_better
-        scorer_hashes[name] = scorer.hash
-        del scorer  # frees its network's memory before the next is loaded
-    best = {key: stats.best_of(values, primary_metrics) for key, values in scores.items()}
-    metric = primary_metrics[0] if len(primary_metrics) == 1 else "average"
-    return Scored(evaluations, scores, best, metric, less_is_better, scorer_hashes)
+def summarize(scores: dict[str, np.ndarray]) -> dict[str, stats.Summary]:
+    """Return the interval of each metric, {metric: [N]}."""
+    return {metric: stats.interval(values) for metric, values in scores.items()}
 
 
 def describe(num_prompts: int, num_images: int, guidance: list[float]) -> str:

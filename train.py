@@ -7,7 +7,7 @@
 For k = 1..K: for every prompt that the iteration uses, generate an image from theta_{k-1}; train
 theta_k, initialized from theta_{k-1}, to tell the real images from the generated ones, with the
 SPIN loss (C.6); make it the next opponent. The baselines, SFT and Diffusion-DPO, start from theta_0
-and see the same real images in the same batches.
+and see the same rows of the data in the same batches.
 
 After an interruption, the same command resumes where it stopped. Finished stages are not repeated.
 """
@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from spin import toy
 from spin.checkpoint import (
@@ -36,7 +37,7 @@ from spin.checkpoint import (
 )
 from spin.config import LOSS_SETTINGS, PRESETS, STORY_TIME, describe_default
 from spin.data import CaptionedImages
-from spin.eval import comparison, estimate, report
+from spin.eval import comparison, estimate, report, world
 from spin.eval.watch import ForgettingWatch
 from spin.infra import distributed
 from spin.infra.cli import (
@@ -54,7 +55,13 @@ from spin.infra.inspection import check_rows
 from spin.infra.interrupt import Interrupted, StopRequest
 from spin.infra.run import Run
 from spin.infra.shards import LatentShards
-from spin.pairs import PairLoader, encode_images, generate_images, rows_of_steps
+from spin.pairs import (
+    PairLoader,
+    encode_images,
+    generate_images,
+    load_preferences,
+    rows_of_steps,
+)
 from spin.sampler import SAMPLERS, SamplingOptions
 from spin.scheduler import PREDICTION_TYPES
 from spin.step import LossStep, cast_weights_
@@ -96,13 +103,14 @@ def self_play(args: argparse.Namespace, run: Run) -> dict:
     pipe = base_source(args).load(args.device)
     check_sampling(args, pipe)
     images = load_images(args)
+    preferences = preferences_of_world(args, pipe)
     cache = prepare_run(args, run, images, pipe.scheduler.prediction_type)
     real = LatentShards(cache, range(len(images)))
     if real.count_missing() > 0:  # said once: at the first start, before latents are cached
         captions = (images.caption(row) for row in range(len(images)))
         warn_of_cut_prompts(pipe.text_encoder.tokenizer, captions)
     if args.dry_run:
-        return dry_run(args, run, pipe, images, real)
+        return dry_run(args, run, pipe, images, real, preferences)
     announce(args, run, images)
     shared = replace(pipe, unet=None)  # what all players share: VAE, text encoder, scheduler
     del pipe
@@ -140,9 +148,9 @@ def self_play(args: argparse.Namespace, run: Run) -> dict:
         opponent = run.checkpoint(stage.name)
         update_samples(args, run, images)
 
-    # ---- the baselines, from theta_0, on the same real images in the same batches
+    # ---- the baselines, from theta_0, on the same rows of the data in the same batches
     for stage in unfinished_baselines(args, run):
-        loader = pair_loader(args, stage.loss, shared, images, real, generated=None)
+        loader = pair_loader(args, stage.loss, shared, images, real, preferences=preferences)
         train(args, run, stage, theta_0, loader)
         update_samples(args, run, images)
 
@@ -478,6 +486,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.flag("--score", str, "the miniature world's prompts to score all models on (test)",
                choices=["test", "validation", "none"], default="test")  # fmt: skip
     group.flag("--score-images", COUNT, "images per prompt and model (2)", default=2)
+    group.flag("--score-guidance", NOT_NEGATIVE, "where to look for each model's best guidance, on "
+               "validation prompts; one value: do not (2 3 5 7.5 10)",
+               nargs="+", default=[2.0, 3.0, 5.0, 7.5, 10.0])  # fmt: skip
 
     group = FlagGroup(parser, "speed and memory; only --dtype changes more than rounding")
     group.flag("--device", str, "cpu, cuda, cuda:1, ... (%(default)s)", metavar="NAME",
@@ -650,15 +661,39 @@ def base_source(args: argparse.Namespace) -> comparison.ModelSource:
 
 
 def load_images(args: argparse.Namespace) -> CaptionedImages:
-    """Return the data; that of the miniature world is drawn on first use."""
+    """Return the data; those of the miniature world are drawn on first use."""
     if args.world:
         if distributed.is_main():
             toy.write_curated_set(Path(args.data))
         distributed.barrier()
-    needs_rejected = args.loss in ("all", "dpo")
+    needs_rejected = args.loss in ("all", "dpo") and not args.world
     return CaptionedImages(
         args.data, args.resolution, needs_rejected, args.num_prompts, args.follow_links
     )
+
+
+def preferences_of_world(args: argparse.Namespace, pipe: Pipeline) -> dict[str, Tensor] | None:
+    """Return the pairs that DPO trains on in the miniature world, see `PairLoader`; None elsewhere.
+
+    Raises InputError if the base lacks them or has those of another base.
+    """
+    path = preferences_file(args)
+    if path is None:
+        return None
+    if not path.exists():
+        raise InputError(
+            f"{path}: missing; in the miniature world, DPO trains on the pairs of images in it. "
+            "Make it with tutorial/pretrain_toy.py, or choose --loss spin or --loss sft"
+        )
+    side = args.resolution // pipe.vae.downscale
+    return load_preferences(path, (toy.NUM_ROWS, pipe.unet.conv_in.in_channels, side, side))
+
+
+def preferences_file(args: argparse.Namespace) -> Path | None:
+    """Return the file of `preferences_of_world`, beside the base; None if no training reads it."""
+    if args.world and args.loss in ("all", "dpo"):
+        return locate(args.model) / toy.PREFERENCES
+    return None
 
 
 def prepare_run(
@@ -703,7 +738,7 @@ def hash_data(args: argparse.Namespace, run: Run, images: CaptionedImages) -> st
     """Return 16 hexadecimal digits of SHA-256 that identify the data. Drop its unusable rows.
 
     The miniature world's curated set is identified by its pixels: the bytes of PNG files depend on
-    Pillow's version.
+    Pillow's version. The pairs of DPO belong to its data.
     """
     if not args.world:
         return check_rows(images, run.folder / "data", args.skip_bad)
@@ -712,7 +747,9 @@ def hash_data(args: argparse.Namespace, run: Run, images: CaptionedImages) -> st
             f"{args.data}: not the miniature world's curated set; delete it, and it will be "
             "written again"
         )
-    return hash_files([], [toy.CURATED_SHA256, f"{len(images)} rows", str(images.with_rejected)])
+    preferences = preferences_file(args)
+    files = [] if preferences is None else [preferences]
+    return hash_files(files, [toy.CURATED_SHA256, f"{len(images)} rows"])
 
 
 def settings_to_match(args: argparse.Namespace, run: Run) -> list[str]:
@@ -772,15 +809,21 @@ def pair_loader(
     shared: Pipeline,
     images: CaptionedImages,
     real: LatentShards,
-    generated: LatentShards | None,
+    generated: LatentShards | None = None,
+    preferences: dict[str, Tensor] | None = None,
 ) -> PairLoader:
-    """Return what loads the pairs for a loss. generated: the opponent's latents, for "spin"."""
+    """Return what loads the pairs for a loss.
+
+    generated: the opponent's latents, for "spin".
+    preferences: for "dpo" in the miniature world, see `preferences_of_world`.
+    """
     return PairLoader(
         loss=loss,
         pipe=shared,
         images=images,
         real=real,
         generated=generated,
+        preferences=preferences,
         seed=args.seed,
         batch_size=args.batch_size,
         flip=args.flip,
@@ -840,11 +883,15 @@ def announce(args: argparse.Namespace, run: Run, images: CaptionedImages) -> Non
     if baselines:
         names = ", ".join(stage.name for stage in baselines)
         steps = len(baselines[0].steps)
-        lines.append(f"baselines: {names}, from theta_0 on the same real images (steps: {steps})")
-    if args.world and args.score != "none":
         lines.append(
-            f"then all models are scored on {len(toy.split()[args.score])} {args.score} prompts"
+            f"baselines: {names}, from theta_0 on the same rows in the same batches "
+            f"(steps: {steps})"
         )
+    if args.world and args.score != "none":
+        line = f"then all models are scored on {len(toy.split()[args.score])} {args.score} prompts"
+        if world.has_sweep(args.score_guidance, args.score):
+            line += f", at guidance {args.guidance:g} and each at its best guidance"
+        lines.append(line)
     duration = ""
     if is_unchanged_story(args):
         duration = f"took {STORY_TIME} when it was last measured; "
@@ -868,18 +915,37 @@ def models_of_run(args: argparse.Namespace, run: Run) -> dict[str, comparison.Mo
 def sample_grid(
     args: argparse.Namespace, run: Run, images: CaptionedImages
 ) -> report.SampleGrid:
-    """Return the grid in samples/. Its prompts are the first to be scored, or the data's first."""
+    """Return the grid in samples/. Its prompts are the data's first.
+
+    In the miniature world they are prompts to be scored, at quantiles of theta_0's reward, with
+    the seeds of their scored images. With --score none they are the first test prompts.
+    """
     folder = run.folder / "samples"
     options = sampling_options(args)
-    if args.world:
-        split = "test" if args.score == "none" else args.score
-        scenes = toy.split()[split][: args.grid_prompts]
-        prompts = [scene.caption for scene in scenes]
-        ideal_images = [toy.to_pil(toy.ideal_image(scene)) for scene in scenes]
-        return report.SampleGrid(folder, prompts, options, ideal_images)
-    captions = [images.caption(row) for row in range(min(len(images), 1000))]
-    different = list(dict.fromkeys(captions))
-    return report.SampleGrid(folder, different[: args.grid_prompts], options)
+    if not args.world:
+        captions = [images.caption(row) for row in range(min(len(images), 1000))]
+        different = list(dict.fromkeys(captions))[: args.grid_prompts]
+        return report.SampleGrid(folder, different, range(len(different)), options)
+
+    if args.score == "none":
+        scenes = toy.split()["test"]
+        rows = list(range(min(args.grid_prompts, len(scenes))))
+    else:
+        scenes = toy.split()[args.score]
+        rows = report.typical_rows(
+            evaluation_of_run(args, run),
+            base_source(args),
+            args.grid_prompts,
+            args.generation_batch,
+            args.device,
+        )
+    return report.SampleGrid(
+        folder,
+        prompts=[scenes[row].caption for row in rows],
+        seeds=[comparison.SEED + comparison.STRIDE * row for row in rows],
+        options=options,
+        ideal_images=[toy.to_pil(toy.ideal_image(scenes[row])) for row in rows],
+    )
 
 
 def update_samples(args: argparse.Namespace, run: Run, images: CaptionedImages) -> None:
@@ -905,6 +971,16 @@ def sample_in_training(
         grid.draw(list(models_of_run(args, run)))
 
 
+def evaluation_of_run(args: argparse.Namespace, run: Run) -> comparison.Evaluation:
+    """Return the images by which the miniature world's models are scored."""
+    return comparison.Evaluation(
+        run.folder / "evaluation",
+        world.captions(args.score),
+        args.score_images,
+        sampling_options(args),
+    )
+
+
 def report_results(args: argparse.Namespace, run: Run) -> dict:
     """Print a summary of the log, and score the models of the miniature world."""
     if not distributed.is_main():
@@ -916,22 +992,18 @@ def report_results(args: argparse.Namespace, run: Run) -> dict:
 
     results = None
     if args.world and args.score != "none":
-        prompts = [scene.caption for scene in toy.split()[args.score]]
-        title = (
-            f"{len(prompts)} {args.score} prompts, {args.score_images} images each, "
-            f"guidance {args.guidance:g}"
-        )
-        results = report.score_models(
+        results = world.score_models(
             run,
             models_of_run(args, run),
-            prompts,
-            args.score_images,
-            sampling_options(args),
+            evaluation_of_run(args, run),
+            args.score_guidance,
+            args.score,
             args.generation_batch,
-            title,
             args.device,
         )
         print("\n" + comparison.format_markdown(results, brief=True))
+        for sentence in world.conclusions(results):
+            print(sentence)
 
     files = ["samples/grid.png", "curves.png", "results.md", "results.png"]
     existing = [file for file in files if (run.folder / file).exists()]
@@ -950,6 +1022,7 @@ def dry_run(
     pipe: Pipeline,
     images: CaptionedImages,
     real: LatentShards,
+    preferences: dict[str, Tensor] | None,
 ) -> dict:
     """Time a little of each kind of work that is left, and print how long all of it will take."""
     iterations = [self_play_stage(args, k) for k in unfinished_iterations(args, run)]
@@ -998,7 +1071,7 @@ def dry_run(
     blank = estimate.BlankLatents((pipe.unet.conv_in.in_channels, side, side))
     for loss, num_pairs in pairs_of_loss.items():
         if num_pairs > 0:
-            loader = pair_loader(args, loss, pipe, images, blank, blank)
+            loader = pair_loader(args, loss, pipe, images, blank, blank, preferences)
             estimates.append(
                 estimate.measure_training(
                     num_pairs, loader, args.micro_batch, args.compile, args.checkpoint_activations
@@ -1011,6 +1084,9 @@ def dry_run(
     if args.world and args.score != "none" and unscored:
         num_models = len(stages) + len(models_of_run(args, run))
         num_images += num_models * args.score_images * len(toy.split()[args.score])
+        if world.has_sweep(args.score_guidance, args.score):
+            num_images += num_models * len(args.score_guidance) * len(toy.split()["validation"])
+            num_images += num_models * args.score_images * len(toy.split()[args.score])
     if num_images > 0:
         estimates.append(
             estimate.measure_sampling(

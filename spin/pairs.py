@@ -6,11 +6,13 @@ share of the files. `PairLoader` then reads them, and makes all random draws of 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from spin.checkpoint import Pipeline
+from spin.checkpoint.tensors import read_tensors
 from spin.data import CaptionedImages, batch_rows, noise_generator, random_draws
 from spin.infra import distributed
 from spin.infra.devices import copy_to_device
@@ -148,6 +150,27 @@ def check_storable(
 # ---- Batches of pairs ----------------------------------------------------------------------------
 
 
+def load_preferences(path: Path, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return pairs of generated images for DPO, as scaled latents: "preferred" and "rejected".
+
+    path: a .safetensors file with these two tensors.
+    shape: of each, [rows,4,h,w], a pair for each row of the data.
+
+    Raises InputError if the file cannot be read, holds other tensors, or is damaged.
+    """
+    preferences = read_tensors(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in preferences.items()}
+    if shapes != {"preferred": shape, "rejected": shape}:
+        raise InputError(
+            f"{path}: must hold two tensors, preferred and rejected, of shape {list(shape)}; "
+            "it was made for another model or other data"
+        )
+    for name, tensor in preferences.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: {name} holds NaN or infinity: the file is damaged")
+    return preferences
+
+
 @dataclass
 class PairLoader:
     """Loads the pairs of a training step.
@@ -158,6 +181,8 @@ class PairLoader:
     pipe: its text encoder, VAE and scheduler are used.
     images: the data, whose captions are the prompts.
     real: latents of the real images. generated: the opponent's latents, for "spin" alone.
+    preferences: for "dpo" alone, what `load_preferences` returns: both images of the pairs, which
+        are never mirrored. None: the pairs are of the real images and of the data's rejected ones.
     batch_size: pairs of a step, over all ranks.
     flip: probability of mirroring a real image.
     prompt_dropout: probability of training a pair with the empty prompt.
@@ -170,6 +195,7 @@ class PairLoader:
     images: CaptionedImages
     real: LatentShards
     generated: LatentShards | None
+    preferences: dict[str, Tensor] | None
     seed: int
     batch_size: int
     flip: float
@@ -184,20 +210,9 @@ class PairLoader:
         rows = batch_rows(self.seed, iteration, step, self.batch_size, len(self.images))[start:end]
         has_eps_gen = self.independent_noise and self.loss != "sft"
         draws = self.draws_of_batch(iteration, step, start, rows, has_eps_gen)
-        flipped = draws["flip"] < self.flip
-        noise = draws["posterior_noise"]
-
-        batch = {
-            "x0_data": self.real_latents("", rows, flipped, noise),
-            "eps": draws["eps"],
-            "t": draws["t"],
-        }
-        if self.loss == "spin":
-            batch["x0_gen"] = self.generated.read("x0", rows)
-        elif self.loss == "dpo":
-            batch["x0_gen"] = self.real_latents("rejected_", rows, flipped, noise)
-        elif self.loss != "sft":
-            raise ValueError(f"loss {self.loss!r}: must be spin, dpo or sft")
+        batch = self.latents_of_batch(rows, draws)
+        batch["eps"] = draws["eps"]
+        batch["t"] = draws["t"]
         if has_eps_gen:
             batch["eps_gen"] = draws["eps_gen"]
 
@@ -222,6 +237,24 @@ class PairLoader:
         for name in pairs[0]:
             batch[name] = torch.stack([pair[name] for pair in pairs])
         return batch
+
+    def latents_of_batch(self, rows: Sequence[int], draws: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the images of the rows' pairs, x0_data and (not for "sft") x0_gen, [B,4,h,w]."""
+        if self.loss == "dpo" and self.preferences is not None:
+            return {
+                "x0_data": self.preferences["preferred"][rows].float(),
+                "x0_gen": self.preferences["rejected"][rows].float(),
+            }
+        flipped = draws["flip"] < self.flip
+        noise = draws["posterior_noise"]
+        latents = {"x0_data": self.real_latents("", rows, flipped, noise)}
+        if self.loss == "spin":
+            latents["x0_gen"] = self.generated.read("x0", rows)
+        elif self.loss == "dpo":
+            latents["x0_gen"] = self.real_latents("rejected_", rows, flipped, noise)
+        elif self.loss != "sft":
+            raise ValueError(f"loss {self.loss!r}: must be spin, dpo or sft")
+        return latents
 
     def real_latents(
         self, prefix: str, rows: Sequence[int], flipped: Tensor, noise: Tensor

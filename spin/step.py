@@ -45,8 +45,8 @@ def spin_step(
     The two images of a pair share the timestep and the prompt. They share the noise, too, unless
     `eps_gen` [B,4,h,w] is given for the generated one.
 
-    Diffusion-DPO is the same step: its reference, theta_0, is the opponent, and x0_gen the
-    rejected image (see `spin.loss.dpo_loss`).
+    Diffusion-DPO is the same step: its reference, theta_0, is the opponent, x0_data the preferred
+    image, and x0_gen the rejected one (see `spin.loss.dpo_loss`).
     """
     if eps_gen is None:
         eps_gen = eps

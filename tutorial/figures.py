@@ -32,24 +32,25 @@ from spin.infra.images import save_png, to_pil  # noqa: E402
 from spin.loss import LINKS, per_image_error  # noqa: E402
 from spin.sampler import decode_latents, sample  # noqa: E402
 from spin.scheduler import add_noise, ddim_step, x0_and_eps  # noqa: E402
-from spin.toy.pictures import curated_image, curated_set  # noqa: E402
+from spin.toy.pictures import curated_image, curated_row, web_image  # noqa: E402
 from spin.unet import UNet  # noqa: E402
 from tutorial.charts import arrow_chart, bar_chart, line_chart  # noqa: E402
 from tutorial.pretrain_toy import to_tensor  # noqa: E402
 
 FOLDER = ROOT / "tutorial" / "figures"
-GUIDANCE = 3.0
+GUIDANCE = 7.5
 STEPS = 20
+SHOWN = [1805, 168]  # rows of the curated set whose captions are right and complete
 
 
 def curated(rows: list[int]) -> tuple[Tensor, list[str]]:
     """Return images [N,3,32,32] in [-1,1] of the curated set, and their captions."""
     captions = []
     images = []
-    for row, (caption, image, _) in enumerate(curated_set()):
-        if row in rows:
-            captions.append(caption)
-            images.append(np.asarray(toy.to_pil(image)) / 255)  # 8 bits, as in its files
+    for row in rows:
+        description, image = curated_row(row)
+        captions.append(description.caption)
+        images.append(np.asarray(toy.to_pil(image)) / 255)  # 8 bits, as in its files
     return to_tensor(images), captions
 
 
@@ -59,7 +60,7 @@ def curated(rows: list[int]) -> tuple[Tensor, list[str]]:
 def noise_levels() -> Image.Image:
     """Show two images of the curated set at seven levels of noise."""
     alphas_cumprod = load_pipeline(toy.BASE).scheduler.alphas_cumprod
-    images, captions = curated([5, 11])
+    images, captions = curated(SHOWN)
     timesteps = [0, 100, 250, 350, 500, 700, 999]
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -115,26 +116,17 @@ def sampling_path() -> Image.Image:
 
 @torch.no_grad()
 def errors() -> Image.Image:
-    """Plot theta_0's error by timestep, on images that it was trained with and on others."""
+    """Plot theta_0's error by timestep, on new images of the web and on curated ones."""
     pipe = load_pipeline(toy.BASE)
     scenes = toy.split()["test"]
-    trained_images, trained_captions = curated(list(range(len(scenes))))
-    other_images = []
-    other_captions = []
-    for i, scene in enumerate(scenes):
-        other_images.append(curated_image(scene, np.random.default_rng([1, i])))
-        other_captions.append(scene.caption)
-
-    timesteps = range(50, 1000, 50)
+    captions = [scene.caption for scene in scenes]
     generator = torch.Generator().manual_seed(0)
-    lines = {
-        "on images it was trained with": error_by_timestep(
-            pipe, trained_images, trained_captions, timesteps, generator
-        ),
-        "on others of the same kind": error_by_timestep(
-            pipe, to_tensor(other_images), other_captions, timesteps, generator
-        ),
-    }
+    lines = {}
+    for name, paint in (("on web images", web_image), ("on curated images", curated_image)):
+        images = [paint(scene, np.random.default_rng([1, i])) for i, scene in enumerate(scenes)]
+        lines[name] = error_by_timestep(
+            pipe, to_tensor(images), captions, range(50, 1000, 50), generator
+        )
     title = "mean squared error of the predicted noise (predicting 0 would cost 1)"
     ticks = (50, 200, 400, 600, 800, 950)
     return line_chart(title, "timestep", lines, ticks, 620, 280)
@@ -217,7 +209,7 @@ def links() -> Image.Image:
 def gradient() -> Image.Image:
     """Draw one pair's matching and pushing term, in the plane of their gradients."""
     pipe = load_pipeline(toy.BASE)
-    image, captions = curated([5])
+    image, captions = curated(SHOWN[:1])
     with torch.no_grad():
         mean, _ = pipe.vae.encode(image)
     real = mean * pipe.vae.scaling_factor
@@ -359,14 +351,14 @@ def draw_vertical_arrow(draw: ImageDraw.ImageDraw, x: float, start: float, end: 
 def latents() -> Image.Image:
     """Show images, the four channels of their latents, and the images decoded from them."""
     vae = load_pipeline(toy.BASE).vae
-    images, captions = curated([5, 11])
+    images, captions = curated(SHOWN)
     rows = []
     for image in images.split(1):
         mean, _ = vae.encode(image)
         decoded = vae.decode(mean)
         row = [to_pil(image[0] / 2 + 0.5)]
         for channel in mean[0]:
-            row.append(to_pil((channel / 16 + 0.5).expand(3, -1, -1)))
+            row.append(to_pil((channel / 8 + 0.5).expand(3, -1, -1)))
         row.append(to_pil(decoded[0] / 2 + 0.5))
         rows.append(row)
     channels = [f"channel {i}" for i in range(4)]

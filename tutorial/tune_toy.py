@@ -1,6 +1,6 @@
-"""Choose the miniature world's hyperparameters: fifteen trials a method on the validation prompts.
+"""Choose the miniature world's hyperparameters: nine trials a method on the validation prompts.
 
-    python tutorial/tune_toy.py        (about an hour on one CPU core; again: goes on)
+    python tutorial/tune_toy.py        (TODO; again: goes on)
 
 Writes tutorial/evidence/tuning.json and tuning.md. The trial whose last model earns the most
 reward gives the defaults of `train.py --preset toy`. Test prompts are not used.
@@ -33,16 +33,11 @@ FIXED = [
 ]
 
 # {method: flags of train.py for each trial}
-SFT_LRS = (
-    *(1e-6, 2e-6, 3e-6, 5e-6),
-    *(1e-5, 2e-5, 3e-5, 4e-5, 5e-5, 7e-5),
-    *(1e-4, 2e-4, 3e-4, 5e-4),
-    1e-3,
-)
-DPO_LRS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
-DPO_BETAS = (1000, 5000, 20000)
-SPIN_LRS = (2e-6, 5e-6, 1e-5, 2e-5, 5e-5)
-SPIN_BETAS = (2000, 10000, 40000)
+SFT_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)
+DPO_LRS = (1e-6, 3e-6, 1e-5)
+DPO_BETAS = (2000, 10000, 50000)
+SPIN_LRS = (2e-5, 5e-5, 1e-4)
+SPIN_BETAS = (2000, 10000, 50000)
 TRIALS = {
     "sft": [{"sft-lr": lr} for lr in SFT_LRS],
     "dpo": [{"dpo-lr": lr, "dpo-beta": beta} for lr, beta in product(DPO_LRS, DPO_BETAS)],

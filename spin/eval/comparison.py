@@ -382,12 +382,25 @@ def format_markdown(results: dict, brief: bool = False) -> str:
 
     brief: only the first table and the claims.
     """
-    parts = [f"# {results['title']}", stats.format_table(results["models"])]
+    parts = format_comparison(results, brief)
+    if "at_best_guidance" in results:
+        parts += format_comparison(results["at_best_guidance"], brief)
+    parts.append("Brackets: 95% bootstrap intervals over the prompts, for this one training seed.")
+    return "\n\n".join(parts) + "\n"
+
+
+def format_comparison(results: dict, brief: bool) -> list[str]:
+    """Return the paragraphs on one comparison: its title, tables and claims."""
+    # the miniature world's real images are in the tables of scores, as if a model had made them
+    rows = dict(results["models"])
+    if "real" in results:
+        rows["real"] = results["real"]
+    parts = [f"# {results['title']}", stats.format_table(rows)]
 
     if not brief:
         parts += ["Medians.", stats.format_table(medians(results["models"]))]
-        for title, rows in results["tables"].items():
-            parts += [title, stats.format_table(rows)]
+        for title, table in results["tables"].items():
+            parts += [title, stats.format_table(table)]
 
     if not brief and results["differences"]:
         title = "Differences, paired by prompt. *: significant."
@@ -402,8 +415,7 @@ def format_markdown(results: dict, brief: bool = False) -> str:
     if results["claims"]:
         claims = [format_claim(claim, results["metric"]) for claim in results["claims"]]
         parts.append("\n".join(claims))
-    parts.append("Brackets: 95% bootstrap intervals over the prompts, for this one training seed.")
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def format_claim(claim: dict, metric: str) -> str:

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 INK = (32, 32, 36)
@@ -76,6 +77,17 @@ def fit(image: Image.Image, side: int) -> Image.Image:
     height = max(1, round(image.height * scale))
     method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     return image.resize((width, height), method)
+
+
+def difference(image: Image.Image, ideal: Image.Image, gain: float) -> Image.Image:
+    """Return 128 + gain * (image - ideal) in each channel, clipped: mid-gray where they are equal.
+
+    ideal: is enlarged to the size of `image` if it is smaller.
+    """
+    ideal = ideal.resize(image.size, Image.Resampling.NEAREST)
+    signed = np.asarray(image, np.float32) - np.asarray(ideal, np.float32)  # [H,W,3]
+    amplified = np.clip(128 + gain * signed, 0, 255)
+    return Image.fromarray(amplified.round().astype(np.uint8))
 
 
 # ---- Charts --------------------------------------------------------------------------------------

@@ -1,21 +1,24 @@
-"""The visible results of a run: images sampled from its models, training curves and scores."""
+"""The visible results of a run: images sampled from its models, and training curves."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from spin.checkpoint import Pipeline
 from spin.eval import comparison, plots
 from spin.eval.comparison import Evaluation, ImageRequest, ModelSource
 from spin.eval.scorers import load_scorer
-from spin.infra.files import read_json, remove
+from spin.infra.files import remove
 from spin.infra.images import read_image, save_png
 from spin.infra.run import Run
 from spin.sampler import SamplingOptions
 
-GRID_SEED = 0  # of the first image of every model in samples/
+# How grid.png shows what an image differs from the ideal one by.
+DIFFERENCE_GAIN = 3
+DIFFERENCE_CAPTION = f"difference from the ideal, x {DIFFERENCE_GAIN} (gray: none)"
 
 CURVES_WINDOW = 10  # steps that the running mean of a curve covers
 
@@ -56,27 +59,31 @@ class SampleGrid:
     """Images of a few prompts at fixed seeds: <folder>/<model>/<i>.png, and grid.png with all.
 
     prompts: a row of the grid each; without any, there are no files.
-    ideal_images: the images that the prompts describe, if they are known, for the last column.
+    seeds: a seed for each prompt, which all models share.
+    ideal_images: the images that the prompts describe, if they are known. They are the last column,
+        and below each row stands what its images differ from the ideal one by.
     """
 
     def __init__(
         self,
         folder: Path,
         prompts: Sequence[str],
+        seeds: Sequence[int],
         options: SamplingOptions,
         ideal_images: Sequence[Image.Image] | None = None,
     ):
         self.folder = folder
         self.prompts = prompts
+        self.seeds = seeds
         self.options = options
         self.ideal_images = ideal_images
 
     def requests(self, name: str) -> list[ImageRequest]:
         """Return a model's column, from top to bottom."""
         requests = []
-        for i, prompt in enumerate(self.prompts):
+        for i, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
             path = self.folder / name / f"{i}.png"
-            requests.append(ImageRequest(path, prompt, GRID_SEED + i, self.options, name))
+            requests.append(ImageRequest(path, prompt, seed, self.options, name))
         return requests
 
     def add(self, name: str, pipe: Pipeline) -> None:
@@ -104,8 +111,18 @@ class SampleGrid:
             titles.append("ideal")
             columns.append(list(self.ideal_images))
             cell = 128  # four times the 32 pixels of the miniature world
-        rows = list(zip(*columns, strict=True))
-        save_png(plots.grid(rows, titles, self.prompts, cell), self.folder / "grid.png")
+
+        rows = []
+        captions = []
+        for i, prompt in enumerate(self.prompts):
+            images = [column[i] for column in columns]
+            rows.append(images)
+            captions.append(prompt)
+            if self.ideal_images is not None:
+                ideal = images[-1]
+                rows.append([plots.difference(image, ideal, DIFFERENCE_GAIN) for image in images])
+                captions.append(DIFFERENCE_CAPTION)
+        save_png(plots.grid(rows, titles, captions, cell), self.folder / "grid.png")
 
 
 def update_samples(grid: SampleGrid, models: dict[str, ModelSource], device: str) -> None:
@@ -114,6 +131,37 @@ def update_samples(grid: SampleGrid, models: dict[str, ModelSource], device: str
         if not grid.is_complete(name):
             grid.add(name, source.load(device))
     grid.draw(list(models))
+
+
+def typical_rows(
+    evaluation: Evaluation, base: ModelSource, count: int, batch_size: int, device: str
+) -> list[int]:
+    """Return the rows of `count` prompts, from one that theta_0 does badly to one it does well.
+
+    They are at quantiles of the rewards of theta_0's first images, see `rows_at_quantiles`. Its
+    images are sampled and scored for that. `world.score_models` finds them there later.
+    """
+    models = {"base": base}
+    hashes = comparison.hash_models(models)
+    comparison.sample_models({"base": [evaluation]}, models, hashes, batch_size, device)
+    scores = evaluation.score("base", hashes["base"], load_scorer("toy"))
+    return rows_at_quantiles(scores["reward"][:, 0], count)
+
+
+def rows_at_quantiles(scores: np.ndarray, count: int) -> list[int]:
+    """Return the rows of `scores` [N] nearest to the quantiles 1/(n+1), ..., n/(n+1).
+
+    They go from the lowest score to the highest. n = min(count, N); 3 gives the quartiles. Each
+    quantile takes the nearest row that no lower one has taken, and the first of equally near rows.
+    """
+    count = min(count, len(scores))
+    rows: list[int] = []
+    for i in range(1, count + 1):
+        quantile = np.quantile(scores, i / (count + 1))
+        distances = np.abs(scores - quantile)
+        distances[rows] = np.inf
+        rows.append(int(distances.argmin()))
+    return sorted(rows, key=lambda row: scores[row])
 
 
 # ---- Curves --------------------------------------------------------------------------------------
@@ -148,50 +196,3 @@ def curves_of(lines: Sequence[dict], keys: Sequence[str]) -> plots.Lines:
     for key in keys:
         curves[key] = [line[key] for line in lines]
     return curves
-
-
-# ---- Scores --------------------------------------------------------------------------------------
-
-
-def score_models(
-    run: Run,
-    models: dict[str, ModelSource],
-    prompts: Sequence[str],
-    images_per_prompt: int,
-    options: SamplingOptions,
-    batch_size: int,
-    title: str,
-    device: str,
-) -> dict:
-    """Score models by the miniature world's score, and return what results.json holds.
-
-    A prompt's score is the mean over its images. Images and scores are stored in evaluation/,
-    where evaluate.py looks for them. If results.json has these models and this title, nothing is
-    sampled or scored.
-
-    title: says how many prompts and images, and how they are sampled
-    """
-    path = run.folder / "results.json"
-    if path.exists():
-        results = read_json(path)
-        if results["title"] == title and results["models"].keys() == models.keys():
-            return results
-
-    evaluation = Evaluation(run.folder / "evaluation", prompts, images_per_prompt, options)
-    hashes = comparison.hash_models(models)
-    evaluations = {name: [evaluation] for name in models}
-    comparison.sample_models(evaluations, models, hashes, batch_size, device)
-
-    scorer = load_scorer("toy")
-    scores = {}
-    for name in models:
-        # {metric: [N,images_per_prompt]}
-        image_scores = evaluation.score(name, hashes[name], scorer)
-        scores[name] = {metric: values.mean(axis=1) for metric, values in image_scores.items()}
-
-    config = read_json(run.folder / "config.json")
-    results = comparison.compare(
-        title, scores, scorer.less_is_better, scorer.primary_metric, config
-    )
-    comparison.write_results(run.folder, results)
-    return read_json(path)

@@ -42,11 +42,15 @@ def score(images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
 
     Return an array [N] for each metric:
 
-    aligned: 1 if the image shows all five attributes of the prompt, else 0.
+    aligned: 1 if the image shows all five attributes of the prompt, else 0. Where it is low, one
+        sees another shape, color, size or place than the prompt names.
     clean: 0 to 10, namely 10 exp(-(residual + palette) / 0.1), whatever the prompt. The residual
-        is the root mean square (rms) of what the fit leaves unexplained.
+        is the root mean square (rms) of what the fit leaves unexplained. Where it is low, one sees
+        specks, spikes, rings around edges, bent outlines, or pale or garish colors.
     reward: 0 to 10, namely 10 exp(-d / 0.1), d being the rms distance to the prompt's ideal image.
-    palette: rms distance of the two fitted colors to the nearest named ones. Less is better.
+        Where it is low, one sees any of these, or the shape out of its place.
+    palette: rms distance of the two fitted colors to the nearest named ones. Less is better. Where
+        it is high, one sees pale or garish colors.
 
     Raises KeyError if a prompt is not a caption of SCENES, ValueError for images of another size.
     """
@@ -77,8 +81,10 @@ def score_set(images: np.ndarray, prompt: str) -> dict[str, float]:
 
     energy: the energy score (Gneiting and Raftery 2007), from 0, less is better. It is the mean
         distance of an image to a fresh curated drawing of the scene, less half the spread: on
-        average, it is least for images that are distributed as the drawings are.
-    spread: the mean distance of two images.
+        average, it is least for images that are distributed as the drawings are. Where it is high,
+        one sees images that the curated set would not hold, or the same one again and again.
+    spread: the mean distance of two images. Where it is lower than the drawings', one sees the same
+        image whatever the seed.
 
     Distances are rms over pixels. Raises KeyError if the prompt is not a caption of SCENES.
     """

@@ -184,6 +184,7 @@ def test_micro_batches_wait_for_nothing(meta_pipe, image_folder, tmp_path, monke
         images=CaptionedImages(image_folder, 64),
         real=latents,
         generated=latents,
+        preferences=None,
         seed=0,
         batch_size=6,
         flip=0.5,

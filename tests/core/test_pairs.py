@@ -1,17 +1,26 @@
 """Specification of spin/pairs.py: real images encoded, the opponent's generated, both loaded."""
 
+import math
 from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from spin.data import CaptionedImages, batch_rows, noise_generator, random_draws
+from spin.infra.errors import InputError
 from spin.infra.shards import LatentShards
-from spin.pairs import PairLoader, encode_images, generate_images, rows_of_steps
+from spin.pairs import (
+    PairLoader,
+    encode_images,
+    generate_images,
+    load_preferences,
+    rows_of_steps,
+)
 from spin.sampler import SamplingOptions, sample
 
 NUM_ROWS = 12
@@ -74,6 +83,7 @@ def make_loader(images, real, generated):
             "images": images,
             "real": real,
             "generated": generated,
+            "preferences": None,
             "seed": 3,
             "batch_size": NUM_ROWS,
             "flip": 0.0,
@@ -149,6 +159,85 @@ def test_in_dpo_the_rejected_image_takes_the_place_of_the_generated_one(make_loa
     expected = sign * real.read("rejected_mean", rows) + draws["posterior_noise"]
     torch.testing.assert_close(batch["x0_gen"], SCALING_FACTOR * expected)
     assert torch.equal(batch["x0_data"] < 0, batch["x0_gen"] < 0)
+
+
+@pytest.fixture(scope="module")
+def preferences() -> dict[str, Tensor]:
+    """A pair of generated images for each row, as float16 latents."""
+    generator = torch.Generator().manual_seed(4)
+    return {
+        "preferred": torch.randn(NUM_ROWS, *SHAPE, generator=generator).half(),
+        "rejected": torch.randn(NUM_ROWS, *SHAPE, generator=generator).half(),
+    }
+
+
+def test_in_dpo_with_preferences_both_images_of_a_row_are_its_pair(make_loader, preferences):
+    """They are generated images: not mirrored, and not drawn from the VAE's posterior."""
+    loader = make_loader(loss="dpo", generated=None, preferences=preferences, flip=0.5)
+    batch = loader.load(1, 1, 0, NUM_ROWS)
+    rows = expected_rows(loader, 1, 1)
+    assert rows != sorted(rows)
+    assert batch["x0_data"].dtype == batch["x0_gen"].dtype == torch.float32
+    for position, row in enumerate(rows):
+        assert torch.equal(batch["x0_data"][position], preferences["preferred"][row].float())
+        assert torch.equal(batch["x0_gen"][position], preferences["rejected"][row].float())
+
+
+@pytest.mark.parametrize("loss", ["spin", "sft"])
+def test_preferences_are_of_dpo_alone(make_loader, preferences, loss):
+    batch = make_loader(loss=loss).load(1, 1, 0, NUM_ROWS)
+    with_preferences = make_loader(loss=loss, preferences=preferences).load(1, 1, 0, NUM_ROWS)
+    assert batch.keys() == with_preferences.keys()
+    for name in batch:
+        assert torch.equal(batch[name], with_preferences[name])
+
+
+def test_preferences_are_read_as_they_were_saved(preferences, tmp_path):
+    path = tmp_path / "preferences.safetensors"
+    save_file(preferences, path)
+    loaded = load_preferences(path, (NUM_ROWS, *SHAPE))
+    assert loaded.keys() == preferences.keys()
+    for name in preferences:
+        assert torch.equal(loaded[name], preferences[name])
+
+
+def of_fewer_rows(preferences):
+    return {name: tensor[1:] for name, tensor in preferences.items()}
+
+
+def of_other_channels(preferences):
+    return {name: tensor[:, :2].clone() for name, tensor in preferences.items()}
+
+
+def without_the_rejected(preferences):
+    return {"preferred": preferences["preferred"]}
+
+
+def with_another_tensor(preferences):
+    return {**preferences, "third": preferences["preferred"].clone()}
+
+
+def with_nan(preferences):
+    tensor = preferences["rejected"].clone()
+    tensor[3, 0, 0, 0] = math.nan
+    return {**preferences, "rejected": tensor}
+
+
+FOREIGN = {
+    of_fewer_rows: "must hold two tensors, preferred and rejected, of shape",
+    of_other_channels: "must hold two tensors, preferred and rejected, of shape",
+    without_the_rejected: "must hold two tensors, preferred and rejected, of shape",
+    with_another_tensor: "must hold two tensors, preferred and rejected, of shape",
+    with_nan: "rejected holds NaN or infinity",
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN)
+def test_other_preferences_are_refused_by_name(preferences, tmp_path, change):
+    path = tmp_path / "preferences.safetensors"
+    save_file(change(preferences), path)
+    with pytest.raises(InputError, match=f"preferences.safetensors: {FOREIGN[change]}"):
+        load_preferences(path, (NUM_ROWS, *SHAPE))
 
 
 def test_sft_has_no_second_image(make_loader):

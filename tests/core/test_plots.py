@@ -133,6 +133,23 @@ def test_a_grid_has_a_cell_for_every_image():
         plots.grid([[small]], ["one"], ["first", "second"])
 
 
+def test_a_difference_is_amplified_around_mid_gray_and_clipped():
+    ideal = Image.new("RGB", (2, 2), (100, 100, 100))
+    image = Image.new("RGB", (2, 2), (110, 90, 100))
+    image.putpixel((1, 0), (255, 0, 100))
+    difference = plots.difference(image, ideal, gain=3)
+    assert difference.getpixel((0, 0)) == (158, 98, 128)
+    assert difference.getpixel((1, 0)) == (255, 0, 128)
+    assert pixels_of(plots.difference(ideal, ideal, gain=3), (128, 128, 128)).shape == (4, 2)
+
+
+def test_a_smaller_ideal_image_is_enlarged_to_be_compared():
+    ideal = Image.new("RGB", (2, 2), "red")
+    ideal.putpixel((1, 1), (0, 0, 255))
+    image = ideal.resize((8, 8), Image.Resampling.NEAREST)
+    assert len(pixels_of(plots.difference(image, ideal, gain=3), (128, 128, 128))) == 64
+
+
 def test_panels_stand_two_a_row():
     panels = [Image.new("RGB", (10, 6), color) for color in ("red", "green", "blue")]
     sheet = plots.two_a_row(panels)

@@ -12,7 +12,7 @@ import evaluate
 import sample
 import train
 from spin import toy
-from spin.eval import comparison
+from spin.eval import comparison, sweep, world
 from spin.eval.comparison import SEED, STRIDE, ModelSource
 from spin.eval.scorers import ToyScorer, load_scorer
 from spin.infra.errors import InputError
@@ -26,8 +26,9 @@ IMAGES = "images/{}/guidance-3-32px"
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "toy"
-    flags = "--loss spin --steps 2 --iterations 1 --num-prompts 32 --sampler-steps 5 --device cpu"
-    train.main([*flags.split(), "--score", "none", "--grid-prompts", "0", "--out", str(out)])
+    flags = "--loss spin --steps 2 --iterations 1 --num-prompts 32 --sampler-steps 5 --guidance 3"
+    more = "--score none --grid-prompts 0 --device cpu"
+    train.main([*flags.split(), *more.split(), "--out", str(out)])
     return out
 
 
@@ -59,7 +60,10 @@ def sampled(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def scored(monkeypatch) -> list[str]:
-    """Return a list that will hold the prompts of the images that are scored from now on."""
+    """Return a list that will hold the prompts of the models' images scored from now on.
+
+    Real images are scored each time, by a scorer of their own.
+    """
     prompts_scored = []
     score = toy.score
 
@@ -67,7 +71,12 @@ def scored(monkeypatch) -> list[str]:
         prompts_scored.extend(prompts)
         return score(images, prompts)
 
+    def score_real(vae, prompts, images_per_prompt):
+        metrics = (*toy.METRICS, *toy.SET_METRICS)
+        return {metric: np.ones((len(prompts), images_per_prompt)) for metric in metrics}
+
     monkeypatch.setattr(toy, "score", counting)
+    monkeypatch.setattr(world, "score_real", score_real)
     return prompts_scored
 
 
@@ -159,10 +168,21 @@ def test_sample_makes_such_an_image_again(evaluated, toy_run, tmp_path):
     assert np.abs(levels(again) - levels(original)).max() <= 1
 
 
+def test_real_images_stand_beside_the_models(evaluated):
+    """In the table of each prompt's best image, and in that of all images."""
+    folder, results = evaluated
+    assert results["real"]["aligned"]["mean"] == 1
+    assert results["real"].keys() == results["models"]["base"].keys()
+    single = results["tables"][evaluate.SINGLE_TITLE]
+    assert list(single) == ["base", "spin-1", "real"]
+    assert single["real"]["reward"]["mean"] < results["real"]["reward"]["mean"], "best of two"
+    assert (folder / "results.md").read_text().count("| real | ") == 2
+
+
 def test_the_sweep_takes_each_model_at_its_best(evaluated, toy_run, copied):
     results = evaluate.main([str(toy_run), *FEW, "--guidance", "3", "1", "--out", str(copied)])
-    sweep = results["tables"][evaluate.SWEEP_TITLE.format("reward")]
-    for model, row in sweep.items():
+    table = results["tables"][sweep.SAME_PROMPTS.format("reward")]
+    for model, row in table.items():
         assert list(row) == ["best at", "3", "1"]
         best = "1" if row["1"]["mean"] > row["3"]["mean"] else "3"
         assert row["best at"] == best == f"{results['config']['best_guidance'][model]:g}"
@@ -175,10 +195,10 @@ def test_the_best_guidance_is_chosen_on_other_prompts(evaluated, toy_run, copied
     """And reported on these, at that guidance alone."""
     command = [str(toy_run), *FEW, "--guidance", "3", "1", "--validation", "--out", str(copied)]
     results = evaluate.main(command)
-    sweep = results["tables"][evaluate.VALIDATION_TITLE.format("reward")]
+    table = results["tables"][sweep.VALIDATION.format("reward")]
     validation_prompts = [scene.caption for scene in toy.split()["validation"][:10]]
     assert set(sampled[: 4 * 20]) == set(validation_prompts)  # 2 models, 2 values of guidance
-    for model, row in sweep.items():
+    for model, row in table.items():
         best = "1" if row["1"]["mean"] > row["3"]["mean"] else "3"
         assert row["best at"] == best == f"{results['config']['best_guidance'][model]:g}"
         assert results["models"][model]["reward"]["n"] == 10
@@ -186,7 +206,7 @@ def test_the_best_guidance_is_chosen_on_other_prompts(evaluated, toy_run, copied
             assert results["models"][model] == evaluated[1]["models"][model]
     assert "on which the best is chosen" in (copied / "results.md").read_text()
     on_test = sampled[4 * 20 :]
-    at_best = [model for model, row in sweep.items() if row["best at"] == "1"]
+    at_best = [model for model, row in table.items() if row["best at"] == "1"]
     assert len(on_test) == 20 * len(at_best)  # those at guidance 3 were there
 
 
@@ -314,11 +334,11 @@ class ConstantScorer(ToyScorer):
 
 
 def test_another_scorer_scores_anew(toy_run, copied, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_scorer", lambda *args: ConstantScorer(1.0))
+    monkeypatch.setattr(sweep, "load_scorer", lambda *args: ConstantScorer(1.0))
     results = evaluate.main([str(toy_run), *FEW, "--out", str(copied)])
     assert results["models"]["base"]["reward"]["mean"] == 1
 
-    monkeypatch.setattr(evaluate, "load_scorer", lambda *args: ConstantScorer(np.nan))
+    monkeypatch.setattr(sweep, "load_scorer", lambda *args: ConstantScorer(np.nan))
     with pytest.raises(InputError, match="toy: a score is not finite"):
         evaluate.main([str(toy_run), *FEW, "--out", str(copied)])
 

@@ -11,7 +11,7 @@ import helpers
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from spin import toy
@@ -516,23 +516,69 @@ def hash_of_curated_set(tmp_path: Path, more: str = "") -> str:
 @pytest.mark.parametrize("more", ["", "--num-prompts 8", "--loss sft"])
 def test_the_curated_set_is_known_by_its_pixels_however_they_are_compressed(more, tmp_path):
     before = hash_of_curated_set(tmp_path, more)
-    path = tmp_path / "toy-curated" / "003.png"
+    path = tmp_path / "toy-curated" / "0003.png"
     size = path.stat().st_size
     Image.open(path).save(path, compress_level=0)
     assert path.stat().st_size != size
     assert hash_of_curated_set(tmp_path, more) == before
 
 
-def test_fewer_prompts_and_rejected_images_are_other_data(tmp_path):
+def test_fewer_prompts_and_the_pairs_of_dpo_are_other_data(tmp_path):
     hashes = set()
     for more in ("", "--num-prompts 8", "--num-prompts 9", "--loss sft"):
         hashes.add(hash_of_curated_set(tmp_path, more))
     assert len(hashes) == 4
 
 
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A copy of the miniature base, whose preferences may be changed."""
+    return shutil.copytree(toy.BASE, tmp_path / "base")
+
+
+def world_flags(base: Path, tmp_path: Path, more: str) -> list[str]:
+    flags = f"--preset toy --score none {SHORT} --num-prompts 16 --sampler-steps 1 --device cpu"
+    return [*flags.split(), *more.split(), "--model", str(base), "--out", str(tmp_path / "run")]
+
+
+@pytest.mark.parametrize("more", ["", "--loss dpo"])
+def test_a_run_does_not_resume_with_other_preferences(base, tmp_path, more):
+    train.main(world_flags(base, tmp_path, more))
+    path = base / toy.PREFERENCES
+    preferences = load_file(path)
+    preferences["preferred"][7, 0, 0, 0] += 1
+    save_file(preferences, path)
+    with pytest.raises(InputError, match="started with other contents of --data"):
+        train.main(world_flags(base, tmp_path, more))
+
+
+@pytest.mark.parametrize("more", ["", "--loss dpo", "--loss dpo --dry-run"])
+def test_a_base_without_preferences_is_refused_by_name(base, tmp_path, more):
+    (base / toy.PREFERENCES).unlink()
+    with pytest.raises(InputError, match="base/preferences.safetensors: missing; .*--loss spin"):
+        train.main(world_flags(base, tmp_path, more))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_preferences_of_other_rows_are_refused_by_name(base, tmp_path):
+    path = base / toy.PREFERENCES
+    save_file({name: tensor[:16] for name, tensor in load_file(path).items()}, path)
+    message = r"base/preferences.safetensors: must hold .* of shape \[3000, 4, 8, 8\]"
+    with pytest.raises(InputError, match=message):
+        train.main(world_flags(base, tmp_path, ""))
+
+
+@pytest.mark.parametrize("loss", ["spin", "sft"])
+def test_self_play_and_sft_need_no_preferences(base, tmp_path, loss):
+    (base / toy.PREFERENCES).unlink()
+    train.main(world_flags(base, tmp_path, f"--loss {loss}"))
+    names = {line["model"] for line in Run(tmp_path / "run").read_log()}
+    assert names == {"spin-1" if loss == "spin" else "sft"}
+
+
 @pytest.mark.parametrize("more", ["", "--num-prompts 2"])
 def test_a_curated_set_with_other_pixels_is_refused(more, tmp_path):
     hash_of_curated_set(tmp_path)
-    Image.new("RGB", (32, 32)).save(tmp_path / "toy-curated" / "003.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "toy-curated" / "0003.png")
     with pytest.raises(InputError, match="toy-curated: not the miniature world's curated set"):
         hash_of_curated_set(tmp_path, more)

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import evaluate
 import sample
 import train
 from spin import toy
 from spin.checkpoint import load_pipeline
-from spin.eval import comparison
+from spin.data import batch_rows
+from spin.eval import comparison, report
 from spin.infra.errors import InputError
 from spin.infra.run import Run
 from spin.pairs import PairLoader
@@ -104,15 +106,84 @@ def test_the_log_of_the_story(story):
     assert "margin" not in sft
 
 
+def scored_images(out: Path, model: str) -> list[Image.Image]:
+    """Return the images that a model of the story is scored by, one a prompt."""
+    paths = sorted((out / "evaluation/images" / model).glob("*/*.png"))
+    assert len(paths) == 100
+    return [Image.open(path) for path in paths]
+
+
+def rows_at_quartiles(out: Path) -> list[int]:
+    """Return the prompts whose images by theta_0 have the rewards nearest to the quartiles."""
+    images = [np.asarray(image) / 255 for image in scored_images(out, "base")]
+    prompts = [scene.caption for scene in toy.split()["validation"]]
+    rewards = toy.score(np.stack(images), prompts)["reward"]
+    return [int(np.abs(rewards - np.quantile(rewards, q)).argmin()) for q in (0.25, 0.5, 0.75)]
+
+
+def cell_of_grid(out: Path, row: int, column: int) -> np.ndarray:
+    """Return a cell of grid.png, [32,32,3]: there, each pixel is 4 x 4 pixels."""
+    grid = np.asarray(Image.open(out / "samples/grid.png").convert("RGB")).astype(int)
+    top = 25 + row * 134
+    left = 190 + column * 134
+    cell = grid[top : top + 128, left : left + 128]
+    np.testing.assert_array_equal(cell, cell[::4, ::4].repeat(4, 0).repeat(4, 1))
+    return cell[::4, ::4]
+
+
 def test_the_grid_shows_every_model_and_the_ideal_image_last(story):
     out, _ = story
-    grid = np.asarray(Image.open(out / "samples/grid.png").convert("RGB"))
-    scene = toy.split()["validation"][0]
-    ideal = toy.to_pil(toy.ideal_image(scene)).resize((128, 128), Image.Resampling.NEAREST)
-    assert grid.shape[1] == 190 + 5 * 134  # the prompts, and five columns of 128 pixels and a gap
-    np.testing.assert_array_equal(grid[25 : 25 + 128, -134:-6], np.asarray(ideal))
-    sampled = Image.open(out / "samples/spin-1/0.png")
-    assert sampled.text["parameters"].splitlines()[0] == scene.caption
+    width, height = Image.open(out / "samples/grid.png").size
+    assert width == 190 + 5 * 134  # the prompts, and five columns of 128 pixels and a gap
+    assert height == 25 + 6 * 134  # the titles, and two rows for each of three prompts
+    for i, row in enumerate(rows_at_quartiles(out)):
+        for column, model in enumerate(MODELS):
+            image = Image.open(out / f"samples/{model}/{i}.png")
+            np.testing.assert_array_equal(cell_of_grid(out, 2 * i, column), np.asarray(image))
+        ideal = toy.to_pil(toy.ideal_image(toy.split()["validation"][row]))
+        np.testing.assert_array_equal(cell_of_grid(out, 2 * i, len(MODELS)), np.asarray(ideal))
+
+
+def test_below_each_image_is_what_it_differs_from_the_ideal_by(story):
+    out, _ = story
+    for row in (0, 2, 4):
+        ideal = cell_of_grid(out, row, len(MODELS))
+        for column in range(len(MODELS)):
+            difference = cell_of_grid(out, row, column) - ideal
+            amplified = np.clip(128 + report.DIFFERENCE_GAIN * difference, 0, 255)
+            np.testing.assert_array_equal(cell_of_grid(out, row + 1, column), amplified)
+            assert difference.any()
+        assert (cell_of_grid(out, row + 1, len(MODELS)) == 128).all(), "the ideal's own: none"
+
+
+def test_the_grids_images_are_those_scored_images_that_are_at_quartiles(story):
+    """They are sampled one at a time, which may round otherwise than many at once do."""
+    out, _ = story
+    for model in MODELS:
+        scored = scored_images(out, model)
+        for i, row in enumerate(rows_at_quartiles(out)):
+            image = Image.open(out / f"samples/{model}/{i}.png")
+            settings = image.text["parameters"].split(", Size: ")[0]
+            assert scored[row].text["parameters"].startswith(settings + ", ")
+            change = np.asarray(image).astype(int) - np.asarray(scored[row])
+            assert np.abs(change).max() <= 1
+
+
+def test_theta_0_is_scored_before_training_and_not_again(story):
+    out, _ = story
+    images = list(out.glob("evaluation/images/base/*/*.png"))
+    assert len(images) == 100
+    newest = max(path.stat().st_mtime_ns for path in images)
+    first_generated = out / "iter1/generated/shard-00000.safetensors"
+    assert newest < first_generated.stat().st_mtime_ns
+
+
+def test_without_scores_the_grid_has_the_first_test_prompts(tmp_path):
+    args = train.parse_args(["--score", "none", "--grid-prompts", "4", "--device", "cpu"])
+    grid = train.sample_grid(args, Run(tmp_path), images=None)
+    assert grid.prompts == [scene.caption for scene in toy.split()["test"][:4]]
+    assert len(set(grid.seeds)) == len(grid.ideal_images) == 4
+    assert not list(tmp_path.iterdir()), "nothing is sampled to choose them"
 
 
 def test_evaluate_uses_the_images_that_the_story_was_scored_by(story, tmp_path, monkeypatch):
@@ -143,7 +214,7 @@ def test_another_seed_needs_another_folder(story):
 
 def test_a_changed_curated_set_is_refused(story, tmp_path):
     toy.write_curated_set(tmp_path / "toy-curated")
-    Image.new("RGB", (32, 32)).save(tmp_path / "toy-curated/007.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "toy-curated/0007.png")
     with pytest.raises(InputError, match="toy-curated: not the miniature world's curated set"):
         train.main([*STORY.split(), str(tmp_path / "run")])
 
@@ -155,7 +226,7 @@ SHORT = """
 
 
 def test_the_baselines_train_on_the_batches_of_self_play(tmp_path, monkeypatch):
-    """Only the other image of a pair differs. SFT has none."""
+    """Prompts, noise and timesteps are the same; so are SFT's real images. DPO has none."""
     load = PairLoader.load
     batches: dict[str, dict] = {"spin": {}, "sft": {}, "dpo": {}}
 
@@ -166,17 +237,26 @@ def test_the_baselines_train_on_the_batches_of_self_play(tmp_path, monkeypatch):
 
     monkeypatch.setattr(PairLoader, "load", recording)
     train.main([*SHORT.split(), "--iterations", "2", "--out", str(tmp_path / "run")])
+    preferences = load_file(toy.BASE / toy.PREFERENCES)
     steps = [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert list(batches["spin"]) == list(batches["sft"]) == list(batches["dpo"]) == steps
     for step in steps:
         spin = batches["spin"][step]
         sft = batches["sft"][step]
         dpo = batches["dpo"][step]
-        for name in ("x0_data", "eps", "t", "context"):
+        for name in ("eps", "t", "context"):
             assert torch.equal(spin[name], sft[name])
             assert torch.equal(spin[name], dpo[name])
+        assert torch.equal(spin["x0_data"], sft["x0_data"])
         assert "x0_gen" not in sft
-        assert not torch.equal(spin["x0_gen"], dpo["x0_gen"])
+
+        rows = batch_rows(0, *step, batch_size=4, num_rows=12)
+        preferred = preferences["preferred"][rows]
+        rejected = preferences["rejected"][rows]
+        torch.testing.assert_close(dpo["x0_data"], preferred.float(), rtol=0, atol=0)
+        torch.testing.assert_close(dpo["x0_gen"], rejected.float(), rtol=0, atol=0)
+        for real in spin["x0_data"]:
+            assert not any(torch.allclose(real, image, atol=0.1) for image in preferred.float())
 
 
 def test_a_baseline_alone_is_scored_and_sampled_from(tmp_path):

@@ -1,0 +1,57 @@
+"""The story repeated over bases and seeds: its summary."""
+
+import numpy as np
+import pytest
+
+from tutorial import repeat_toy
+
+
+def test_the_interval_is_students_over_the_means_of_the_bases():
+    """By hand: the means are 1, 2 and 3, their standard deviation 1, t = 4.303."""
+    values = np.array([[0.0, 2.0], [2.0, 2.0], [2.5, 3.5]])
+    interval = repeat_toy.interval_over_bases(values)
+    assert interval["mean"] == pytest.approx(2)
+    assert interval["high"] - 2 == pytest.approx(4.303 / np.sqrt(3))
+    assert 2 - interval["low"] == pytest.approx(4.303 / np.sqrt(3))
+    assert interval["n"] == 3
+
+
+@pytest.mark.parametrize("bases", [2, 3, 5])
+def test_95_of_100_intervals_cover_the_mean(bases):
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(4000):
+        base_effects = rng.normal(0.3, 0.1, (bases, 1))
+        interval = repeat_toy.interval_over_bases(base_effects + rng.normal(0, 0.05, (bases, 2)))
+        covered.append(interval["low"] < 0.3 < interval["high"])
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
+
+
+def results_of(reward: float) -> dict:
+    """Return results.json of a run in which every difference of reward is this, of energy -0.01."""
+    differences = {}
+    for pair in repeat_toy.PAIRS:
+        differences[pair] = {"reward": {"mean": reward}, "energy": {"mean": -0.01}}
+    at_best = {"differences": differences, "best_guidance": {"base": 5.0}}
+    return {
+        "differences": differences,
+        "at_best_guidance": at_best,
+        "config": {"commit": "0123456789abcdef"},
+    }
+
+
+def test_every_run_and_the_interval_are_in_the_table():
+    runs = []
+    for base in range(3):
+        for seed in (0, 1):
+            summary = repeat_toy.summarize_run(results_of(reward=0.1 * base + 0.02 * seed))
+            runs.append({"base": base, "seed": seed, **summary})
+    text = repeat_toy.format_story(runs)
+    lines = text.splitlines()
+    assert lines.count("## reward, at the run's guidance") == 1
+    assert lines.count("## energy, each at its best") == 1
+    row = next(line for line in lines if line.startswith("| spin-1 minus sft |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1].startswith("+0.110 [-0.1")
+    assert cells[2:] == ["+0.0000", "+0.0200", "+0.1000", "+0.1200", "+0.2000", "+0.2200"]
+    assert "commits 012345678." in text
