@@ -292,3 +292,17 @@ def test_the_defaults_are_the_best_trials(method):
     for flag in tune_toy.TRIALS[method][0]:
         default = TOY[flag.replace("-", "_")]
         assert default in (best[flag], [best[flag]]), f"--{flag}"
+
+
+@pytest.mark.parametrize("method", tune_toy.TRIALS)
+def test_the_best_trial_is_inside_its_grid(method):
+    """A smaller and a larger value of every setting were tried."""
+    best = best_trial(method)
+    for flag in tune_toy.TRIALS[method][0]:
+        values = [trial[flag] for trial in tune_toy.TRIALS[method]]
+        assert min(values) < best[flag] < max(values), f"--{flag}"
+
+
+def test_every_method_has_the_same_number_of_trials():
+    counts = {len(trials) for trials in tune_toy.TRIALS.values()}
+    assert len(counts) == 1
