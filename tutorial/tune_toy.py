@@ -35,11 +35,11 @@ FIXED = [
 TRIALS = {
     "sft": [{"sft-lr": lr} for lr in (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)],
     "dpo": [
-        {"dpo-lr": 3e-6, "dpo-beta": 5000},
         {"dpo-lr": 1e-5, "dpo-beta": 1000},
         {"dpo-lr": 1e-5, "dpo-beta": 5000},
-        {"dpo-lr": 1e-5, "dpo-beta": 25000},
-        {"dpo-lr": 3e-5, "dpo-beta": 5000},
+        {"dpo-lr": 3e-5, "dpo-beta": 200},
+        {"dpo-lr": 3e-5, "dpo-beta": 1000},
+        {"dpo-lr": 1e-4, "dpo-beta": 1000},
     ],
     "spin": [
         {"lr": 2e-5, "beta": 10000},
