@@ -75,7 +75,7 @@ ASSUMED = (
     "grid_prompts",
 )
 
-#: The settings that only one loss has. TOY's values of them are the best of fifteen trials on the
+#: The settings that only one loss has. TOY's values of them are the best of seven trials on the
 #: validation prompts (tutorial/tune_toy.py).
 LOSS_SETTINGS = {
     "spin": ("lr", "beta"),

@@ -1,6 +1,9 @@
 """Pretrain the miniature world's base checkpoint: a tiny Stable Diffusion, from random weights.
 
-    python tutorial/pretrain_toy.py --out runs/base      (TODO; again: goes on)
+    python tutorial/pretrain_toy.py --out runs/base
+
+It takes about 70 minutes of one CPU core: 27 for the autoencoder, 34 for the base, and up to 7 for
+the preferences.
 
 There are two stages, each a folder of --out in the diffusers layout:
 

@@ -1,4 +1,4 @@
-"""Choose the miniature world's hyperparameters: five trials a method on the validation prompts.
+"""Choose the miniature world's hyperparameters: seven trials a method on the validation prompts.
 
     python tutorial/tune_toy.py        (TODO; again: goes on)
 
@@ -31,22 +31,26 @@ FIXED = [
     *("--device", "cpu"),
 ]
 
-# {method: flags of train.py for each trial}: of two settings, one is varied at a time
+# {method: flags of train.py for each trial}
 TRIALS = {
-    "sft": [{"sft-lr": lr} for lr in (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)],
+    "sft": [{"sft-lr": lr} for lr in (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)],
     "dpo": [
         {"dpo-lr": 1e-5, "dpo-beta": 1000},
         {"dpo-lr": 1e-5, "dpo-beta": 5000},
+        {"dpo-lr": 3e-5, "dpo-beta": 50},
         {"dpo-lr": 3e-5, "dpo-beta": 200},
         {"dpo-lr": 3e-5, "dpo-beta": 1000},
+        {"dpo-lr": 1e-4, "dpo-beta": 200},
         {"dpo-lr": 1e-4, "dpo-beta": 1000},
     ],
     "spin": [
+        {"lr": 2e-5, "beta": 2000},
         {"lr": 2e-5, "beta": 10000},
         {"lr": 5e-5, "beta": 500},
         {"lr": 5e-5, "beta": 2000},
         {"lr": 5e-5, "beta": 10000},
         {"lr": 1e-4, "beta": 2000},
+        {"lr": 1e-4, "beta": 10000},
     ],
 }
 
