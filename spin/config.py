@@ -9,11 +9,11 @@ end within the 200 warmup steps, and only the first iteration has beta 2000.
 TOY = {
     "iterations": 3,
     "steps": [100],
-    "lr": [2e-5],  # tuned
-    "beta": [10000.0],  # tuned
-    "sft_lr": 3e-5,  # tuned
-    "dpo_lr": 1e-6,  # tuned
-    "dpo_beta": 20000.0,  # tuned
+    "lr": [5e-5],  # tuned
+    "beta": [2000.0],  # tuned
+    "sft_lr": 2e-4,  # tuned
+    "dpo_lr": 3e-5,  # tuned
+    "dpo_beta": 200.0,  # tuned
     "batch_size": 16,
     "micro_batch": 16,
     "warmup": 10,
@@ -28,7 +28,7 @@ TOY = {
     "generation_batch": 64,
     "grid_prompts": 3,
     "seed": 0,
-    "dtype": "float32",  # bfloat16's error in a margin, 2.7e-4, is a logit of 1.3 at this beta
+    "dtype": "float32",  # bfloat16's error in a margin, 2.7e-4, is a logit of 0.3 at this beta
     "compile": False,  # it would take longer than the run
 }
 

@@ -22,6 +22,7 @@ from spin.infra.files import read_json
 from spin.infra.images import to_pil
 from spin.infra.run import Run
 
+SWEEP_PROMPTS = 50  # validation prompts on which a model's best guidance is chosen
 REAL_STREAM = 2  # of random numbers; data sets and the score's own drawings have others
 
 
@@ -45,8 +46,8 @@ def score_models(
     looks for them. If results.json has these models and this title, nothing is sampled or scored.
 
     evaluation: the prompts to report on, and the run's guidance
-    sweep_guidance: where to look for each model's best guidance, with one image for each validation
-        prompt; a single value, or the split "validation": do not look
+    sweep_guidance: where to look for each model's best guidance, with one image for each of
+        SWEEP_PROMPTS validation prompts; a single value, or the split "validation": do not look
     split: of the prompts, for the title
     """
     guidance = evaluation.options.guidance
@@ -81,7 +82,7 @@ def score_models(
         chosen_on = replace(
             evaluation,
             folder=evaluation.folder / "validation",
-            prompts=captions("validation"),
+            prompts=captions("validation")[:SWEEP_PROMPTS],
             images_per_prompt=1,
         )
         swept = sample_and_score(chosen_on, {name: sweep_guidance for name in models})
