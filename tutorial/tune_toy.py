@@ -36,7 +36,7 @@ TRIALS = {
     "sft": [{"sft-lr": lr} for lr in (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)],
     "dpo": [
         {"dpo-lr": 1e-5, "dpo-beta": 1000},
-        {"dpo-lr": 1e-5, "dpo-beta": 5000},
+        {"dpo-lr": 3e-5, "dpo-beta": 10},
         {"dpo-lr": 3e-5, "dpo-beta": 50},
         {"dpo-lr": 3e-5, "dpo-beta": 200},
         {"dpo-lr": 3e-5, "dpo-beta": 1000},
