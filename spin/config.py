@@ -13,7 +13,7 @@ TOY = {
     "beta": [2000.0],  # tuned
     "sft_lr": 2e-4,  # tuned
     "dpo_lr": 3e-5,  # tuned
-    "dpo_beta": 200.0,  # tuned
+    "dpo_beta": 50.0,  # tuned
     "batch_size": 16,
     "micro_batch": 16,
     "warmup": 10,
