@@ -61,7 +61,7 @@ PAPER = {
 PRESETS = {"toy": TOY, "paper": PAPER}
 
 #: how long `python train.py` took when it was last measured
-STORY_TIME = "3 minutes on two idle CPU cores"
+STORY_TIME = "5 minutes on two idle CPU cores"
 
 #: Settings of PAPER that the paper does not state.
 ASSUMED = (

@@ -127,8 +127,12 @@ def missing(requests: Sequence[ImageRequest]) -> list[ImageRequest]:
     return [request for request in requests if not request.is_done()]
 
 
-def sample_requests(pipe: Pipeline, requests: Sequence[ImageRequest], batch_size: int) -> None:
+def sample_requests(
+    pipe: Pipeline, requests: Sequence[ImageRequest], batch_size: int, bar: tqdm | None = None
+) -> None:
     """Sample images of one model that share their sampling options, and write their files.
+
+    bar: a progress bar that advances by every image; None for one of their own.
 
     Raises InputError in place of an image that is not finite.
     """
@@ -142,10 +146,12 @@ def sample_requests(pipe: Pipeline, requests: Sequence[ImageRequest], batch_size
         batch_size=batch_size,
     )
     model = requests[0].model
-    bar = tqdm(images, f"{model}: sampling", len(requests), unit="image")
+    if bar is None:
+        bar = tqdm(desc=f"{model}: sampling", total=len(requests), unit="image")
     try:
-        for request, image in zip(requests, bar):
+        for request, image in zip(requests, images):
             save_png(to_pil(image), request.path, request.prompt, request.settings())
+            bar.update()
     except InputError as error:
         raise InputError(f"{model}: {error}") from None
 
@@ -198,7 +204,8 @@ class Evaluation:
 
         unknown = [i for i, key in enumerate(keys) if key not in known]
         title = f"{model}: {scorer.name}"
-        bar = tqdm(total=len(unknown), desc=title, unit="image", disable=not unknown)
+        # the miniature world's score is too fast for a bar
+        bar = tqdm(total=len(unknown), desc=title, unit="image", disable=not unknown, delay=2)
         with bar:
             for start in range(0, len(unknown), SCORE_BATCH):
                 batch = unknown[start : start + SCORE_BATCH]
@@ -275,8 +282,10 @@ def sample_models(
             if not warned:
                 warn_of_cut_prompts(pipe.text_encoder.tokenizer, evaluations[name][0].prompts)
                 warned = True
-            for requests in todo:
-                sample_requests(pipe, requests, batch_size)
+            total = sum(len(requests) for requests in todo)
+            with tqdm(desc=f"{name}: sampling", total=total, unit="image") as bar:
+                for requests in todo:
+                    sample_requests(pipe, requests, batch_size, bar)
             del pipe  # frees its memory before the next model is loaded
 
 

@@ -22,7 +22,7 @@ from spin.infra.files import read_json
 from spin.infra.images import to_pil
 from spin.infra.run import Run
 
-SWEEP_PROMPTS = 50  # validation prompts on which a model's best guidance is chosen
+SWEEP_PROMPTS = 40  # validation prompts on which a model's best guidance is chosen
 REAL_STREAM = 2  # of random numbers; data sets and the score's own drawings have others
 
 
