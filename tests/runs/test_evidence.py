@@ -66,7 +66,7 @@ CLAIMS = {
         ("in one iteration", ["learned/gains/at 3, (C.5) on the path/at_3/reward"]),
         ("Correlation as the link", ["choices/rows/correlation/reward"]),
         ("A small beta", ["failure/failure/reward"]),
-        ("SPIN-3 less SPIN-2", ["claims/claims/SPIN-3 beats SPIN-2/five"]),
+        ("SPIN-3 minus SPIN-2", ["claims/claims/SPIN-3 beats SPIN-2/five"]),
         ("guidance 2 instead of 3", ["claims/theta_0/guidance/at_2"]),
     ],
     "tutorial/evidence/README.md": [
