@@ -16,7 +16,7 @@ class ForgettingWatch:
 
     WINDOW = 50
     WARNING = (
-        "the error on real images has risen by more than half as much as the one on generated "
+        "the error on real (DPO: preferred) images has risen by more than half as much as on generated "
         "images. The policy is forgetting how to denoise, however good its loss: see 'Reading the "
         "picture' in tutorial/00_the_map.md"
     )
