@@ -16,9 +16,9 @@ class ForgettingWatch:
 
     WINDOW = 50
     WARNING = (
-        "the error on real (DPO: preferred) images has risen by more than half as much as on generated "
-        "images. The policy is forgetting how to denoise, however good its loss: see 'Reading the "
-        "picture' in tutorial/00_the_map.md"
+        "the error on real images (DPO: preferred ones) has risen by more than half as much as the "
+        "one on generated images. The policy is forgetting how to denoise, however good its loss: "
+        "see 'Reading the picture' in tutorial/00_the_map.md"
     )
 
     def __init__(self, name: str, log: list[dict]):
