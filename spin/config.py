@@ -22,11 +22,11 @@ TOY = {
     "resolution": 32,
     "flip": 0.0,  # captions say left and right
     "prompt_dropout": 0.0,
-    "guidance": 3.0,
+    "guidance": 7.5,
     "sampler": "ddim",
     "sampler_steps": 20,
     "generation_batch": 64,
-    "grid_prompts": 5,
+    "grid_prompts": 3,
     "seed": 0,
     "dtype": "float32",  # bfloat16's error in a margin, 2.7e-4, is a logit of 1.3 at this beta
     "compile": False,  # it would take longer than the run

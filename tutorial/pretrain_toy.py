@@ -1,26 +1,34 @@
 """Pretrain the miniature world's base checkpoint: a tiny Stable Diffusion, from random weights.
 
-    python tutorial/pretrain_toy.py --out runs/base        (about an hour on one CPU core)
+    python tutorial/pretrain_toy.py --out runs/base      (TODO; again: goes on)
 
-There are three stages, each a folder of --out in the diffusers layout. A finished one is kept.
+There are two stages, each a folder of --out in the diffusers layout:
 
-    vae        the autoencoder, trained on web images (its UNet is still random)
-    web        UNet and text encoder, trained on web images with their careless captions
-    theta_0    the same, fine-tuned (SFT) on the curated set until it gets no better
+    vae     the autoencoder, trained on web and on clean images (its UNet is still random)
+    base    UNet and text encoder, trained on web images with their careless captions: theta_0
+
+base/preferences.safetensors holds the pairs of images that Diffusion-DPO trains on: two drawings
+of theta_0 for each caption of the curated set, the better one and the worse one.
 
 --out/pretrain.json holds how long each stage took, and what its checkpoint scores on the
-validation prompts. spin/toy/base is theta_0 with that file in it.
+validation prompts. spin/toy/base is the folder base with that file in it.
+
+Interrupted, the command goes on from the last 500 steps that were finished; the weights are the
+same as without the interruption. Another base with the same autoencoder: --seed 1 --vae runs/base/vae
 """
 
 import argparse
 import math
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,16 +43,19 @@ from spin.checkpoint import (  # noqa: E402
     locate,
     save_pipeline,
 )
+from spin.config import TOY  # noqa: E402
+from spin.data import noise_generator  # noqa: E402
 from spin.infra.cli import SEED_TYPE, number, provenance, run_script  # noqa: E402
 from spin.infra.errors import InputError  # noqa: E402
-from spin.infra.files import atomic_write, read_json, write_json  # noqa: E402
+from spin.infra.files import atomic_write, read_json, remove, write_json  # noqa: E402
 from spin.sampler import decode_latents, sample  # noqa: E402
 from spin.scheduler import Scheduler, add_noise  # noqa: E402
 from spin.text import BOS, EOS, TextEncoder, Tokenizer  # noqa: E402
+from spin.toy import NUM_ROWS, Scene  # noqa: E402
 from spin.toy.pictures import (  # noqa: E402
-    careless_caption,
+    careless_description,
     curated_image,
-    curated_set,
+    curated_row,
     web_image,
 )
 from spin.unet import UNet  # noqa: E402
@@ -81,7 +92,7 @@ TEXT_ENCODER = {
     "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "max_position_embeddings": 77,
+    "max_position_embeddings": 20,  # captions have up to 14 tokens; 77 would take half as long again
     "projection_dim": 64,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-05,
@@ -104,11 +115,17 @@ KL_WEIGHT = 3e-4  # of the latents' KL divergence from N(0,1), beside the pixels
 
 UNET_BATCH = 64
 UNET_LR = 1e-3
+WEIGHT_POWER = 0.5  # see `timestep_weights`
 PROMPT_DROPOUT = 0.1  # captions replaced by "", so that guidance has an unconditional model
 
 WARMUP = 100  # optimizer steps
-SAMPLING_STEPS = 20
-GUIDANCE = 3.0
+SAVE_EVERY = 500  # optimizer steps between two states to resume from
+
+# How images are sampled, for the score and for the preferences: as in train.py's story.
+SAMPLING_STEPS = TOY["sampler_steps"]
+GUIDANCE = TOY["guidance"]
+SAMPLING_BATCH = 64
+PREFERENCES_ITERATION = 0  # train.py counts its iterations from 1: its noise is other noise
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -127,23 +144,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--vae-steps",
         type=count,
         default=7000,
-        help=f"optimizer steps of the autoencoder, {VAE_BATCH} web images each "
-        "(default: %(default)s)",
+        help=f"optimizer steps of the autoencoder, {VAE_BATCH} images each (default: %(default)s)",
     )
     parser.add_argument(
         "--vae", help="checkpoint whose autoencoder to take (default: none, train one)"
     )
     parser.add_argument(
-        "--web-steps",
+        "--steps",
         type=count,
-        default=9000,
-        help=f"optimizer steps on web images, {UNET_BATCH} each (default: %(default)s)",
+        default=12_000,
+        help=f"optimizer steps of UNet and text encoder, {UNET_BATCH} web images each "
+        "(default: %(default)s)",
     )
     parser.add_argument(
-        "--sft-steps",
-        type=count,
-        default=2500,
-        help=f"optimizer steps on the curated set, {UNET_BATCH} images each (default: %(default)s)",
+        "--rows",
+        type=number(int, 1, NUM_ROWS),
+        default=NUM_ROWS,
+        help="rows of the curated set to draw preferences for (default: %(default)s, all)",
     )
     parser.add_argument(
         "--seed",
@@ -165,43 +182,38 @@ def main(argv: list[str] | None = None) -> dict:
     choices = rng.integers(len(toy.SCENES), size=args.images)
     scenes = [toy.SCENES[i] for i in choices]
     web_images = to_tensor([web_image(scene, rng) for scene in scenes])
-    web_captions = [careless_caption(scene, rng) for scene in scenes]
-    # Edges that web images blur are sharp in clean ones: the autoencoder has to keep both.
-    clean_images = to_tensor([curated_image(scene, rng) for scene in scenes[::2]])
-    all_images = torch.cat([web_images[::2], clean_images])
-    curated = list(curated_set())
-    curated_images = to_tensor([image for _, image, _ in curated])
-    curated_captions = [caption for caption, _, _ in curated]
+    web_captions = [careless_description(scene, rng).caption for scene in scenes]
 
     # ---- The autoencoder ----
-    if args.vae:
-        pipe = new_pipeline(args.seed)
-        pipe.vae = load_pipeline(args.vae).vae
-    else:
-        if not (out / "vae").exists():
-            began = time.perf_counter()
+    vae_folder = args.vae
+    if not args.vae:
+        vae_folder = out / "vae"
+        if not vae_folder.exists():
+            # Edges that web images blur are sharp in clean ones: it has to keep both.
+            clean_images = to_tensor([curated_image(scene, rng) for scene in scenes[::2]])
+            images = torch.cat([web_images[::2], clean_images])
             pipe = new_pipeline(args.seed)
-            loss = train_vae(pipe.vae, all_images, args.vae_steps, args.seed)
-            facts = {"steps": args.vae_steps, "loss": loss, "ceiling": score_vae(pipe)}
-            finish_stage(out, "vae", pipe, report, began, facts)
-        pipe = load_pipeline(out / "vae")
+            facts = train_vae(pipe.vae, images, args.vae_steps, args.seed, out / "vae-state.pt")
+            facts["ceiling"] = score_vae(pipe)
+            finish_stage(out, "vae", pipe, report, facts)
 
     # ---- Pretraining on web images ----
-    if not (out / "web").exists():
-        began = time.perf_counter()
+    if not (out / "base").exists():
+        pipe = new_pipeline(args.seed)
+        pipe.vae = load_pipeline(vae_folder).vae
         latents = encode(pipe.vae, web_images)
-        loss = train_unet(pipe, latents, web_captions, args.web_steps, args.seed + 1)
-        facts = {"steps": args.web_steps, "loss": loss, **score_samples(pipe)}
-        finish_stage(out, "web", pipe, report, began, facts)
-    pipe = load_pipeline(out / "web")
+        facts = train_unet(
+            pipe, latents, web_captions, args.steps, args.seed + 1, out / "base-state.pt"
+        )
+        facts.update(score_samples(pipe))
+        finish_stage(out, "base", pipe, report, facts)
 
-    # ---- Fine-tuning on the curated set ----
-    if not (out / "theta_0").exists():
-        began = time.perf_counter()
-        latents = encode(pipe.vae, curated_images)
-        loss = train_unet(pipe, latents, curated_captions, args.sft_steps, args.seed + 2)
-        facts = {"steps": args.sft_steps, "loss": loss, **score_samples(pipe)}
-        finish_stage(out, "theta_0", pipe, report, began, facts)
+    # ---- Preferences for Diffusion-DPO ----
+    preferences = out / "base" / toy.PREFERENCES
+    if not preferences.exists():
+        pipe = load_pipeline(out / "base").freeze()
+        with atomic_write(preferences) as temporary:
+            save_file(draw_preferences(pipe, args.rows, args.seed), temporary)
     return report
 
 
@@ -229,18 +241,17 @@ def begin_report(out: Path, args: argparse.Namespace) -> dict:
     report["flags"] = flags
     report["threads"] = torch.get_num_threads()
     report["versions"] = provenance()["versions"]
+    write_json(out / "pretrain.json", report)  # a state to resume from is of these settings
     return report
 
 
-def finish_stage(
-    out: Path, name: str, pipe: Pipeline, report: dict, began: float, facts: dict
-) -> None:
-    """Write a stage's checkpoint, add it to the report, and write that."""
+def finish_stage(out: Path, name: str, pipe: Pipeline, report: dict, facts: dict) -> None:
+    """Write a stage's checkpoint, add it to the report, write that, and delete the state."""
+    report[name] = {"commit": provenance()["commit"], **facts}
+    write_json(out / "pretrain.json", report)
     with atomic_write(out / name) as folder:
         save_pipeline(pipe, folder)
-    seconds = round(time.perf_counter() - began)
-    report[name] = {"commit": provenance()["commit"], "seconds": seconds, **facts}
-    write_json(out / "pretrain.json", report)
+    remove(out / f"{name}-state.pt")
     print(name, report[name])
 
 
@@ -276,7 +287,9 @@ def small_tokenizer() -> Tokenizer:
     needed = set()
     for word in words:
         needed.update(merges_of_word(word, rank))
-    return Tokenizer(sorted(needed, key=rank.get))
+    return Tokenizer(
+        sorted(needed, key=rank.get), length=TEXT_ENCODER["max_position_embeddings"]
+    )
 
 
 def merges_of_word(word: str, rank: dict[str, int]) -> list[str]:
@@ -298,46 +311,42 @@ def merges_of_word(word: str, rank: dict[str, int]) -> list[str]:
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def train_vae(vae: AutoencoderKL, images: Tensor, steps: int, seed: int) -> float:
-    """Train the autoencoder on images [N,3,32,32], and give it its scaling factor.
+def train_vae(vae: AutoencoderKL, images: Tensor, steps: int, seed: int, state: Path) -> dict:
+    """Train the autoencoder on images [N,3,32,32], give it its scaling factor, return `train`'s."""
 
-    Return the mean loss of the last tenth of the steps.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), fused=True)
-    losses = []
-    for step in tqdm(range(1, steps + 1), "vae", mininterval=10):
+    def compute_loss(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(images), (VAE_BATCH,), generator=generator)
         x = images[rows]
         mean, logvar = vae.encode(x)
         z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        loss = F.mse_loss(vae.decode(z), x) + KL_WEIGHT * kl
-        take_step(optimizer, loss, learning_rate(VAE_LR, step, steps))
-        losses.append(loss.item())
+        return F.mse_loss(vae.decode(z), x) + KL_WEIGHT * kl
 
+    facts = train(list(vae.parameters()), compute_loss, steps, VAE_LR, seed, state)
     mean, logvar = encode(vae, images[:4096])
     variance = mean.var() + logvar.exp().mean()
     vae.scaling_factor = float(variance.rsqrt())  # scaled latents have unit variance
-    return mean_of_last_tenth(losses)
+    return facts
 
 
 def train_unet(
-    pipe: Pipeline, latents: tuple[Tensor, Tensor], captions: list[str], steps: int, seed: int
-) -> float:
-    """Train UNet and text encoder to predict the noise, equation (3.3).
+    pipe: Pipeline,
+    latents: tuple[Tensor, Tensor],
+    captions: list[str],
+    steps: int,
+    seed: int,
+    state: Path,
+) -> dict:
+    """Train UNet and text encoder to predict the noise, equation (3.3). Return `train`'s facts.
 
     latents: mean and log-variance, [N,4,8,8] each.
     captions: N of them.
-    Return the mean loss of the last tenth of the steps.
     """
     mean, logvar = latents
     alphas_cumprod = pipe.scheduler.alphas_cumprod
-    generator = torch.Generator().manual_seed(seed)
-    parameters = [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, fused=True)
-    losses = []
-    for step in tqdm(range(1, steps + 1), f"{len(captions)} captions", mininterval=10):
+    weights = timestep_weights(alphas_cumprod)
+
+    def compute_loss(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(mean), (UNET_BATCH,), generator=generator)
         posterior, eps = torch.randn((2, UNET_BATCH, *mean.shape[1:]), generator=generator)
         t = torch.randint(len(alphas_cumprod), (UNET_BATCH,), generator=generator)
@@ -348,32 +357,85 @@ def train_unet(
         prompts = [captions[row] for row in rows.tolist()]
         for i in drop.nonzero().flatten().tolist():
             prompts[i] = ""
-        context = pipe.encode_prompts(prompts)
-        loss = F.mse_loss(pipe.unet(x_t, t, context), eps)
-        take_step(optimizer, loss, learning_rate(UNET_LR, step, steps))
+        prediction = pipe.unet(x_t, t, pipe.encode_prompts(prompts))
+        errors = (prediction - eps).square().mean((1, 2, 3))
+        return (weights[t] * errors).mean()
+
+    parameters = [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]
+    return train(parameters, compute_loss, steps, UNET_LR, seed, state)
+
+
+def timestep_weights(alphas_cumprod: Tensor) -> Tensor:
+    """Return the weight [T] of each timestep's squared error of the noise; their mean is 1.
+
+    What the caption decides, where the shape is and of which color, is decided at high noise. There
+    the noise is nearly the input itself, so that its error is small however wrong the image is.
+    Weighted equally, the words are learned later.
+    """
+    weights = alphas_cumprod**-WEIGHT_POWER
+    return weights / weights.mean()
+
+
+def train(
+    parameters: list[torch.nn.Parameter],
+    compute_loss: Callable[[torch.Generator], Tensor],
+    steps: int,
+    peak_lr: float,
+    seed: int,
+    state: Path,
+) -> dict:
+    """Take the optimizer steps that are left, and return how many there were, loss and seconds.
+
+    compute_loss: returns the loss of a batch that it draws from the generator.
+    state: file from which training resumes if it is there, and where it is saved meanwhile.
+    The loss is the mean of the last tenth of the steps; the seconds are those of all starts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    losses = []
+    seconds = 0.0
+    if state.exists():
+        saved = torch.load(state)
+        for parameter, values in zip(parameters, saved["parameters"], strict=True):
+            parameter.data.copy_(values)
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["generator"])
+        losses = saved["losses"]
+        seconds = saved["seconds"]
+
+    began = time.perf_counter() - seconds
+    bar = tqdm(range(len(losses) + 1, steps + 1), state.stem, mininterval=10)
+    for step in bar:
+        loss = compute_loss(generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(peak_lr, step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
-    return mean_of_last_tenth(losses)
+        if step % SAVE_EVERY == 0:
+            values = {
+                "parameters": [parameter.detach() for parameter in parameters],
+                "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+                "losses": losses,
+                "seconds": time.perf_counter() - began,
+            }
+            with atomic_write(state) as temporary:
+                torch.save(values, temporary)
 
-
-def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
-    """Take one optimizer step down the gradient of `loss`, which is clipped to norm 1."""
-    [group] = optimizer.param_groups
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-    group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
+    last_tenth = losses[-math.ceil(len(losses) / 10) :]
+    return {
+        "steps": steps,
+        "loss": sum(last_tenth) / len(last_tenth),
+        "seconds": round(time.perf_counter() - began),
+    }
 
 
 def learning_rate(peak: float, step: int, steps: int) -> float:
     """Return the learning rate at `step` (1-based): linear warm-up, cosine decay to 0."""
     warmup = min(1, step / WARMUP)
     return peak * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def mean_of_last_tenth(losses: list[float]) -> float:
-    last = losses[-math.ceil(len(losses) / 10) :]
-    return sum(last) / len(last)
 
 
 @torch.no_grad()
@@ -422,6 +484,58 @@ def mean_scores(images: Tensor, prompts: list[str]) -> dict[str, float]:
     return {name: round(float(values.mean()), 4) for name, values in metrics.items()}
 
 
+# ---- Preferences ---------------------------------------------------------------------------------
+
+
+def draw_preferences(pipe: Pipeline, rows: int, seed: int) -> dict[str, Tensor]:
+    """Draw two images for the caption of each of the first rows of the curated set.
+
+    Return the scaled latents of the better ones and of the worse ones, "preferred" and "rejected",
+    float16 [rows,4,8,8] each. They are judged by `reward_of_description`: by what the caption says,
+    as a person would, not by the curated image that it belongs to.
+    """
+    descriptions = [curated_row(row)[0] for row in range(rows)]
+    preferred = []
+    rejected = []
+    for start in tqdm(range(0, rows, SAMPLING_BATCH), "preferences", mininterval=10):
+        batch = descriptions[start : start + SAMPLING_BATCH]
+        prompts = [description.caption for description in batch]
+        latents = []
+        rewards = []
+        for i in range(2):
+            generators = [
+                noise_generator(seed, PREFERENCES_ITERATION, 2 * row + i)
+                for row in range(start, start + len(batch))
+            ]
+            x0 = sample(pipe, prompts, SAMPLING_STEPS, GUIDANCE, generators=generators)
+            images = decode_latents(pipe, x0).permute(0, 2, 3, 1).numpy()
+            latents.append(x0)
+            rewards.append(
+                [reward_of_description(*pair) for pair in zip(images, batch, strict=True)]
+            )
+        first_is_better = torch.tensor(rewards[0]) >= torch.tensor(rewards[1])
+        first_is_better = first_is_better[:, None, None, None]
+        preferred.append(torch.where(first_is_better, latents[0], latents[1]).half())
+        rejected.append(torch.where(first_is_better, latents[1], latents[0]).half())
+    return {"preferred": torch.cat(preferred), "rejected": torch.cat(rejected)}
+
+
+def reward_of_description(image: np.ndarray, description: Scene) -> float:
+    """Return the reward of an image [32,32,3] by a caption that may leave attributes open.
+
+    Of all scenes that the caption allows, the one that the image comes nearest to counts.
+    """
+    allowed = []
+    for scene in toy.SCENES:
+        if all(
+            stated is None or stated == actual
+            for stated, actual in zip(astuple(description), astuple(scene))
+        ):
+            allowed.append(toy.ideal_image(scene))
+    distances = np.sqrt(((np.stack(allowed) - image) ** 2).mean((1, 2, 3)))
+    return float(-distances.min())
+
+
 if __name__ == "__main__":
-    advice = "finished stages are kept; the same command goes on"
+    advice = "what was saved is kept; the same command goes on"
     sys.exit(run_script("pretrain_toy.py", main, advice))

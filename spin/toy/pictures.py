@@ -1,10 +1,12 @@
 """The images of the miniature world's data sets, and the curated set as a folder.
 
-There are three ways to paint a scene:
+There are two ways to paint a scene:
 
-    curated    a little jittered: what fine-tuning learns from
-    web        jittered, cluttered, washed out, with a careless caption: what pretraining sees
-    loser      a web image with wrong attributes: the rejected image of Diffusion-DPO
+    web        jittered, cluttered, washed out: what pretraining sees
+    curated    clean, and only a little jittered: what fine-tuning learns from
+
+The captions of both are careless: here and there a word is wrong or missing. The curated set has
+better images than the web, but no better words.
 """
 
 import hashlib
@@ -33,11 +35,15 @@ from spin.toy.scenes import (
     to_pil,
 )
 
+PER_SCENE = 5  # images of each scene in the curated set
+TRAIN_SCENES = split()["train"]
+NUM_ROWS = PER_SCENE * len(TRAIN_SCENES)  # of the curated set
+
 # hash_curated_set of the folder that write_curated_set writes
-CURATED_SHA256 = "80bb12ca49a072fbf7c29b470c6523899d81bb891ec64716337380f7f804d457"
+CURATED_SHA256 = "8a4568dacb191dc86486ef471b3e3c94a9666c71b9e7d935247e5e4c4700484b"
 
 
-# ---- three ways to paint a scene -----------------------------------------------------------------
+# ---- two ways to paint a scene -------------------------------------------------------------------
 
 
 def jittered_colors(scene: Scene, sd: float, rng: np.random.Generator) -> tuple:
@@ -84,9 +90,20 @@ def web_image(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return np.clip(image + noise, 0, 1).astype(np.float32)
 
 
-def loser_image(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Return a rejected image for DPO: a web image of the scene, often with wrong attributes."""
-    return web_image(with_mistakes(scene, 0.12, rng), rng)
+# ---- careless captions ---------------------------------------------------------------------------
+
+
+def careless_description(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Return what a careless caption says of a scene.
+
+    Each attribute is wrong with probability 0.08, and missing, as None, with probability 0.2. The
+    shape is never missing.
+    """
+    described = with_mistakes(scene, 0.08, rng)
+    for name in ATTRIBUTES:
+        if name != "shape" and rng.random() < 0.2:
+            described = replace(described, **{name: None})
+    return described
 
 
 def with_mistakes(scene: Scene, probability: float, rng: np.random.Generator) -> Scene:
@@ -106,39 +123,30 @@ def with_mistakes(scene: Scene, probability: float, rng: np.random.Generator) ->
     return result
 
 
-def careless_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Return a caption in which each attribute is wrong with probability 0.08, missing with 0.2.
-
-    The shape is never missing.
-    """
-    described = with_mistakes(scene, 0.08, rng)
-    for name in ATTRIBUTES:
-        if name != "shape" and rng.random() < 0.2:
-            described = replace(described, **{name: None})
-    return described.caption
-
-
 # ---- the curated set -----------------------------------------------------------------------------
 
 
-def curated_set() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield (caption, image, rejected image) of each of the 600 scenes of "train"."""
-    for row, scene in enumerate(split()["train"]):
-        rng = np.random.default_rng([0, row])
-        image = curated_image(scene, rng)
-        rejected = loser_image(scene, rng)
-        yield scene.caption, image, rejected
+def curated_row(row: int) -> tuple[Scene, np.ndarray]:
+    """Return what the caption of a row of the curated set says, and the image [32,32,3].
+
+    Row r shows scene r % 600 of "train". Each row is drawn anew.
+    """
+    scene = TRAIN_SCENES[row % len(TRAIN_SCENES)]
+    rng = np.random.default_rng([0, row])
+    image = curated_image(scene, rng)
+    return careless_description(scene, rng), image
 
 
-def curated_metadata() -> list[dict]:
-    """Return the rows of the curated set's metadata.jsonl."""
-    rows = []
-    for row, scene in enumerate(split()["train"]):
-        name = f"{row:03d}.png"
-        rows.append(
-            {"file_name": name, "text": scene.caption, "rejected_file_name": f"rejected/{name}"}
-        )
-    return rows
+def curated_set() -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (caption, image) of each row of the curated set."""
+    for row in range(NUM_ROWS):
+        description, image = curated_row(row)
+        yield description.caption, image
+
+
+def file_name(row: int) -> str:
+    """Return the name of a row's image in the folder of the curated set."""
+    return f"{row:04d}.png"
 
 
 def write_curated_set(folder: Path) -> None:
@@ -163,22 +171,17 @@ def write_curated_set(folder: Path) -> None:
 
 def write_files(folder: Path) -> None:
     """Write all files of the curated set to a folder that is not there yet."""
-    rejected_folder = folder / "rejected"
-    rejected_folder.mkdir(parents=True)
-    metadata = curated_metadata()
-    for row, (_, image, rejected) in zip(metadata, curated_set(), strict=True):
-        to_pil(image).save(folder / row["file_name"])
-        to_pil(rejected).save(folder / row["rejected_file_name"])
-    lines = [json.dumps(row) + "\n" for row in metadata]
+    folder.mkdir(parents=True)
+    lines = []
+    for row, (caption, image) in enumerate(curated_set()):
+        to_pil(image).save(folder / file_name(row))
+        lines.append(json.dumps({"file_name": file_name(row), "text": caption}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
 
 
 def check_curated_set(folder: Path) -> None:
     """Raise InputError if a file of the curated set is missing from `folder`."""
-    names = ["metadata.jsonl"]
-    for row in curated_metadata():
-        names.append(row["file_name"])
-        names.append(row["rejected_file_name"])
+    names = ["metadata.jsonl"] + [file_name(row) for row in range(NUM_ROWS)]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise InputError(
@@ -197,7 +200,6 @@ def hash_curated_set(folder: Path) -> str:
     for line in read_text(folder / "metadata.jsonl").splitlines():
         row = json.loads(line)
         digest.update(row["text"].encode())
-        for name in (row["file_name"], row["rejected_file_name"]):
-            pixels = np.asarray(read_image(folder / name))
-            digest.update(pixels.tobytes())
+        pixels = np.asarray(read_image(folder / row["file_name"]))
+        digest.update(pixels.tobytes())
     return digest.hexdigest()

@@ -69,7 +69,7 @@ SCENES = [
 def split() -> dict[str, list[Scene]]:
     """Return the 900 scenes in three parts.
 
-    "train": 600, the curated set. "validation": 100, for tuning. "test": 200.
+    "train": 600, those of the curated set. "validation": 100, for tuning. "test": 200.
     """
     order = np.random.default_rng(0).permutation(len(SCENES))
     shuffled = [SCENES[i] for i in order]
