@@ -2,7 +2,7 @@
 
     python evaluate.py runs/toy                        every model of a run of train.py
     python evaluate.py --models A B --prompts FILE     any checkpoints, by the paper's metrics
-    python evaluate.py runs/toy --guidance 1 2 3 5 --validation        each model at its own best
+    python evaluate.py runs/toy --guidance 3 5 7.5 10 --validation     each model at its own best
 
 Of a prompt's --num-images images, the one with the highest unweighted average of the scores counts,
 as in the paper. After an interruption, the same command samples and scores only what is missing.
@@ -282,7 +282,9 @@ def evaluate(args: argparse.Namespace) -> dict:
         single["real"] = summarize({name: values.mean(axis=1) for name, values in real.items()})
 
     # ---- more tables: single images, guidance, what the paper published
-    results["tables"] = {SINGLE_TITLE: single, sweep_title.format(metric): swept.table()}
+    results["tables"] = {SINGLE_TITLE: single}
+    if len(args.guidance) > 1:
+        results["tables"][sweep_title.format(metric)] = swept.table()
     if args.paper:
         results["tables"][PUBLISHED_TITLE] = PUBLISHED
     comparison.write_results(out, results)

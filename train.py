@@ -685,8 +685,14 @@ def preferences_of_world(args: argparse.Namespace, pipe: Pipeline) -> dict[str, 
             f"{path}: missing; in the miniature world, DPO trains on the pairs of images in it. "
             "Make it with tutorial/pretrain_toy.py, or choose --loss spin or --loss sft"
         )
+    if args.unet is not None:
+        raise InputError(
+            "--unet: in the miniature world, DPO trains on images by the model's own UNet; "
+            "choose --loss spin or --loss sft"
+        )
     side = args.resolution // pipe.vae.downscale
-    return load_preferences(path, (toy.NUM_ROWS, pipe.unet.conv_in.in_channels, side, side))
+    shape = (toy.NUM_ROWS, pipe.unet.conv_in.in_channels, side, side)
+    return load_preferences(path, shape, hash_checkpoint(locate(args.model)))
 
 
 def preferences_file(args: argparse.Namespace) -> Path | None:

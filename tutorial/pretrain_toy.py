@@ -16,6 +16,8 @@ of theta_0 for each caption of the curated set, the better one and the worse one
 --out/pretrain.json holds how long each stage took, and what its checkpoint scores on the
 validation prompts. spin/toy/base is the folder base with that file in it.
 
+spin/toy/base was made by two runs: its autoencoder by one, the rest by one with --vae.
+
 After an interruption, the same command goes on from the last state, which is saved every 500
 steps, to the same weights. Another base with the same autoencoder: --seed 1 --vae runs/base/vae
 """
@@ -163,7 +165,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--rows",
         type=number(int, 1, NUM_ROWS),
         default=NUM_ROWS,
-        help="rows of the curated set to draw preferences for (default: %(default)s, all)",
+        help="rows of the curated set to draw preferences for (default: %(default)s, which is all, "
+        "as train.py needs)",
     )
     parser.add_argument(
         "--seed",
@@ -215,8 +218,9 @@ def main(argv: list[str] | None = None) -> dict:
     preferences = out / "base" / toy.PREFERENCES
     if not preferences.exists():
         pipe = load_pipeline(out / "base").freeze()
+        tensors = draw_preferences(pipe, args.rows, args.seed)
         with atomic_write(preferences) as temporary:
-            save_file(draw_preferences(pipe, args.rows, args.seed), temporary)
+            save_file(tensors, temporary, {"model_hash": hash_checkpoint(out / "base")})
     return report
 
 

@@ -147,7 +147,7 @@ def sample_requests(
     )
     model = requests[0].model
     if bar is None:
-        bar = tqdm(desc=f"{model}: sampling", total=len(requests), unit="image")
+        bar = tqdm(desc=f"{model}: sampling", total=len(requests), unit="image", delay=2)
     try:
         for request, image in zip(requests, images):
             save_png(to_pil(image), request.path, request.prompt, request.settings())
@@ -267,10 +267,12 @@ def sample_models(
     hashes: dict[str, str],
     batch_size: int,
     device: str,
+    purpose: str = "sampling",
 ) -> None:
     """Sample every model's missing images. A model that has none missing is not loaded.
 
     evaluations: {model: the sets of images to sample from it}
+    purpose: what the progress bars say
     """
     warned = False
     for name, source in models.items():
@@ -283,7 +285,7 @@ def sample_models(
                 warn_of_cut_prompts(pipe.text_encoder.tokenizer, evaluations[name][0].prompts)
                 warned = True
             total = sum(len(requests) for requests in todo)
-            with tqdm(desc=f"{name}: sampling", total=total, unit="image") as bar:
+            with tqdm(desc=f"{name}: {purpose}", total=total, unit="image") as bar:
                 for requests in todo:
                     sample_requests(pipe, requests, batch_size, bar)
             del pipe  # frees its memory before the next model is loaded
@@ -407,7 +409,7 @@ def format_comparison(results: dict, brief: bool) -> list[str]:
     parts = [f"# {results['title']}", stats.format_table(rows)]
 
     if not brief:
-        parts += ["Medians.", stats.format_table(medians(results["models"]))]
+        parts += ["Medians of the models.", stats.format_table(medians(results["models"]))]
         for title, table in results["tables"].items():
             parts += [title, stats.format_table(table)]
 

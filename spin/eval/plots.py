@@ -159,25 +159,13 @@ def tick_spacing(span: float) -> float:
     return 10 * power
 
 
-def line_charts(
-    panels: dict[str, Lines],
-    marks: Sequence[int] = (),
+def line_chart(
+    title: str,
+    lines: Lines,
+    marks: Sequence[int],
     width: int = 460,
     height: int = 240,
     window: int = 1,
-) -> Image.Image:
-    """Return a panel for each title, two a row, with a vertical line at each step in `marks`.
-
-    window: see `line_chart`.
-    """
-    charts = []
-    for title, lines in panels.items():
-        charts.append(line_chart(title, lines, marks, width, height, window))
-    return two_a_row(charts)
-
-
-def line_chart(
-    title: str, lines: Lines, marks: Sequence[int], width: int, height: int, window: int = 1
 ) -> Image.Image:
     """Return a panel with lines over steps 1, 2, .... Values that are not finite are left out.
 

@@ -110,7 +110,7 @@ class SampleGrid:
         if self.ideal_images is not None:
             titles.append("ideal")
             columns.append(list(self.ideal_images))
-            cell = 128  # four times the 32 pixels of the miniature world
+            cell = 96  # three times the 32 pixels of the miniature world
 
         rows = []
         captions = []
@@ -173,21 +173,22 @@ def draw_curves(run: Run) -> None:
     A vertical line marks the end of an iteration. Over the thin single steps lies a running mean.
     """
     log = run.read_log()
-    panels: dict[str, plots.Lines] = {}
-    ends: set[int] = set()
+    charts = []
     for method in ("spin", "sft", "dpo"):
         lines = [line for line in log if line["model"].startswith(method)]
         if not lines:
             continue
+        ends = []  # of iterations, which a baseline's training runs through
+        if method == "spin":
+            ends = [i for i in range(1, len(lines)) if lines[i]["step"] == 1]
         for title, keys in CURVES.items():
             if keys[0] in lines[0]:  # SFT has only a loss
-                panels[f"{method}: {title}"] = curves_of(lines, keys)
-        for i in range(1, len(lines)):
-            if lines[i]["step"] == 1:
-                ends.add(i)
-    if panels:
-        chart = plots.line_charts(panels, sorted(ends), window=CURVES_WINDOW)
-        save_png(chart, run.folder / "curves.png")
+                curves = curves_of(lines, keys)
+                charts.append(
+                    plots.line_chart(f"{method}: {title}", curves, ends, window=CURVES_WINDOW)
+                )
+    if charts:
+        save_png(plots.two_a_row(charts), run.folder / "curves.png")
 
 
 def curves_of(lines: Sequence[dict], keys: Sequence[str]) -> plots.Lines:

@@ -59,6 +59,7 @@ def sample_and_score(
     batch_size: int,
     device: str,
     scorers_folder: str | Path | None = None,
+    purpose: str = "sampling",
 ) -> Scored:
     """Sample and score what is missing in the evaluation's folder.
 
@@ -66,6 +67,7 @@ def sample_and_score(
     guidance_of: the values of guidance at which each model is sampled
     hashes: of the models, see `comparison.hash_models`
     metrics: names of scorers
+    purpose: what the progress bars say
     """
     # ---- every model samples every prompt
     evaluations: dict[float, Evaluation] = {}
@@ -75,7 +77,7 @@ def sample_and_score(
             options = replace(evaluation.options, guidance=guidance)
             evaluations[guidance] = replace(evaluation, options=options)
         evaluations_of[model] = [evaluations[guidance] for guidance in values]
-    comparison.sample_models(evaluations_of, models, hashes, batch_size, device)
+    comparison.sample_models(evaluations_of, models, hashes, batch_size, device, purpose)
 
     # ---- every scorer scores every image; the best of a prompt's images counts
     scores = defaultdict(dict)

@@ -51,24 +51,34 @@ def score_models(
     split: of the prompts, for the title
     """
     guidance = evaluation.options.guidance
-    count = f"{len(evaluation.prompts)} {split} prompts, {evaluation.images_per_prompt} images each"
+    images = f"{evaluation.images_per_prompt} images each"
+    if evaluation.images_per_prompt == 1:
+        images = "an image each"
+    count = f"{len(evaluation.prompts)} {split} prompts, {images}"
     title = f"{count}, guidance {guidance:g}"
     path = run.folder / "results.json"
     if path.exists():
         results = read_json(path)
-        is_same = results["title"] == title and results["models"].keys() == models.keys()
-        if is_same and has_sweep(sweep_guidance, split) == ("at_best_guidance" in results):
+        swept = results.get("at_best_guidance", {}).get("sweep_guidance", [])
+        if (
+            results["title"] == title
+            and results["models"].keys() == models.keys()
+            and swept == (list(sweep_guidance) if has_sweep(sweep_guidance, split) else [])
+        ):
             return results
 
     hashes = comparison.hash_models(models)
 
-    def sample_and_score(evaluation: Evaluation, guidance_of: dict) -> sweep.Scored:
+    def sample_and_score(
+        evaluation: Evaluation, guidance_of: dict, purpose: str
+    ) -> sweep.Scored:
         return sweep.sample_and_score(
-            evaluation, guidance_of, models, hashes, ["toy"], batch_size, device
+            evaluation, guidance_of, models, hashes, ["toy"], batch_size, device, purpose=purpose
         )
 
     # ---- all at the run's guidance
-    scored = sample_and_score(evaluation, {name: [guidance] for name in models})
+    same_guidance = {name: [guidance] for name in models}
+    scored = sample_and_score(evaluation, same_guidance, "sampling")
     scores = {name: scored.mean(guidance, name) for name in models}
     config = read_json(run.folder / "config.json")
     results = comparison.compare(title, scores, scored.less_is_better, scored.metric, config)
@@ -85,13 +95,16 @@ def score_models(
             prompts=captions("validation")[:SWEEP_PROMPTS],
             images_per_prompt=1,
         )
-        swept = sample_and_score(chosen_on, {name: sweep_guidance for name in models})
+        all_guidance = {name: sweep_guidance for name in models}
+        swept = sample_and_score(chosen_on, all_guidance, "looking for its best guidance")
         best = swept.best_guidance()
-        scored = sample_and_score(evaluation, {name: [best[name]] for name in models})
+        own_guidance = {name: [best[name]] for name in models}
+        scored = sample_and_score(evaluation, own_guidance, "sampling at its best guidance")
         scores = {name: scored.mean(best[name], name) for name in models}
         title = f"{count}, each model at its best guidance"
         at_best = comparison.compare(title, scores, scored.less_is_better, scored.metric, {})
         at_best["best_guidance"] = best
+        at_best["sweep_guidance"] = list(sweep_guidance)
         at_best["real"] = results["real"]
         at_best["tables"] = {sweep.VALIDATION.format(scored.metric): swept.table()}
         results["at_best_guidance"] = at_best
@@ -140,7 +153,6 @@ def vae_device(vae) -> torch.device:
 
 def conclusions(results: dict) -> list[str]:
     """Return three sentences on what came out, for the end of a run; fewer of a partial run."""
-    sentences = []
     models = results["models"]
     others = [name for name in models if name != "base"]
     if not others:
@@ -149,25 +161,26 @@ def conclusions(results: dict) -> list[str]:
     gains = []
     for name in others:
         difference = results["differences"][f"{name} - base"]["reward"]
-        gains.append(f"{name} {stats.format_cell(difference, sign='+')}")
-    sentences.append(f"At the run's guidance, reward gained over theta_0: {', '.join(gains)}.")
+        gains.append(f"{name} gains {stats.format_cell(difference, sign='+')}")
+    sentences = [f"At the run's guidance, by reward, over theta_0: {', '.join(gains)}."]
 
     if "at_best_guidance" in results:
         at_best = results["at_best_guidance"]
-        rewards = []
-        for name in models:
-            guidance = at_best["best_guidance"][name]
-            mean = at_best["models"][name]["reward"]["mean"]
-            rewards.append(f"{name} {mean:.2f} (at {guidance:g})")
-        sentences.append(f"At each model's best guidance, reward: {', '.join(rewards)}.")
+        rewards = {name: scores["reward"]["mean"] for name, scores in at_best["models"].items()}
+        ranking = sorted(rewards, key=rewards.get, reverse=True)
+        places = [f"{name} {rewards[name]:.2f}" for name in ranking]
+        sentences.append(
+            f"With each model at its own best guidance, {ranking[0]} comes first by reward: "
+            f"{', '.join(places)}."
+        )
 
     if "energy" in results["real"]:
-        energies = []
-        for name in models:
-            energies.append(f"{name} {models[name]['energy']['mean']:.4f}")
-        real = f"{results['real']['energy']['mean']:.4f}"
+        energies = {name: scores["energy"]["mean"] for name, scores in models.items()}
+        nearest = min(energies, key=energies.get)
+        real = results["real"]["energy"]["mean"]
         sentences.append(
-            f"Energy, lower for images distributed like the real ones, which have {real}: "
-            f"{', '.join(energies)}."
+            f"At the run's guidance, the images of {nearest} are distributed most like the real "
+            f"ones: energy {energies[nearest]:.4f}, theta_0 {energies['base']:.4f}, "
+            f"real images {real:.4f}."
         )
     return sentences

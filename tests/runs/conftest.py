@@ -14,7 +14,7 @@ from spin.infra.interrupt import STOP_SIGNALS
 
 SETTINGS = """
     --preset toy --loss spin --iterations 2 --steps 3 --batch-size 4 --micro-batch 3
-    --lr 1e-5 --beta 100 --warmup 1 --flip 0.5 --seed 11
+    --lr 1e-5 --beta 1000 --warmup 1 --flip 0.5 --seed 11
     --sampler-steps 3 --generation-batch 4 --grid-prompts 2 --device cpu
 """
 

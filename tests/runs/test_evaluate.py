@@ -127,7 +127,7 @@ def test_the_files_of_the_results(evaluated):
     out = evaluated[0]
     text = (out / "results.md").read_text()
     assert text.startswith("# 10 prompts, the best of 2 images each, guidance 3\n")
-    assert "| spin-1 - base |" in text and "Medians." in text
+    assert "| spin-1 - base |" in text and "Medians of the models." in text
     assert Image.open(out / "results.png").width == 920
     assert Image.open(out / "grid.png").size == (190 + 2 * 198, 25 + 6 * 198)
 

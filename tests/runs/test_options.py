@@ -476,21 +476,21 @@ def test_help_names_the_source_of_every_default(capsys):
         train.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "paper: 50 500 200)" in text
-    assert "toy: 2e-05, tuned; paper: 2e-05 2e-05 5e-08)" in text
+    assert "toy: 5e-05, tuned; paper: 2e-05 2e-05 5e-08)" in text
     for name in ASSUMED:
         assert f"paper: {format_value(PAPER[name])}, assumed" in text
 
 
 def announcement(tmp_path: Path, more: str, capsys) -> list[str]:
     args = train.parse_args(["--out", str(tmp_path / "run"), "--device", "cpu", *more.split()])
-    train.announce(args, Run(args.out), images=range(600))
+    train.announce(args, Run(args.out), images=range(3000))
     return capsys.readouterr().out.splitlines()
 
 
 def test_a_run_says_in_five_lines_what_it_will_do(tmp_path, capsys):
     lines = announcement(tmp_path, "", capsys)
     assert len(lines) == 5
-    assert "600 real images" in lines[0]
+    assert "3000 real images" in lines[0]
     assert "spin-1, spin-2, spin-3" in lines[1]
     assert "sft, dpo" in lines[2]
     assert "200 test prompts" in lines[3]
@@ -547,7 +547,7 @@ def test_a_run_does_not_resume_with_other_preferences(base, tmp_path, more):
     path = base / toy.PREFERENCES
     preferences = load_file(path)
     preferences["preferred"][7, 0, 0, 0] += 1
-    save_file(preferences, path)
+    save_file(preferences, path, {"model_hash": hash_checkpoint(base)})
     with pytest.raises(InputError, match="started with other contents of --data"):
         train.main(world_flags(base, tmp_path, more))
 

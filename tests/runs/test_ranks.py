@@ -33,7 +33,7 @@ UNET = "checkpoint/unet/diffusion_pytorch_model.safetensors"
 FLAGS = """
     --iterations 2 --steps 2 --batch-size 8 --micro-batch 3 --num-prompts 12 --warmup 0
     --sampler-steps 2 --generation-batch 4 --grid-prompts 0 --score none --save-every 1
-    --device cpu --seed 1
+    --device cpu --seed 1 --guidance 1.5
 """
 DIED = 9  # exit status of a rank that ends in the middle of a step
 

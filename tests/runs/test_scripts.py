@@ -18,6 +18,7 @@ import evaluate
 import sample
 import train
 from spin import toy
+from spin.eval import sweep, world
 from spin.infra.cli import run_script
 from spin.infra.interrupt import Interrupted
 from spin.infra.run import dtype_of_checkpoint
@@ -219,13 +220,13 @@ def test_a_mistake_in_evaluate_ends_in_one_line(arguments, expected, paths, monk
 
 @pytest.fixture
 def prompts(tmp_path) -> Path:
-    """A file of three prompts, two of which are longer than 77 tokens."""
+    """A file of three prompts, two of which are longer than the miniature base's 20 tokens."""
     path = tmp_path / "prompts.txt"
-    path.write_text(f"{'red ' * 75}\n{'red ' * 76}\n{'red ' * 200}\n")
+    path.write_text(f"{'red ' * 18}\n{'red ' * 19}\n{'red ' * 200}\n")
     return path
 
 
-NOTE = "note: 2 prompts have more than 77 tokens; the model reads the first ones"
+NOTE = "note: 2 prompts have more than 20 tokens; the model reads the first ones"
 
 
 def test_sample_says_how_many_prompts_are_cut(prompts, tmp_path, capsys):
@@ -237,7 +238,7 @@ def test_sample_says_how_many_prompts_are_cut(prompts, tmp_path, capsys):
 def test_a_negative_prompt_that_is_cut_counts(tmp_path, capsys):
     flags = f"--model {toy.BASE} --prompt a --steps 1 --device cpu --out {tmp_path}".split()
     sample.main([*flags, "--negative-prompt", "ugly " * 100])
-    assert "note: 1 prompt has more than 77 tokens" in capsys.readouterr().err
+    assert "note: 1 prompt has more than 20 tokens" in capsys.readouterr().err
 
 
 def test_evaluate_says_how_many_prompts_are_cut_once_for_all_models(
@@ -255,7 +256,11 @@ def test_evaluate_says_how_many_prompts_are_cut_once_for_all_models(
         def score(self, images, prompts):
             return {"brightness": np.array([np.asarray(image).mean() for image in images])}
 
-    monkeypatch.setattr(evaluate, "load_scorer", lambda *arguments: Brightness())
+    def score_real(vae, prompts, images_per_prompt):
+        return {"brightness": np.ones((len(prompts), images_per_prompt))}
+
+    monkeypatch.setattr(sweep, "load_scorer", lambda *arguments: Brightness())
+    monkeypatch.setattr(world, "score_real", score_real)
     flags = f"--models a={toy.BASE} b={toy.BASE} --prompts {prompts} --metrics toy --steps 1"
     evaluate.main([*flags.split(), "--num-images", "1", "--device", "cpu", "--out", str(tmp_path)])
     assert capsys.readouterr().err.count(NOTE) == 1
@@ -263,14 +268,14 @@ def test_evaluate_says_how_many_prompts_are_cut_once_for_all_models(
 
 def test_train_says_how_many_captions_are_cut_at_the_first_start(tmp_path, capsys):
     images = write_images(tmp_path / "images", count=4)
-    rows = [{"file_name": f"{i}.jpg", "text": "red " * (74 + i)} for i in (0, 2)]
+    rows = [{"file_name": f"{i}.jpg", "text": "red " * (17 + i)} for i in (0, 2)]
     write_metadata(images, rows)
     flags = f"""
         --preset toy --loss sft --iterations 1 --steps 1 --batch-size 2 --grid-prompts 0
         --data {images} --out {tmp_path / "run"} --device cpu
     """
     train.main(flags.split())
-    expected = "note: 1 prompt has more than 77 tokens"
+    expected = "note: 1 prompt has more than 20 tokens"
     assert capsys.readouterr().err.count(expected) == 1
     train.main(flags.split())
     assert expected not in capsys.readouterr().err

@@ -128,20 +128,20 @@ def rows_at_quartiles(out: Path) -> list[int]:
 
 
 def cell_of_grid(out: Path, row: int, column: int) -> np.ndarray:
-    """Return a cell of grid.png, [32,32,3]: there, each pixel is 4 x 4 pixels."""
+    """Return a cell of grid.png, [32,32,3]: there, each pixel is 3 x 3 pixels."""
     grid = np.asarray(Image.open(out / "samples/grid.png").convert("RGB")).astype(int)
-    top = 25 + row * 134
-    left = 190 + column * 134
-    cell = grid[top : top + 128, left : left + 128]
-    np.testing.assert_array_equal(cell, cell[::4, ::4].repeat(4, 0).repeat(4, 1))
-    return cell[::4, ::4]
+    top = 25 + row * 102
+    left = 190 + column * 102
+    cell = grid[top : top + 96, left : left + 96]
+    np.testing.assert_array_equal(cell, cell[::3, ::3].repeat(3, 0).repeat(3, 1))
+    return cell[::3, ::3]
 
 
 def test_the_grid_shows_every_model_and_the_ideal_image_last(story):
     out, _ = story
     width, height = Image.open(out / "samples/grid.png").size
-    assert width == 190 + 5 * 134  # the prompts, and five columns of 128 pixels and a gap
-    assert height == 25 + 6 * 134  # the titles, and two rows for each of three prompts
+    assert width == 190 + 5 * 102  # the prompts, and five columns of 96 pixels and a gap
+    assert height == 25 + 6 * 102  # the titles, and two rows for each of three prompts
     for i, row in enumerate(rows_at_quartiles(out)):
         for column, model in enumerate(MODELS):
             image = Image.open(out / f"samples/{model}/{i}.png")

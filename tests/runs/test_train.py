@@ -232,7 +232,7 @@ def test_each_player_starts_from_the_one_before(flags, tmp_path):
 def test_the_opponent_of_an_iteration_generates_its_images(finished, image_folder):
     """iter1's latents are theta_0's, iter2's theta_1's, each from noise that the row decides."""
     images = CaptionedImages(image_folder, 32)
-    options = SamplingOptions(steps=3, guidance=3.0, height=32, width=32)
+    options = SamplingOptions(steps=3, guidance=7.5, height=32, width=32)
     for k, opponent in ((1, toy.BASE), (2, finished / "iter1/checkpoint")):
         pipe = load_pipeline(opponent)
         steps = [(k, step) for step in (1, 2, 3)]
@@ -514,7 +514,7 @@ def test_a_model_that_is_trained_anew_is_sampled_anew(finished, flags, tmp_path)
 def test_an_iteration_that_has_not_begun_may_have_other_settings(finished, flags, tmp_path):
     out = copy_run(finished, tmp_path)
     shutil.rmtree(out / "iter2")
-    with pytest.raises(InputError, match="started with --beta 100.0, now 1.0. Go back"):
+    with pytest.raises(InputError, match="started with --beta 1000.0, now 1.0. Go back"):
         train.main(flags(out, "--beta 1 1"))
     train.main(flags(out, "--lr 1e-5 2e-5"))
     log = Run(out).read_log()
@@ -568,6 +568,7 @@ def test_all_that_changes_a_number_must_match():
         "grid_prompts",
         "score",
         "score_images",
+        "score_guidance",
         "follow_links",
         "guidance",  # must match, with the two below, unless the loss is a baseline's
         "sampler",
@@ -633,6 +634,7 @@ def test_an_unknown_flag_is_refused(finished, flags, tmp_path):
 OLD_FLAGS = """
     --loss spin --iterations 1 --steps 4 --batch-size 4 --micro-batch 4 --sampler-steps 2
     --generation-batch 16 --grid-prompts 0 --score none --save-every 2 --device cpu
+    --lr 2e-5 --beta 10000 --guidance 3
 """
 OLD_CONFIG = {
     "iterations": 1,
@@ -678,7 +680,7 @@ OLD_CONFIG = {
     "checkpoint_activations": False,
     "dry_run": False,
     "world": True,
-    "model_hash": "b0e76d4de667f30c",
+    "model_hash": "6f959b324ee7689c",  # today's miniature base instead of that commit's
     "unet_hash": None,
     "data_hash": "a43018df3e38fd4c",
     "commit": "0a7cbd914d5c539dfa87fdd3f5657f7d5dc25fc8",

@@ -1,6 +1,7 @@
 """The results of the miniature world: at the run's guidance, at each model's best, real images."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -100,16 +101,30 @@ def test_there_is_one_verdict_where_there_is_nothing_to_choose(tmp_path, sweep_g
     assert not (tmp_path / "run/evaluation/validation").exists()
 
 
+def test_other_values_to_look_at_are_looked_at(scored, tmp_path, monkeypatch):
+    folder, results = scored
+    copy = shutil.copytree(folder, tmp_path / "run")
+    validation = world.captions("validation")[:6]
+    monkeypatch.setattr(world, "captions", lambda split: validation)
+    other = score(copy, [2.0, 3.0])
+    assert set(other["at_best_guidance"]["best_guidance"].values()) <= {2.0, 3.0}
+    [table] = other["at_best_guidance"]["tables"].values()
+    assert list(table["base"]) == ["best at", "2", "3"]
+
+
 def test_three_sentences_say_what_came_out(scored):
     _, results = scored
     gain, best, energy = world.conclusions(results)
     assert gain == (
-        "At the run's guidance, reward gained over theta_0: sft +0.000 [+0.000, +0.000]."
+        "At the run's guidance, by reward, over theta_0: sft gains +0.000 [+0.000, +0.000]."
     )
     reward = results["at_best_guidance"]["models"]["sft"]["reward"]["mean"]
-    guidance = results["at_best_guidance"]["best_guidance"]["sft"]
-    assert best.endswith(f"sft {reward:.2f} (at {guidance:g}).")
-    assert f"which have {results['real']['energy']['mean']:.4f}: base " in energy
+    assert best == (
+        "With each model at its own best guidance, base comes first by reward: "
+        f"base {reward:.2f}, sft {reward:.2f}."
+    )
+    assert energy.endswith(f"real images {results['real']['energy']['mean']:.4f}.")
+    assert f"theta_0 {results['models']['base']['energy']['mean']:.4f}, " in energy
 
 
 def test_a_run_without_trained_models_has_nothing_to_conclude(scored):
