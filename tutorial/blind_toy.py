@@ -6,8 +6,8 @@
 `sheets` writes sheet1.png to sheet6.png and key.json, which the observer must not see. A row of a
 sheet shows the ideal image of one of sixty random test prompts, then images A, B and C by theta_0,
 SFT and SPIN-3, in random order. The observer writes answers.json, {"orders": [...]} with sixty
-strings such as "BAC", the image that is nearest to the ideal first. `judge` says how often each model's came first, and was
-preferred to another's, with exact binomial intervals.
+strings such as "BAC": the image that is nearest to the ideal comes first. `judge` says how often
+each model's came first, and how often one was nearer than another's, with exact binomial intervals.
 """
 
 import argparse
