@@ -308,7 +308,7 @@ def read_prompts_or_split(path: str | None, split: str) -> list[str]:
     """Return the prompts in a file or, without one, those of the miniature world's split."""
     if path:
         return read_prompts(path)
-    return [scene.caption for scene in toy.split()[split]]
+    return world.captions(split)
 
 
 def sample_and_score(

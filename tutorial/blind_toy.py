@@ -66,7 +66,8 @@ def draw_sheets(run: Path, out: Path, seed: int) -> dict:
         numbers = [str(start + i + 1) for i in range(ROWS)]
         sheet = plots.grid(rows[start : start + ROWS], ["ideal", *NAMES], numbers, cell=128)
         save_png(sheet, out / f"sheet{start // ROWS + 1}.png")
-    key = {"prompts": prompts, "order": [[MODELS[i] for i in order] for order in orders]}
+    names = [np.array(MODELS)[order].tolist() for order in orders]
+    key = {"prompts": prompts, "order": names}
     write_json(out / "key.json", key)
     return key
 

@@ -498,8 +498,8 @@ def draw_preferences(pipe: Pipeline, rows: int, seed: int) -> dict[str, Tensor]:
     """Draw two images for the caption of each of the first rows of the curated set.
 
     Return the scaled latents of the better ones and of the worse ones, "preferred" and "rejected",
-    float16 [rows,4,8,8] each. They are judged by `reward_of_description`: by what the caption says,
-    as a person would, not by the curated image that it belongs to.
+    float16 [rows,4,8,8] each. `nearness_to_description` judges them by what the caption says, as a
+    person would, not by the curated image that it belongs to.
     """
     descriptions = [curated_row(row)[0] for row in range(rows)]
     preferred = []
@@ -508,7 +508,7 @@ def draw_preferences(pipe: Pipeline, rows: int, seed: int) -> dict[str, Tensor]:
         batch = descriptions[start : start + SAMPLING_BATCH]
         prompts = [description.caption for description in batch]
         latents = []
-        rewards = []
+        nearness = []
         for i in range(2):
             generators = [
                 noise_generator(seed, PREFERENCES_ITERATION, 2 * row + i)
@@ -517,30 +517,33 @@ def draw_preferences(pipe: Pipeline, rows: int, seed: int) -> dict[str, Tensor]:
             x0 = sample(pipe, prompts, SAMPLING_STEPS, GUIDANCE, generators=generators)
             images = decode_latents(pipe, x0).permute(0, 2, 3, 1).numpy()
             latents.append(x0)
-            rewards.append(
-                [reward_of_description(*pair) for pair in zip(images, batch, strict=True)]
+            nearness.append(
+                [nearness_to_description(*pair) for pair in zip(images, batch, strict=True)]
             )
-        first_is_better = torch.tensor(rewards[0]) >= torch.tensor(rewards[1])
+        first_is_better = torch.tensor(nearness[0]) >= torch.tensor(nearness[1])
         first_is_better = first_is_better[:, None, None, None]
         preferred.append(torch.where(first_is_better, latents[0], latents[1]).half())
         rejected.append(torch.where(first_is_better, latents[1], latents[0]).half())
     return {"preferred": torch.cat(preferred), "rejected": torch.cat(rejected)}
 
 
-def reward_of_description(image: np.ndarray, description: Scene) -> float:
-    """Return the reward of an image [32,32,3] by a caption that may leave attributes open.
+def nearness_to_description(image: np.ndarray, description: Scene) -> float:
+    """Return minus the rms distance of an image [32,32,3] to what a caption says.
 
-    Of all scenes that the caption allows, the one that the image comes nearest to counts.
+    A caption may leave attributes open. Of the ideal images of all scenes that it allows, the
+    nearest one counts.
     """
-    allowed = []
-    for scene in toy.SCENES:
-        if all(
-            stated is None or stated == actual
-            for stated, actual in zip(astuple(description), astuple(scene))
-        ):
-            allowed.append(toy.ideal_image(scene))
+    allowed = [toy.ideal_image(scene) for scene in toy.SCENES if allows(description, scene)]
     distances = np.sqrt(((np.stack(allowed) - image) ** 2).mean((1, 2, 3)))
     return float(-distances.min())
+
+
+def allows(description: Scene, scene: Scene) -> bool:
+    """Return whether a scene has all attributes that the description states."""
+    for stated, actual in zip(astuple(description), astuple(scene)):
+        if stated is not None and stated != actual:
+            return False
+    return True
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> dict:
         help="folder for the table (default: tutorial/evidence)",
     )
     args = parser.parse_args(argv)
+    if len(args.bases) > len(STUDENT_T) + 1:
+        parser.error(f"--bases: at most {len(STUDENT_T) + 1}, see STUDENT_T")
 
     runs = []
     for number, base in enumerate(args.bases):
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict:
 def summarize_run(results: dict) -> dict:
     """Return a run's commit, each model's best guidance, and the mean differences of PAIRS.
 
-    The differences are {"at the run's guidance" or "at its best": {metric: {pair: mean}}}.
+    The differences are {"at the run's guidance" or "each at its best": {metric: {pair: mean}}}.
     """
     at_best = results["at_best_guidance"]
     verdicts = {"at the run's guidance": results, "each at its best": at_best}

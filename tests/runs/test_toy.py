@@ -569,7 +569,7 @@ def test_preferences_are_two_images_of_each_caption_the_better_one_preferred(pre
         assert latents.dtype == torch.float16
         images = decode_latents(pipe, latents.float()).permute(0, 2, 3, 1).numpy()
         rewards[name] = [
-            pretrain_toy.reward_of_description(image, toy.curated_row(row)[0])
+            pretrain_toy.nearness_to_description(image, toy.curated_row(row)[0])
             for row, image in enumerate(images)
         ]
     assert (np.array(rewards["preferred"]) > np.array(rewards["rejected"])).all()
@@ -579,10 +579,10 @@ def test_preferences_are_two_images_of_each_caption_the_better_one_preferred(pre
 def test_a_description_is_met_by_every_scene_that_it_allows(scene):
     image = ideal_image(scene)
     vague = replace(scene, size=None, place=None)
-    assert pretrain_toy.reward_of_description(image, scene) == 0
-    assert pretrain_toy.reward_of_description(image, vague) == 0
+    assert pretrain_toy.nearness_to_description(image, scene) == 0
+    assert pretrain_toy.nearness_to_description(image, vague) == 0
     other_shape = SHAPES[SHAPES.index(scene.shape) - 1]
-    assert pretrain_toy.reward_of_description(image, replace(vague, shape=other_shape)) < -0.01
+    assert pretrain_toy.nearness_to_description(image, replace(vague, shape=other_shape)) < -0.01
 
 
 def test_tuning_writes_a_row_for_each_trial(tmp_path, monkeypatch):
