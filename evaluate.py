@@ -15,7 +15,6 @@ from dataclasses import astuple, replace
 from os.path import expanduser
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from spin import toy
@@ -176,6 +175,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
 
+    if args.validation and Path(args.validation).is_dir():
+        parser.error(
+            f"--validation: {args.validation} is a folder, not a file of prompts; a run goes "
+            "before the flags: python evaluate.py RUN --validation"
+        )
     if bool(args.run) == bool(args.models):
         parser.error("give a run folder, or --models")
     config = read_json(Path(args.run, "config.json")) if args.run else {}
@@ -260,7 +264,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     single: dict[str, dict] = {}
     for model, guidance in best_guidance.items():
         best_scores[model] = reported.best[guidance, model]
-        single[model] = summarize(reported.mean(guidance, model))
+        single[model] = stats.summarize(reported.mean(guidance, model))
     config = {
         **vars(args),
         "models": {model: astuple(source) for model, source in models.items()},
@@ -272,19 +276,31 @@ def evaluate(args: argparse.Namespace) -> dict:
         "scorer_hashes": reported.scorer_hashes,
         "best_guidance": best_guidance,
     }
-    title = describe(len(prompts), args.num_images, args.guidance)
+    title = describe(len(prompts), args.num_images, args.metrics)
+    setting = world.BEST_GUIDANCE
+    if len(args.guidance) == 1:
+        setting = f"guidance {args.guidance[0]:g}"
     metric = reported.metric
-    results = comparison.compare(title, best_scores, reported.less_is_better, metric, config)
+    results = comparison.compare(
+        title, setting, best_scores, reported.less_is_better, metric, config
+    )
+    real_swept = None
     if args.metrics == ["toy"]:
         [base, *_] = models.values()
-        real = world.score_real(base.load(args.device).vae, prompts, args.num_images)
-        results["real"] = summarize(stats.best_of(real, [metric]))
-        single["real"] = summarize({name: values.mean(axis=1) for name, values in real.items()})
+        vae = base.load(args.device).vae
+        real = world.score_real(vae, prompts, args.num_images)
+        results["real"] = stats.summarize(stats.best_of(real, [metric]))
+        means = {name: values.mean(axis=1) for name, values in real.items()}
+        single["real"] = stats.summarize(means)
+        real_swept = results["real"][metric]
+        if args.validation is not None:
+            real = world.score_real(vae, validation, args.num_images)
+            real_swept = stats.summarize(stats.best_of(real, [metric]))[metric]
 
     # ---- more tables: single images, guidance, what the paper published
     results["tables"] = {SINGLE_TITLE: single}
     if len(args.guidance) > 1:
-        results["tables"][sweep_title.format(metric)] = swept.table()
+        results["tables"][sweep_title.format(metric)] = swept.table(real_swept)
     if args.paper:
         results["tables"][PUBLISHED_TITLE] = PUBLISHED
     comparison.write_results(out, results)
@@ -331,17 +347,14 @@ def sample_and_score(
     )
 
 
-def summarize(scores: dict[str, np.ndarray]) -> dict[str, stats.Summary]:
-    """Return the interval of each metric, {metric: [N]}."""
-    return {metric: stats.interval(values) for metric, values in scores.items()}
-
-
-def describe(num_prompts: int, num_images: int, guidance: list[float]) -> str:
-    """Return the results' title: 200 prompts, the best of 5 images each, guidance 3."""
-    images = f"the best of {num_images} images each" if num_images > 1 else "an image each"
-    if len(guidance) == 1:
-        return f"{num_prompts} prompts, {images}, guidance {guidance[0]:g}"
-    return f"{num_prompts} prompts, {images}, each model at its best guidance"
+def describe(num_prompts: int, num_images: int, metrics: list[str]) -> str:
+    """Return the results' title: 200 prompts, the best of 5 images each."""
+    if num_images == 1:
+        return f"{num_prompts} prompts, an image each"
+    images = f"the best of {num_images} images each"
+    if metrics == ["toy"]:
+        images += f" (energy and spread: all {num_images})"
+    return f"{num_prompts} prompts, {images}"
 
 
 def base_of_run(config: dict, prediction_type: str | None = None) -> ModelSource:

@@ -1007,7 +1007,7 @@ def report_results(args: argparse.Namespace, run: Run) -> dict:
             args.generation_batch,
             args.device,
         )
-        print("\n" + comparison.format_markdown(results, brief=True))
+        print(f"\n{comparison.format_summary(results)}\n")
         for sentence in world.conclusions(results):
             print(sentence)
 

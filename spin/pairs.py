@@ -117,7 +117,10 @@ def missing_batches(
     distributed.barrier()
     mine = missing[distributed.RANK :: distributed.WORLD_SIZE]
     num_rows = sum(len(rows) for _, rows in mine)
-    with distributed.progress_bar(total=num_rows, desc=title, disable=num_rows == 0) as bar:
+    bar = distributed.progress_bar(
+        total=num_rows, desc=title, unit="image", disable=num_rows == 0
+    )
+    with bar:
         for shard, rows in mine:
             yield shard, split_rows(rows, batch_size, bar)
 

@@ -8,6 +8,7 @@ An image is reused, with its score, if the settings that it records match the re
 """
 
 import re
+import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,23 +273,31 @@ def sample_models(
     """Sample every model's missing images. A model that has none missing is not loaded.
 
     evaluations: {model: the sets of images to sample from it}
-    purpose: what the progress bars say
+    purpose: what the progress bar says
     """
+    todo: dict[str, list] = {}
+    total = 0
+    for name in models:
+        batches = [
+            missing(evaluation.requests(name, hashes[name])) for evaluation in evaluations[name]
+        ]
+        count = sum(len(requests) for requests in batches)
+        if count > 0:
+            todo[name] = batches
+            total += count
+
     warned = False
-    for name, source in models.items():
-        todo = []
-        for evaluation in evaluations[name]:
-            todo.append(missing(evaluation.requests(name, hashes[name])))
-        if any(todo):
-            pipe = source.load(device)
+    with tqdm(desc=purpose, total=total, unit="image", disable=not todo) as bar:
+        for name, batches in todo.items():
+            bar.set_postfix_str(name)
+            pipe = models[name].load(device)
             if not warned:
                 warn_of_cut_prompts(pipe.text_encoder.tokenizer, evaluations[name][0].prompts)
                 warned = True
-            total = sum(len(requests) for requests in todo)
-            with tqdm(desc=f"{name}: {purpose}", total=total, unit="image") as bar:
-                for requests in todo:
-                    sample_requests(pipe, requests, batch_size, bar)
+            for requests in batches:
+                sample_requests(pipe, requests, batch_size, bar)
             del pipe  # frees its memory before the next model is loaded
+        bar.set_postfix_str("")
 
 
 # ---- The comparison ------------------------------------------------------------------------------
@@ -296,6 +305,7 @@ def sample_models(
 
 def compare(
     title: str,
+    setting: str,
     scores: dict[str, dict[str, np.ndarray]],
     less_is_better: Collection[str],
     metric: str,
@@ -303,6 +313,8 @@ def compare(
 ) -> dict:
     """Return the content of results.json.
 
+    title: which images are compared: "200 prompts, 2 images each".
+    setting: what distinguishes this comparison from another one of them: "guidance 7.5".
     scores: {model: {metric: [N]}}, the N prompts being the same for all models.
     less_is_better: the metrics of which a lower score is better.
     metric: the one that claims are judged by.
@@ -311,6 +323,7 @@ def compare(
     compared = stats.compare(scores, less_is_better)
     return {
         "title": title,
+        "setting": setting,
         "metric": metric,
         "less_is_better": list(less_is_better),
         "models": compared["models"],
@@ -329,7 +342,7 @@ def judge_claims(differences: dict[str, dict], metric: str) -> list[dict]:
     """
     claims = {"spin-1 - sft": "SPIN-1 beats SFT", "spin-2 - dpo": "SPIN-2 beats Diffusion-DPO"}
     if metric == "reward":  # of the miniature world
-        claims["sft - base"] = f"SFT plateaus, staying within {PLATEAU:g} of theta_0"
+        claims["sft - base"] = f"SFT stays within {PLATEAU:g} of theta_0"
     for pair in differences:
         iterations = re.fullmatch(r"spin-(\d+) - spin-(\d+)", pair)
         if iterations and int(iterations[1]) == int(iterations[2]) + 1:
@@ -373,65 +386,115 @@ def write_results(folder: Path, results: dict) -> None:
     write_json(folder / "results.json", results)
 
 
+def verdicts_of(results: dict) -> dict[str, dict]:
+    """Return the comparisons in results.json, each under its setting.
+
+    There is one or, in the miniature world, a second one: of each model at its best guidance.
+    """
+    verdicts = {results["setting"]: results}
+    if "at_best_guidance" in results:
+        at_best = results["at_best_guidance"]
+        verdicts[at_best["setting"]] = at_best
+    return verdicts
+
+
+def summary_metrics(results: dict) -> list[str]:
+    """Return the metrics to show side by side. Of two comparisons, only some have room for that."""
+    metrics = list(next(iter(results["models"].values())))
+    if "at_best_guidance" not in results:
+        return metrics
+    return [metric for metric in metrics if metric in (results["metric"], "energy")]
+
+
 def results_chart(results: dict) -> Image.Image:
     """Return a chart of what each model gains over the first one, or of a single model's scores."""
     first, *others = results["models"]
     if not others:
         return plots.interval_charts(results["models"])
 
-    gains: dict[str, dict] = {first: {}}
-    for metric in results["models"][first]:
-        gains[first][f"{metric}, minus {first}'s"] = {"mean": 0.0, "low": 0.0, "high": 0.0}
-    for name in others:
-        difference = results["differences"][f"{name} - {first}"]
-        gains[name] = {f"{metric}, minus {first}'s": gap for metric, gap in difference.items()}
+    verdicts = verdicts_of(results)
+    gains: dict[str, dict] = {name: {} for name in results["models"]}
+    for metric in summary_metrics(results):
+        for setting, verdict in verdicts.items():
+            panel = f"{metric}, minus {first}'s"
+            if len(verdicts) > 1:
+                panel += f", {setting}"
+            gains[first][panel] = {"mean": 0.0, "low": 0.0, "high": 0.0}
+            for name in others:
+                gains[name][panel] = verdict["differences"][f"{name} - {first}"][metric]
     return plots.interval_charts(gains)
 
 
-def format_markdown(results: dict, brief: bool = False) -> str:
-    """Return results.md: the tables of results.json, and a line for each claim.
-
-    brief: only the first table and the claims.
-    """
-    parts = format_comparison(results, brief)
-    if "at_best_guidance" in results:
-        parts += format_comparison(results["at_best_guidance"], brief)
-    parts.append("Brackets: 95% bootstrap intervals over the prompts, for this one training seed.")
+def format_markdown(results: dict) -> str:
+    """Return results.md: the summary of results.json, then all its tables."""
+    parts = [format_summary(results)]
+    verdicts = verdicts_of(results)
+    for setting, verdict in verdicts.items():
+        if len(verdicts) > 1:
+            parts += [f"# {verdict['title']}, {setting}", stats.format_table(rows_of(verdict))]
+        parts += format_details(verdict)
     return "\n\n".join(parts) + "\n"
 
 
-def format_comparison(results: dict, brief: bool) -> list[str]:
-    """Return the paragraphs on one comparison: its title, tables and claims."""
-    # the miniature world's real images are in the tables of scores, as if a model had made them
+def format_summary(results: dict) -> str:
+    """Return the first lines of results.md: scores and verdicts on claims, settings side by side."""
+    verdicts = verdicts_of(results)
+    heading = f"# {results['title']}"
+    if len(verdicts) == 1:
+        heading += f", {results['setting']}"
+
+    scores: dict[str, dict] = {name: {} for name in rows_of(results)}
+    for metric in summary_metrics(results):
+        for setting, verdict in verdicts.items():
+            column = f"{metric}, {setting}" if len(verdicts) > 1 else metric
+            for name, metrics in rows_of(verdict).items():
+                scores[name][column] = metrics[metric]
+    parts = [heading, stats.format_table(scores)]
+
+    if results["claims"]:
+        claims: dict[str, dict] = {claim["claim"]: {} for claim in results["claims"]}
+        for setting, verdict in verdicts.items():
+            column = setting if len(verdicts) > 1 else "verdict"
+            for claim in verdict["claims"]:
+                difference = stats.format_cell(claim["difference"], sign="+")
+                claims[claim["claim"]][column] = f"{claim['verdict']}, {difference}"
+        parts.append(stats.format_table(claims, corner=f"by {results['metric']}"))
+
+    note = "Brackets: 95% bootstrap intervals over the prompts, for this one training seed."
+    if len(verdicts) > 1:
+        note += " Best guidance: each model's own, chosen on other prompts."
+    lower = [metric for metric in results["less_is_better"] if metric in summary_metrics(results)]
+    if lower:
+        note += f" Lower is better: {', '.join(lower)}."
+    parts.append(textwrap.fill(note, 100))
+    return "\n\n".join(parts)
+
+
+def rows_of(results: dict) -> dict[str, dict]:
+    """Return the scores of a comparison's models and, in the miniature world, of real images."""
     rows = dict(results["models"])
     if "real" in results:
         rows["real"] = results["real"]
-    parts = [f"# {results['title']}", stats.format_table(rows)]
+    return rows
 
-    if not brief:
-        parts += ["Medians of the models.", stats.format_table(medians(results["models"]))]
-        for title, table in results["tables"].items():
-            parts += [title, stats.format_table(table)]
 
-    if not brief and results["differences"]:
+def format_details(results: dict) -> list[str]:
+    """Return the paragraphs on one comparison that its summary leaves out."""
+    parts = ["Medians.", stats.format_table(medians(rows_of(results)))]
+    for title, table in results["tables"].items():
+        parts += [title, stats.format_table(table)]
+
+    if results["differences"]:
         title = "Differences, paired by prompt. *: significant."
-        if results["less_is_better"]:
-            title += f" Lower is better: {', '.join(results['less_is_better'])}."
         parts += [title, stats.format_table(marked_differences(results["differences"]))]
-        for metric in next(iter(results["models"].values())):
+        metrics = [results["metric"]]
+        if results["metric"] == "average":
+            metrics = list(next(iter(results["models"].values())))
+        for metric in metrics:
             rates = stats.win_rates(results, metric)
             title = f"How often a row's model beats a column's, by {metric}; a tie counts as half."
             parts += [title, stats.format_table(rates, digits=2)]
-
-    if results["claims"]:
-        claims = [format_claim(claim, results["metric"]) for claim in results["claims"]]
-        parts.append("\n".join(claims))
     return parts
-
-
-def format_claim(claim: dict, metric: str) -> str:
-    difference = stats.format_cell(claim["difference"], sign="+")
-    return f"- {claim['claim']} by {metric}: {claim['verdict']}, {difference}"
 
 
 def medians(models: dict[str, dict]) -> dict[str, dict[str, float]]:

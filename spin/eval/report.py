@@ -143,7 +143,8 @@ def typical_rows(
     """
     models = {"base": base}
     hashes = comparison.hash_models(models)
-    comparison.sample_models({"base": [evaluation]}, models, hashes, batch_size, device)
+    purpose = "sampling theta_0, to choose the grid's rows"
+    comparison.sample_models({"base": [evaluation]}, models, hashes, batch_size, device, purpose)
     scores = evaluation.score("base", hashes["base"], load_scorer("toy"))
     return rows_at_quantiles(scores["reward"][:, 0], count)
 

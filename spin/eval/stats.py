@@ -78,6 +78,14 @@ def best_of(scores: dict[str, np.ndarray], metrics: list[str]) -> dict[str, np.n
     return {metric: values[rows, best] for metric, values in candidates.items()}
 
 
+def summarize(scores: dict[str, np.ndarray]) -> dict[str, Summary]:
+    """Return each metric's interval and "median": {metric: [N]} -> {metric: summary}."""
+    summaries = {}
+    for metric, values in scores.items():
+        summaries[metric] = {**interval(values), "median": float(np.median(values))}
+    return summaries
+
+
 def compare(
     scores: dict[str, dict[str, np.ndarray]], less_is_better: Collection[str] = ()
 ) -> dict[str, dict]:
@@ -85,18 +93,13 @@ def compare(
 
     Return {"models", "differences"}:
 
-    models: {model: {metric: its interval and "median"}}.
+    models: {model: what `summarize` returns}.
     differences: {"b - a": {metric: its interval and "win_rate"}}, paired by prompt, for every
         model b and each model a before it. win_rate: the interval of how often b is better.
 
     less_is_better: the metrics of which a lower score wins.
     """
-    models: dict[str, dict] = {}
-    for name, values_of_metric in scores.items():
-        models[name] = {}
-        for metric, values in values_of_metric.items():
-            models[name][metric] = {**interval(values), "median": float(np.median(values))}
-
+    models = {name: summarize(scores_of_model) for name, scores_of_model in scores.items()}
     differences: dict[str, dict] = {}
     for a, b in combinations(scores, 2):
         pair = {}
@@ -161,12 +164,30 @@ def format_cell(value: Summary | float | str, digits: int = 3, sign: str = "") -
 
 
 def format_table(
-    rows: dict[str, dict[str, Summary | float | str]], digits: int = 3, sign: str = ""
+    rows: dict[str, dict[str, Summary | float | str]],
+    digits: int = 3,
+    sign: str = "",
+    corner: str = "",
 ) -> str:
-    """Return a Markdown table: a line for each of `rows`, a column for each key of its values."""
+    """Return a Markdown table: a line for each of `rows`, a column for each key of its values.
+
+    Its columns are aligned, so that a terminal shows a table, too.
+    corner: the first column's title.
+    """
     columns = list(next(iter(rows.values())))
-    lines = [["", *columns], ["---", *["---:"] * len(columns)]]
+    lines = [[corner, *columns]]
     for name, row in rows.items():
         cells = [format_cell(row[column], digits, sign) for column in columns]
         lines.append([name, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    widths = []
+    for column in zip(*lines):
+        widths.append(max(3, *(len(cell) for cell in column)))
+    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines.insert(1, rules)
+    texts = []
+    for first, *others in lines:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        texts.append(f"| {' | '.join(cells)} |")
+    return "\n".join(texts)

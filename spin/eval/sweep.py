@@ -39,14 +39,21 @@ class Scored:
             means[model][guidance] = scores[self.metric].mean()
         return {model: max(values, key=values.get) for model, values in means.items()}
 
-    def table(self) -> dict[str, dict]:
-        """Return {model: {"best at", then the metric at each guidance}}, a table's rows."""
+    def table(self, real: stats.Summary | None = None) -> dict[str, dict]:
+        """Return {model: {"best at", then the metric at each guidance}}, a table's rows.
+
+        real: the metric of real images, for a row of their own.
+        """
         rows = {}
         for model, best in self.best_guidance().items():
             rows[model] = {"best at": f"{best:g}"}
             for guidance in self.evaluations:
                 values = self.best[guidance, model][self.metric]
                 rows[model][f"{guidance:g}"] = stats.interval(values)
+        if real is not None:
+            rows["real"] = {"best at": "any"}
+            for guidance in self.evaluations:
+                rows["real"][f"{guidance:g}"] = real
         return rows
 
 

@@ -8,6 +8,7 @@ Real images, through the autoencoder as a model's are, are scored beside the mod
 and spread are what a perfect model would have.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from spin.infra.images import to_pil
 from spin.infra.run import Run
 
 SWEEP_PROMPTS = 40  # validation prompts on which a model's best guidance is chosen
+BEST_GUIDANCE = "best guidance"  # the setting in which each model has its own
 REAL_STREAM = 2  # of random numbers; data sets and the score's own drawings have others
 
 
@@ -54,14 +56,15 @@ def score_models(
     images = f"{evaluation.images_per_prompt} images each"
     if evaluation.images_per_prompt == 1:
         images = "an image each"
-    count = f"{len(evaluation.prompts)} {split} prompts, {images}"
-    title = f"{count}, guidance {guidance:g}"
+    title = f"{len(evaluation.prompts)} {split} prompts, {images}"
+    setting = f"guidance {guidance:g}"
     path = run.folder / "results.json"
     if path.exists():
         results = read_json(path)
         swept = results.get("at_best_guidance", {}).get("sweep_guidance", [])
         if (
             results["title"] == title
+            and results.get("setting") == setting
             and results["models"].keys() == models.keys()
             and swept == (list(sweep_guidance) if has_sweep(sweep_guidance, split) else [])
         ):
@@ -78,14 +81,14 @@ def score_models(
 
     # ---- all at the run's guidance
     same_guidance = {name: [guidance] for name in models}
-    scored = sample_and_score(evaluation, same_guidance, "sampling")
+    scored = sample_and_score(evaluation, same_guidance, f"sampling at {setting}")
     scores = {name: scored.mean(guidance, name) for name in models}
     config = read_json(run.folder / "config.json")
-    results = comparison.compare(title, scores, scored.less_is_better, scored.metric, config)
-    real = score_real(
-        models["base"].load(device).vae, evaluation.prompts, evaluation.images_per_prompt
+    results = comparison.compare(
+        title, setting, scores, scored.less_is_better, scored.metric, config
     )
-    results["real"] = {name: stats.interval(values.mean(axis=1)) for name, values in real.items()}
+    vae = models["base"].load(device).vae
+    results["real"] = summarize_real(vae, evaluation)
 
     # ---- each at its best guidance, chosen on the validation prompts
     if has_sweep(sweep_guidance, split):
@@ -96,21 +99,29 @@ def score_models(
             images_per_prompt=1,
         )
         all_guidance = {name: sweep_guidance for name in models}
-        swept = sample_and_score(chosen_on, all_guidance, "looking for its best guidance")
+        swept = sample_and_score(chosen_on, all_guidance, "looking for each model's best guidance")
         best = swept.best_guidance()
         own_guidance = {name: [best[name]] for name in models}
-        scored = sample_and_score(evaluation, own_guidance, "sampling at its best guidance")
+        scored = sample_and_score(evaluation, own_guidance, "sampling at the best guidance")
         scores = {name: scored.mean(best[name], name) for name in models}
-        title = f"{count}, each model at its best guidance"
-        at_best = comparison.compare(title, scores, scored.less_is_better, scored.metric, {})
+        at_best = comparison.compare(
+            title, BEST_GUIDANCE, scores, scored.less_is_better, scored.metric, {}
+        )
         at_best["best_guidance"] = best
         at_best["sweep_guidance"] = list(sweep_guidance)
         at_best["real"] = results["real"]
-        at_best["tables"] = {sweep.VALIDATION.format(scored.metric): swept.table()}
+        real = summarize_real(vae, chosen_on)[scored.metric]
+        at_best["tables"] = {sweep.VALIDATION.format(scored.metric): swept.table(real)}
         results["at_best_guidance"] = at_best
 
     comparison.write_results(run.folder, results)
     return read_json(path)
+
+
+def summarize_real(vae, evaluation: Evaluation) -> dict[str, stats.Summary]:
+    """Return the summary of each metric of real images of an evaluation's prompts."""
+    scores = score_real(vae, evaluation.prompts, evaluation.images_per_prompt)
+    return stats.summarize({metric: values.mean(axis=1) for metric, values in scores.items()})
 
 
 def has_sweep(sweep_guidance: Sequence[float], split: str) -> bool:
@@ -152,7 +163,10 @@ def vae_device(vae) -> torch.device:
 
 
 def conclusions(results: dict) -> list[str]:
-    """Return three sentences on what came out, for the end of a run; fewer of a partial run."""
+    """Return three sentences on what came out, for the end of a run; fewer of a partial run.
+
+    Their lines have at most 100 characters.
+    """
     models = results["models"]
     others = [name for name in models if name != "base"]
     if not others:
@@ -183,4 +197,4 @@ def conclusions(results: dict) -> list[str]:
             f"ones: energy {energies[nearest]:.4f}, theta_0 {energies['base']:.4f}, "
             f"real images {real:.4f}."
         )
-    return sentences
+    return [textwrap.fill(sentence, 100) for sentence in sentences]

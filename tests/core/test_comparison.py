@@ -41,7 +41,7 @@ def test_verdicts(changed, verdicts):
     assert [claim["claim"] for claim in claims] == [
         "SPIN-1 beats SFT",
         "SPIN-2 beats Diffusion-DPO",
-        "SFT plateaus, staying within 0.05 of theta_0",
+        "SFT stays within 0.05 of theta_0",
         "SPIN-2 beats SPIN-1",
         "SPIN-3 beats SPIN-2",
     ]
@@ -72,7 +72,15 @@ def test_few_prompts_decide_nothing(names):
 
 
 def compare_story(means: dict[str, float]) -> dict:
-    return comparison.compare("a title", rewards(means), [], "reward", {"seed": 3})
+    return comparison.compare("a title", "guidance 3", rewards(means), [], "reward", {"seed": 3})
+
+
+def compare_both(at_best: dict[str, float]) -> dict:
+    """Return STORY's results at one guidance, and others at each model's best."""
+    results = compare_story(STORY)
+    scores = rewards(at_best)
+    best = comparison.compare("a title", "best guidance", scores, [], "reward", {})
+    return {**results, "at_best_guidance": best}
 
 
 def test_the_report_states_what_the_numbers_are(tmp_path):
@@ -83,13 +91,13 @@ def test_the_report_states_what_the_numbers_are(tmp_path):
     assert Image.open(tmp_path / "results.png").width >= 460
 
     lines = (tmp_path / "results.md").read_text().splitlines()
-    assert lines[0] == "# a title"
-    assert lines[lines.index("more") + 2] == "|  | b |"
-    [claim] = [line for line in lines if "beats SFT" in line]
-    assert claim.startswith("- SPIN-1 beats SFT by reward: holds, +0.0")
+    assert lines[0] == "# a title, guidance 3"
+    assert cells(lines[lines.index("more") + 2]) == ["", "b"]
+    [claim] = [cells(line) for line in lines if "beats SFT" in line]
+    assert claim[0] == "SPIN-1 beats SFT" and claim[1].startswith("holds, +0.0")
     [difference] = [line for line in lines if line.startswith("| spin-3 - base ")]
     assert "| +0.2991 [+0.295" in difference and difference.endswith("] * |")
-    assert "| spin-3 | " + "1.00 [1.00, 1.00] | " * 5 + " |" in lines
+    assert ["spin-3", *["1.00 [1.00, 1.00]"] * 5, ""] in [cells(line) for line in lines]
 
 
 def test_a_difference_that_is_not_significant_has_no_mark():
@@ -98,16 +106,44 @@ def test_a_difference_that_is_not_significant_has_no_mark():
     assert difference.endswith("] |")
 
 
-def test_a_brief_report_is_the_first_table_and_the_claims():
-    text = comparison.format_markdown(compare_story(STORY), brief=True)
+def test_the_summary_is_the_table_of_scores_and_the_verdicts():
+    text = comparison.format_summary(compare_story(STORY))
     assert "spin-3 - base" not in text and "Medians" not in text
     assert "| spin-3 | 7.2" in text and "SPIN-1 beats SFT" in text
+    assert comparison.format_markdown(compare_story(STORY)).startswith(text)
+
+
+def test_two_verdicts_stand_side_by_side():
+    results = compare_both({**STORY, "spin-1": 6.5})
+    lines = comparison.format_summary(results).splitlines()
+    assert lines[0] == "# a title"
+    assert cells(lines[2]) == ["", "reward, guidance 3", "reward, best guidance"]
+    [scores] = [cells(line) for line in lines if line.startswith("| spin-1 ")]
+    assert scores[1].startswith("7.09") and scores[2].startswith("6.49")
+    [claim] = [cells(line) for line in lines if "SPIN-1 beats SFT" in line]
+    assert claim[1].startswith("holds, +0.0873") and claim[2].startswith("fails, -0.5")
+
+    text = comparison.format_markdown(results)
+    assert text.index("# a title, guidance 3\n") < text.index("# a title, best guidance\n")
+    assert text.count("| spin-3 - base ") == 2
+
+
+def test_the_chart_has_a_panel_for_each_verdict():
+    one = comparison.results_chart(compare_story(STORY))
+    two = comparison.results_chart(compare_both(STORY))
+    assert two.width == 2 * one.width and two.height == one.height
+
+
+def cells(line: str) -> list[str]:
+    """Return the cells of a table's line."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_metrics_of_which_less_is_better_are_named():
     scores = rewards({"a": 7.0, "b": 7.5})
-    results = comparison.compare("a title", scores, ["reward"], "reward", {})
-    assert "Lower is better: reward." in comparison.format_markdown(results)
+    results = comparison.compare("a title", "guidance 3", scores, ["reward"], "reward", {})
+    text = " ".join(comparison.format_markdown(results).split())
+    assert "Lower is better: reward." in text
     assert stats.win_rates(results, "reward")["a"]["b"]["mean"] == 1
 
 

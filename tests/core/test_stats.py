@@ -214,10 +214,10 @@ def test_the_first_of_equal_images_is_the_best():
 def test_a_table_has_a_line_for_each_row():
     rows = {"a": {"x": 1.0, "y": "text"}, "b": {"x": interval(np.full(4, 2.0)), "y": -0.5}}
     assert stats.format_table(rows, digits=1, sign="+").splitlines() == [
-        "|  | x | y |",
-        "| --- | ---: | ---: |",
-        "| a | +1.0 | text |",
-        "| b | +2.0 [+2.0, +2.0] | -0.5 |",
+        "|     |                 x |    y |",
+        "| --- | ----------------: | ---: |",
+        "| a   |              +1.0 | text |",
+        "| b   | +2.0 [+2.0, +2.0] | -0.5 |",
     ]
 
 

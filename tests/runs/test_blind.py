@@ -47,7 +47,13 @@ def test_the_exact_interval_is_that_of_published_tables():
 
 
 @pytest.mark.parametrize(
-    "folder, stated", [("blind", "0.95 [0.86, 0.99]"), ("blind_earlier", "0.50 [0.37, 0.63]")]
+    "folder, stated",
+    [
+        ("blind/observer-1", "0.95 [0.86, 0.99]"),
+        ("blind/observer-2", "0.93 [0.84, 0.98]"),
+        ("blind_earlier/observer-1", "0.50 [0.37, 0.63]"),
+        ("blind_earlier/observer-2", "0.77 [0.64, 0.87]"),
+    ],
 )
 def test_the_readme_says_what_the_answers_say(folder, stated, capsys):
     result = blind_toy.main(["judge", str(EVIDENCE / folder)])

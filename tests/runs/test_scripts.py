@@ -159,6 +159,7 @@ WRONG_EVALUATE = {
     "--models {model} no/where --metrics toy": "no/where: no such folder here, and not available",
     "--models {model} nowhere --metrics toy": "nowhere: no such folder or file",
     "--models {model} --metrics toy --validation": "give several values of --guidance",
+    "--guidance 1 2 --validation {model}": "a run goes before the flags",
     "--models {model} --prompts {empty} --guidance 1 2 --validation": (
         "--validation: needs a file of prompts, except in the miniature world"
     ),

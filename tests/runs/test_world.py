@@ -40,12 +40,14 @@ def scored(tmp_path_factory) -> tuple[Path, dict]:
 
 def test_both_verdicts_stand_in_the_results(scored):
     folder, results = scored
-    assert results["title"] == "4 test prompts, 2 images each, guidance 7.5"
-    at_best = results["at_best_guidance"]
-    assert at_best["title"] == "4 test prompts, 2 images each, each model at its best guidance"
+    assert results["title"] == "4 test prompts, 2 images each"
+    assert results["setting"] == "guidance 7.5"
+    assert results["at_best_guidance"]["setting"] == "best guidance"
     text = (folder / "results.md").read_text()
-    assert text.count("- SFT plateaus, staying within 0.05 of theta_0 by reward: ") == 2
-    assert text.index(results["title"]) < text.index(at_best["title"])
+    assert text.count("| SFT stays within 0.05 of theta_0 | ") == 1
+    assert "| reward, guidance 7.5 " in text and "| reward, best guidance " in text
+    assert "# 4 test prompts, 2 images each, guidance 7.5\n" in text
+    assert "# 4 test prompts, 2 images each, best guidance\n" in text
     assert json.loads((folder / "results.json").read_text()) == results
 
 
@@ -71,7 +73,14 @@ def test_every_table_of_scores_has_a_row_of_real_images(scored):
     folder, results = scored
     assert results["real"].keys() == results["models"]["base"].keys()
     assert results["at_best_guidance"]["real"] == results["real"]
-    assert (folder / "results.md").read_text().count("| real | ") == 2
+    lines = (folder / "results.md").read_text().splitlines()
+    rows_of_real = [line for line in lines if line.startswith("| real ")]
+    # the summary; for each verdict scores and medians; guidance
+    assert len(rows_of_real) == 6
+    [table] = results["at_best_guidance"]["tables"].values()
+    assert table["real"]["best at"] == "any"
+    assert table["real"]["1"] == table["real"]["3"]
+    assert table["real"]["1"]["n"] == 6, "validation prompts"
     assert "real" not in results["models"], "it is no model, and loses no contest"
 
 
