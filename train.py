@@ -1091,7 +1091,8 @@ def dry_run(
         num_models = len(stages) + len(models_of_run(args, run))
         num_images += num_models * args.score_images * len(toy.split()[args.score])
         if world.has_sweep(args.score_guidance, args.score):
-            num_images += num_models * len(args.score_guidance) * world.SWEEP_PROMPTS
+            num_validation = len(toy.split()["validation"])
+            num_images += num_models * len(args.score_guidance) * num_validation
             num_images += num_models * args.score_images * len(toy.split()[args.score])
     if num_images > 0:
         estimates.append(

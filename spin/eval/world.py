@@ -23,7 +23,6 @@ from spin.infra.files import read_json
 from spin.infra.images import to_pil
 from spin.infra.run import Run
 
-SWEEP_PROMPTS = 40  # validation prompts on which a model's best guidance is chosen
 BEST_GUIDANCE = "best guidance"  # the setting in which each model has its own
 REAL_STREAM = 2  # of random numbers; data sets and the score's own drawings have others
 
@@ -48,8 +47,8 @@ def score_models(
     looks for them. If results.json has these models and this title, nothing is sampled or scored.
 
     evaluation: the prompts to report on, and the run's guidance
-    sweep_guidance: where to look for each model's best guidance, with one image for each of
-        SWEEP_PROMPTS validation prompts; a single value, or the split "validation": do not look
+    sweep_guidance: where to look for each model's best guidance, with one image for each of the
+        validation prompts; a single value, or the split "validation": do not look
     split: of the prompts, for the title
     """
     guidance = evaluation.options.guidance
@@ -95,7 +94,7 @@ def score_models(
         chosen_on = replace(
             evaluation,
             folder=evaluation.folder / "validation",
-            prompts=captions("validation")[:SWEEP_PROMPTS],
+            prompts=captions("validation"),
             images_per_prompt=1,
         )
         all_guidance = {name: sweep_guidance for name in models}
