@@ -27,7 +27,7 @@ CURVES = {
     "loss": ["loss"],
     "margin": ["margin"],
     "implicit accuracy": ["implicit_accuracy"],
-    "policy's error - opponent's error": ["delta_data", "delta_gen"],
+    "error minus the opponent's": ["delta_data", "delta_gen"],
 }
 
 
