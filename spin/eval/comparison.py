@@ -437,7 +437,7 @@ def format_markdown(results: dict) -> str:
 
 
 def format_summary(results: dict) -> str:
-    """Return the first lines of results.md: scores and verdicts on claims, settings side by side."""
+    """Return the first lines of results.md: scores, and verdicts on claims, side by side."""
     verdicts = verdicts_of(results)
     heading = f"# {results['title']}"
     if len(verdicts) == 1:

@@ -188,12 +188,19 @@ def conclusions(results: dict) -> list[str]:
         )
 
     if "energy" in results["real"]:
-        energies = {name: scores["energy"]["mean"] for name, scores in models.items()}
-        nearest = min(energies, key=energies.get)
         real = results["real"]["energy"]["mean"]
-        sentences.append(
-            f"At the run's guidance, the images of {nearest} are distributed most like the real "
-            f"ones: energy {energies[nearest]:.4f}, theta_0 {energies['base']:.4f}, "
-            f"real images {real:.4f}."
-        )
+        own = nearest_by_energy(results)
+        sentence = f"By energy (real images: {real:.4f}), the best images at the run's guidance are"
+        sentence += f" {own}"
+        if "at_best_guidance" in results:
+            at_best = nearest_by_energy(results["at_best_guidance"])
+            sentence += f"; with each model at its own best guidance, {at_best}"
+        sentences.append(f"{sentence}.")
     return [textwrap.fill(sentence, 100) for sentence in sentences]
+
+
+def nearest_by_energy(results: dict) -> str:
+    """Return whose images are distributed most like the real ones, and theta_0's energy."""
+    energies = {name: scores["energy"]["mean"] for name, scores in results["models"].items()}
+    nearest = min(energies, key=energies.get)
+    return f"those of {nearest}, {energies[nearest]:.4f} (theta_0's {energies['base']:.4f})"
