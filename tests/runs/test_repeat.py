@@ -1,8 +1,12 @@
-"""The story repeated over bases and seeds: its summary."""
+"""The story repeated over bases and seeds: its summary, and the committed table."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from spin.eval.stats import format_cell
 from tutorial import repeat_toy
 
 
@@ -55,3 +59,37 @@ def test_every_run_and_the_interval_are_in_the_table():
     assert cells[1].startswith("+0.110 [-0.1")
     assert cells[2:] == ["+0.0000", "+0.0200", "+0.1000", "+0.1200", "+0.2000", "+0.2200"]
     assert "commits 012345678." in text
+
+
+# ---- The committed table -------------------------------------------------------------------------
+
+EVIDENCE = Path(repeat_toy.__file__).parent / "evidence"
+STORY = json.loads((EVIDENCE / "story.json").read_text())
+
+
+def test_the_committed_table_is_that_of_the_committed_numbers():
+    assert (EVIDENCE / "story.md").read_text() == repeat_toy.format_story(STORY["runs"])
+    jobs = {(run["base"], run["seed"]) for run in STORY["runs"]}
+    assert jobs == {(base, seed) for base in range(3) for seed in range(2)}
+
+
+@pytest.mark.parametrize(
+    "row, metric, pair",
+    [
+        ("SPIN-1 minus SFT, reward", "reward", "spin-1 - sft"),
+        ("SPIN-2 minus Diffusion-DPO, reward", "reward", "spin-2 - dpo"),
+        ("SFT minus theta_0, reward", "reward", "sft - base"),
+        ("SPIN-2 minus SPIN-1, reward", "reward", "spin-2 - spin-1"),
+        ("SPIN-3 minus SPIN-2, reward", "reward", "spin-3 - spin-2"),
+        ("SPIN-2 minus SFT, reward", "reward", "spin-2 - sft"),
+        ("SPIN-2 minus SFT, energy", "energy", "spin-2 - sft"),
+    ],
+)
+def test_the_readme_says_what_the_table_says(row, metric, pair):
+    cells = [row]
+    for verdict in ("at the run's guidance", "each at its best"):
+        values = np.zeros((3, 2))
+        for run in STORY["runs"]:
+            values[run["base"], run["seed"]] = run["differences"][verdict][metric][pair]
+        cells.append(format_cell(repeat_toy.interval_over_bases(values), sign="+"))
+    assert f"| {' | '.join(cells)} |" in (EVIDENCE.parent.parent / "README.md").read_text()
