@@ -9,6 +9,7 @@ reward gives the defaults of `train.py --preset toy`. Test prompts are not used.
 import argparse
 import platform
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -35,13 +36,13 @@ FIXED = [
 TRIALS = {
     "sft": [{"sft-lr": lr} for lr in (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)],
     "dpo": [
-        {"dpo-lr": 1e-5, "dpo-beta": 1000},
+        {"dpo-lr": 1e-5, "dpo-beta": 50},
         {"dpo-lr": 3e-5, "dpo-beta": 10},
         {"dpo-lr": 3e-5, "dpo-beta": 50},
         {"dpo-lr": 3e-5, "dpo-beta": 200},
         {"dpo-lr": 3e-5, "dpo-beta": 1000},
+        {"dpo-lr": 1e-4, "dpo-beta": 50},
         {"dpo-lr": 1e-4, "dpo-beta": 200},
-        {"dpo-lr": 1e-4, "dpo-beta": 1000},
     ],
     "spin": [
         {"lr": 2e-5, "beta": 2000},
@@ -103,13 +104,20 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 def run_trial(method: str, flags: dict[str, float], runs: Path) -> dict:
-    """Train and score one setting of a method, unless its run is finished. Return its row."""
+    """Train and score one setting of a method, unless its run is finished. Return its row.
+
+    The run's folder holds how many seconds the trial took, since its last start, in trial.json.
+    """
     values = [f"{value:g}" for value in flags.values()]
     folder = runs / "-".join([method, *values])
     argv = ["--loss", method, *FIXED, "--out", str(folder)]
     for name, value in zip(flags, values):
         argv += [f"--{name}", value]
+    timing = folder / "trial.json"
+    started = time.perf_counter()
     train.main(argv)
+    if not timing.exists():
+        write_json(timing, {"seconds": round(time.perf_counter() - started)})
 
     results = read_json(folder / "results.json")
     model = list(results["models"])[-1]
@@ -120,6 +128,7 @@ def run_trial(method: str, flags: dict[str, float], runs: Path) -> dict:
         "commit": results["config"]["commit"],
         **flags,
         "training_seconds": round(training_seconds),
+        "seconds": read_json(timing)["seconds"],
         "reward": results["models"][model]["reward"],
         "aligned": results["models"][model]["aligned"],
         "gain": results["differences"][f"{model} - base"]["reward"],
@@ -153,9 +162,11 @@ def format_table(rows: list[dict], hardware: str) -> str:
         lines.append(f"| {' | '.join(cells)} |")
 
     commits = ", ".join(sorted({row["commit"][:9] for row in rows}))
+    minutes = sum(row["seconds"] for row in rows) / 60
     lines += [
         "",
-        f"`python tutorial/tune_toy.py`, commits {commits}, {hardware}, seed {TOY['seed']};",
+        f"`python tutorial/tune_toy.py`, commit {commits}, {hardware}, seed {TOY['seed']};",
+        f"{minutes:.0f} minutes in all, sampling and scoring included. "
         "100 validation prompts, 2 images each, 95% bootstrap intervals over prompts. "
         "Bold: the best; the default.",
         "",
