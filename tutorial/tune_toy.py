@@ -1,6 +1,6 @@
 """Choose the miniature world's hyperparameters: seven trials a method on the validation prompts.
 
-    python tutorial/tune_toy.py        (about 45 minutes on two CPU cores; again: goes on)
+    python tutorial/tune_toy.py        (about 50 minutes of one CPU core; again: goes on)
 
 Writes tutorial/evidence/tuning.json and tuning.md. The trial whose last model earns the most
 reward gives the defaults of `train.py --preset toy`. Test prompts are not used.
