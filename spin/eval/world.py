@@ -24,6 +24,7 @@ from spin.infra.images import to_pil
 from spin.infra.run import Run
 
 BEST_GUIDANCE = "best guidance"  # the setting in which each model has its own
+BATCH = 64  # images that pass through the autoencoder at once
 REAL_STREAM = 2  # of random numbers; data sets and the score's own drawings have others
 
 
@@ -137,24 +138,48 @@ def score_real(vae, prompts: Sequence[str], images_per_prompt: int) -> dict[str,
 
     Return {metric: [N,images_per_prompt]} of the N prompts.
     """
-    scorer = ToyScorer()
-    scores: dict[str, list] = {}
+    # ---- each scene's drawings, then the noise of its posteriors, of a stream of its own
+    streams = []
+    drawings = []
     for prompt in prompts:
         scene = toy.SCENE_OF_CAPTION[prompt]
         rng = np.random.default_rng([REAL_STREAM, toy.SCENES.index(scene)])
-        drawings = [toy.curated_image(scene, rng) for _ in range(images_per_prompt)]
-        pixels = torch.tensor(np.stack(drawings), dtype=torch.float32, device=vae_device(vae))
-        mean, logvar = vae.encode(pixels.permute(0, 3, 1, 2) * 2 - 1)
-        noise = torch.tensor(rng.standard_normal(mean.shape), dtype=mean.dtype, device=mean.device)
-        decoded = vae.decode(mean + (0.5 * logvar).exp() * noise) / 2 + 0.5
-        images = [to_pil(image) for image in decoded.clamp(0, 1)]
+        streams.append(rng)
+        drawings += [toy.curated_image(scene, rng) for _ in range(images_per_prompt)]
+    pixels = torch.tensor(np.stack(drawings), dtype=torch.float32, device=vae_device(vae))
+    mean, logvar = encode(vae, pixels.permute(0, 3, 1, 2) * 2 - 1)
+    shape = (images_per_prompt, *mean.shape[1:])
+    noise = np.concatenate([rng.standard_normal(shape) for rng in streams])
+    latents = mean + (0.5 * logvar).exp() * torch.tensor(noise).to(mean)
+    images = [to_pil(image) for batch in latents.split(BATCH) for image in decode(vae, batch)]
 
-        for metric, values in scorer.score(images, [prompt] * images_per_prompt).items():
-            scores.setdefault(metric, []).append(values)
-        if images_per_prompt > 1:
-            for metric, value in scorer.score_set(images, prompt).items():
-                scores.setdefault(metric, []).append(np.full(images_per_prompt, value))
-    return {metric: np.stack(values) for metric, values in scores.items()}
+    # ---- the scores, as those of a model's images
+    scorer = ToyScorer()
+    repeated = np.repeat(prompts, images_per_prompt).tolist()
+    shape = (len(prompts), images_per_prompt)
+    scores = {}
+    for metric, values in scorer.score(images, repeated).items():
+        scores[metric] = values.reshape(shape)
+    if images_per_prompt > 1:
+        for metric in scorer.set_metrics:
+            scores[metric] = np.empty(shape)
+        for i, prompt in enumerate(prompts):
+            own = images[i * images_per_prompt : (i + 1) * images_per_prompt]
+            for metric, value in scorer.score_set(own, prompt).items():
+                scores[metric][i] = value
+    return scores
+
+
+def encode(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the posteriors' mean and log variance of images [N,3,H,W] in [-1,1], in batches."""
+    moments = [vae.encode(batch) for batch in pixels.split(BATCH)]
+    means, logvars = zip(*moments)
+    return torch.cat(means), torch.cat(logvars)
+
+
+def decode(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Return images [N,3,H,W] in [0,1] of latents that are not scaled."""
+    return (vae.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 
 def vae_device(vae) -> torch.device:
