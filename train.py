@@ -487,8 +487,8 @@ def build_parser() -> argparse.ArgumentParser:
                choices=["test", "validation", "none"], default="test")  # fmt: skip
     group.flag("--score-images", COUNT, "images per prompt and model (2)", default=2)
     group.flag("--score-guidance", NOT_NEGATIVE, "where to look for each model's best guidance, on "
-               "validation prompts; one value: do not (3 5 7.5 10)",
-               nargs="+", default=[3.0, 5.0, 7.5, 10.0])  # fmt: skip
+               "validation prompts; one value: do not (3 5 7.5)",
+               nargs="+", default=[3.0, 5.0, 7.5])  # fmt: skip
 
     group = FlagGroup(parser, "speed and memory; only --dtype changes more than rounding")
     group.flag("--device", str, "cpu, cuda, cuda:1, ... (%(default)s)", metavar="NAME",
