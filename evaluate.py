@@ -22,7 +22,7 @@ from spin.checkpoint import hash_checkpoint, locate
 from spin.eval import comparison, plots, stats, sweep, world
 from spin.eval.comparison import Evaluation, ModelSource
 from spin.eval.report import models_of_run
-from spin.eval.scorers import FILES, PUBLISHED, locate_files
+from spin.eval.scorers import FILES, PUBLISHED, PUBLISHED_BY_OTHERS, locate_files
 from spin.infra.cli import SEED_TYPE, number, provenance, run_script
 from spin.infra.devices import default_dtype, prepare_device
 from spin.infra.errors import InputError
@@ -56,6 +56,11 @@ SINGLE_TITLE = "One image per prompt: the mean over all images."
 PUBLISHED_TITLE = (
     "Published, not measured here: arXiv 2402.10210, Pick-a-Pic's 500 test prompts, best of five "
     "images, approximate."
+)
+
+OTHERS_TITLE = (
+    "Published by others, not measured here: arXiv 2510.18353, Table 3, Pick-a-Pic v2's test "
+    "prompts; of five images, the one with the median PickScore counts."
 )
 
 
@@ -303,6 +308,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         results["tables"][sweep_title.format(metric)] = swept.table(real_swept)
     if args.paper:
         results["tables"][PUBLISHED_TITLE] = PUBLISHED
+        results["tables"][OTHERS_TITLE] = PUBLISHED_BY_OTHERS
     comparison.write_results(out, results)
 
     # ---- a grid: each prompt's first image, a column for each model

@@ -73,8 +73,8 @@ from spin.step import LossStep, cast_weights_
 class Stage:
     """The training of one model: what it is called, what it minimizes, and for how long."""
 
-    name: str  # spin-1, spin-2, ..., sft, dpo
-    loss: str  # spin, sft, dpo
+    name: str  # spin-1, spin-2, ..., or bounded-1, ...; sft, dpo
+    loss: str  # spin, spin-bounded, sft, dpo
     steps: list[tuple[int, int]]  # (iteration, step within it) of every optimizer step
     lr: float
     beta: float
@@ -122,7 +122,7 @@ def self_play(args: argparse.Namespace, run: Run) -> dict:
     # ---- self-play: the player theta_k against its own past, theta_{k-1}
     opponent = theta_0
     if run.latest_iteration() > 0:
-        opponent = run.checkpoint(f"spin-{run.latest_iteration()}")
+        opponent = run.checkpoint(f"{report.player_name(args.loss)}-{run.latest_iteration()}")
     for k in unfinished_iterations(args, run):
         stage = self_play_stage(args, k)
 
@@ -444,15 +444,17 @@ def build_parser() -> argparse.ArgumentParser:
     group.flag("--out", str, "run folder (runs/toy, or runs/<name of the data folder>)")
     group.flag("--preset", str, "defaults of the settings (toy without --model, paper with it)",
                choices=list(PRESETS))  # fmt: skip
-    group.flag("--loss", str, "spin, a baseline, or all three (all without --data, else spin)",
-               choices=["all", "spin", "sft", "dpo"])  # fmt: skip
+    group.flag("--loss", str, "spin, its bounded form, a baseline, or spin and the baselines (all "
+               "without --data, else spin)",
+               choices=["all", "spin", "spin-bounded", "sft", "dpo"])  # fmt: skip
     group.switch("--dry-run", "estimate how long the run will take, print it, and exit")
 
     group = FlagGroup(parser, "training; --steps, --lr and --beta: one value, or one per iteration")
     group.setting("--iterations", COUNT, "iterations K of self-play; baselines take all steps")
     group.setting("--steps", COUNT, "optimizer steps", nargs="+")
     group.setting("--lr", NOT_NEGATIVE, "peak learning rate", nargs="+")
-    group.setting("--beta", NOT_NEGATIVE, "beta in logit = beta / 2 * margin", nargs="+")
+    group.setting("--beta", NOT_NEGATIVE, "beta in logit = beta / 2 * margin, or in the bounded "
+                  "loss's scale, beta / 4", nargs="+")  # fmt: skip
     group.setting("--sft-lr", NOT_NEGATIVE, "peak learning rate of SFT")
     group.setting("--dpo-lr", NOT_NEGATIVE, "peak learning rate of Diffusion-DPO")
     group.setting("--dpo-beta", NOT_NEGATIVE, "beta of Diffusion-DPO")
@@ -591,18 +593,18 @@ def largest_divisor(count: int, limit: int) -> int:
 
 
 def settings_of_loss(loss: str) -> list[str]:
-    """Return the settings that only this loss has; of "all", those of all three."""
+    """Return the settings of a loss that not all losses have; of "all", every such setting."""
     if loss == "all":
         return all_loss_settings()
     return list(LOSS_SETTINGS[loss])
 
 
 def all_loss_settings() -> list[str]:
-    """Return the settings that only one loss has."""
-    settings = []
+    """Return the settings that not all losses have."""
+    settings: dict[str, None] = {}  # in order, without repetitions
     for names in LOSS_SETTINGS.values():
-        settings += names
-    return settings
+        settings.update(dict.fromkeys(names))
+    return list(settings)
 
 
 def one_per_iteration(values: list, iterations: int) -> list:
@@ -642,6 +644,9 @@ MUST_MATCH = [
     "unet_hash",
     "data_sha256",
 ]
+
+#: The losses of self-play.
+SELF_PLAY = ("spin", "spin-bounded")
 
 #: Those of self-play alone. A baseline's images are only looked at.
 HOW_OPPONENTS_SAMPLE = ["guidance", "sampler", "sampler_steps"]
@@ -765,18 +770,18 @@ def settings_to_match(args: argparse.Namespace, run: Run) -> list[str]:
     The baselines take the steps of all iterations, so that their number is settled.
     """
     settings = MUST_MATCH + settings_of_loss(args.loss)
-    if args.loss in ("spin", "all"):
+    if args.loss in ("all", *SELF_PLAY):
         settings += HOW_OPPONENTS_SAMPLE
     if args.prompt_dropout > 0:
         settings.append("drop_draws")
-    if args.loss != "spin" or args.iterations < run.begun_iterations():
+    if args.loss not in SELF_PLAY or args.iterations < run.begun_iterations():
         settings.append("iterations")
     return settings
 
 
 def settled_iterations(args: argparse.Namespace, run: Run) -> int:
     """Return how many iterations' settings may no longer change: those that have begun."""
-    if args.loss != "spin":
+    if args.loss not in SELF_PLAY:
         return args.iterations
     return run.begun_iterations()
 
@@ -820,7 +825,7 @@ def pair_loader(
 ) -> PairLoader:
     """Return what loads the pairs for a loss.
 
-    generated: the opponent's latents, for "spin".
+    generated: the opponent's latents, for self-play.
     preferences: for "dpo" in the miniature world, see `preferences_of_world`.
     """
     return PairLoader(
@@ -842,7 +847,7 @@ def pair_loader(
 
 def unfinished_iterations(args: argparse.Namespace, run: Run) -> range:
     """Return the self-play iterations still to run: none if --loss is a baseline's."""
-    if args.loss not in ("all", "spin"):
+    if args.loss not in ("all", *SELF_PLAY):
         return range(0)
     return range(run.latest_iteration() + 1, args.iterations + 1)
 
@@ -850,7 +855,9 @@ def unfinished_iterations(args: argparse.Namespace, run: Run) -> range:
 def self_play_stage(args: argparse.Namespace, k: int) -> Stage:
     """Return the training of theta_k."""
     steps = [(k, step) for step in range(1, args.steps[k - 1] + 1)]
-    return Stage(f"spin-{k}", "spin", steps, args.lr[k - 1], args.beta[k - 1])
+    loss = "spin" if args.loss == "all" else args.loss
+    name = f"{report.player_name(loss)}-{k}"
+    return Stage(name, loss, steps, args.lr[k - 1], args.beta[k - 1])
 
 
 def unfinished_baselines(args: argparse.Namespace, run: Run) -> list[Stage]:

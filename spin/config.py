@@ -75,10 +75,11 @@ ASSUMED = (
     "grid_prompts",
 )
 
-#: The settings that only one loss has. TOY's values of them are the best of seven trials on the
+#: The settings that not all losses have. TOY's values of them are the best of seven trials on the
 #: validation prompts (tutorial/tune_toy.py).
 LOSS_SETTINGS = {
     "spin": ("lr", "beta"),
+    "spin-bounded": ("lr", "beta"),
     "sft": ("sft_lr",),
     "dpo": ("dpo_lr", "dpo_beta"),
 }

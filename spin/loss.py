@@ -3,8 +3,8 @@
 There is no model here, no randomness and no configuration. Every loss is computed from four numbers
 per pair of images: the squared errors of two players (the policy, theta, which is trained, and the
 frozen opponent, theta_k) on two noised images (a real one, and one that the opponent generated
-for the same prompt). train.py uses `spin_loss` and `sft_loss`; the other losses are the paper's
-theory, and Diffusion-DPO's name for the same formula.
+for the same prompt). train.py uses `spin_loss` and `sft_loss`, and `spin_bounded_loss` if it is
+asked for; the other losses are the paper's theory, and Diffusion-DPO's name for the same formula.
 
 Equation numbers are those of arXiv 2402.10210. The logit is
 
@@ -71,15 +71,46 @@ def spin_loss(
     delta_gen = err_gen - opp_err_gen.detach()
     logit = -0.5 * beta * (delta_data - delta_gen)
     losses = LINKS[link](logit)  # (C.6)
+    return losses, pair_metrics(delta_data.detach(), delta_gen.detach())
 
-    margin = delta_gen.detach() - delta_data.detach()
-    metrics = {
-        "delta_data": delta_data.detach(),
-        "delta_gen": delta_gen.detach(),
+
+def pair_metrics(delta_data: Tensor, delta_gen: Tensor) -> dict[str, Tensor]:
+    """Return the metrics of `spin_loss`, [B] each."""
+    margin = delta_gen - delta_data
+    return {
+        "delta_data": delta_data,
+        "delta_gen": delta_gen,
         "margin": margin,
         "implicit_accuracy": 0.5 * (1 + torch.sign(margin)),
     }
-    return losses, metrics
+
+
+def spin_bounded_loss(
+    err_data: Tensor,
+    err_gen: Tensor,
+    opp_err_data: Tensor,
+    opp_err_gen: Tensor,
+    gap_gen: Tensor,
+    beta: Beta,
+) -> Losses:
+    """Return the losses of bounded self-play, which is not of the SPIN paper, and their metrics.
+
+    beta / 4 [delta_data - delta_gen + 2 gap_gen]: 0 at theta = theta_k, where its gradient is that
+    of (C.6) with the logistic link. gap_gen [B] is the mean squared distance between the two
+    players' predictions on the generated image. The rest is as in `spin_loss`.
+
+    With policy p, opponent k and noise eps on the generated image, gap_gen is |p - k|^2, and
+
+        2 gap_gen - delta_gen = |p - (2 k - eps)|^2 - |k - eps|^2
+
+    So the policy is pulled to the noise mirrored at the opponent's prediction, 2 k - eps, where
+    (C.6) pushes it away from eps without end. It is DiffusionNFT's loss (arXiv 2509.16117) at its
+    beta = 1, with real images as its positive samples and the opponent's as its negative ones.
+    """
+    delta_data = err_data - opp_err_data.detach()
+    delta_gen = err_gen - opp_err_gen.detach()
+    losses = 0.25 * beta * (delta_data - delta_gen + 2 * gap_gen)
+    return losses, pair_metrics(delta_data.detach(), delta_gen.detach())
 
 
 def spin_trajectory_loss(

@@ -189,10 +189,10 @@ class PairLoader:
 
     Every draw is a function of (seed, iteration, step, position in the batch).
 
-    loss: "spin", "dpo" or "sft". It determines what a pair's second image is.
+    loss: "spin", "spin-bounded", "dpo" or "sft". It determines what a pair's second image is.
     pipe: its text encoder, VAE and scheduler are used.
     images: the data, whose captions are the prompts.
-    real: latents of the real images. generated: the opponent's latents, for "spin" alone.
+    real: latents of the real images. generated: the opponent's latents, for self-play alone.
     preferences: for "dpo" alone, what `load_preferences` returns: both images of the pairs, which
         are never mirrored. None: the pairs are of the real images and of the data's rejected ones.
     batch_size: pairs of a step, over all ranks.
@@ -260,12 +260,12 @@ class PairLoader:
         flipped = draws["flip"] < self.flip
         noise = draws["posterior_noise"]
         latents = {"x0_data": self.real_latents("", rows, flipped, noise)}
-        if self.loss == "spin":
+        if self.loss in ("spin", "spin-bounded"):
             latents["x0_gen"] = self.generated.read("x0", rows)
         elif self.loss == "dpo":
             latents["x0_gen"] = self.real_latents("rejected_", rows, flipped, noise)
         elif self.loss != "sft":
-            raise ValueError(f"loss {self.loss!r}: must be spin, dpo or sft")
+            raise ValueError(f"loss {self.loss!r}: must be spin, spin-bounded, dpo or sft")
         return latents
 
     def real_latents(

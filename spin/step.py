@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from spin.loss import per_image_error, sft_loss, spin_loss
+from spin.loss import per_image_error, sft_loss, spin_bounded_loss, spin_loss
 from spin.scheduler import Scheduler, add_noise, training_target
 
 
@@ -39,8 +39,11 @@ def spin_step(
     prediction_type: str = "epsilon",
     autocast: torch.dtype = torch.float32,
     eps_gen: Tensor | None = None,
+    bounded: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of equation (C.6), averaged over B pairs, and its metrics.
+
+    bounded: return `spin_bounded_loss` instead.
 
     The two images of a pair share the timestep and the prompt. They share the noise, too, unless
     `eps_gen` [B,4,h,w] is given for the generated one.
@@ -68,7 +71,12 @@ def spin_step(
 
     err_data, err_gen = per_image_error(prediction, target).chunk(2)
     opp_err_data, opp_err_gen = per_image_error(opponent_prediction, target).chunk(2)
-    losses, metrics = spin_loss(err_data, err_gen, opp_err_data, opp_err_gen, beta)
+    errors = (err_data, err_gen, opp_err_data, opp_err_gen)
+    if bounded:
+        _, gap_gen = per_image_error(prediction, opponent_prediction).chunk(2)
+        losses, metrics = spin_bounded_loss(*errors, gap_gen, beta)
+    else:
+        losses, metrics = spin_loss(*errors, beta)
     return losses.mean(), metrics
 
 
@@ -95,8 +103,8 @@ def sft_step(
 class LossStep:
     """A loss bound to everything that stays constant while one model is trained.
 
-    loss: "spin", "dpo" or "sft".
-    opponent: theta_k for SPIN, the reference for DPO, None for SFT.
+    loss: "spin", "spin-bounded", "dpo" or "sft".
+    opponent: theta_k for self-play, the reference for DPO, None for SFT.
     beta: see `spin.loss.spin_loss`; SFT has none.
     autocast: dtype that the networks compute in.
     compiled: whether to compile the step, see `compile_step`.
@@ -117,14 +125,15 @@ class LossStep:
             "prediction_type": scheduler.prediction_type,
             "autocast": autocast,
         }
-        if loss in ("spin", "dpo"):
+        if loss in ("spin", "spin-bounded", "dpo"):
             self.function = spin_step
+            self.constants["bounded"] = loss == "spin-bounded"
             self.constants["opponent"] = opponent
             self.constants["beta"] = torch.tensor(beta, device=device)
         elif loss == "sft":
             self.function = sft_step
         else:
-            raise ValueError(f"loss {loss!r}: must be spin, dpo or sft")
+            raise ValueError(f"loss {loss!r}: must be spin, spin-bounded, dpo or sft")
         if compiled:
             self.function = compile_step(self.function)
 

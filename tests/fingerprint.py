@@ -29,6 +29,7 @@ RUNS = {
     "spin": f"{VARIED} --loss spin",
     "spin-killed": f"{VARIED} --loss spin --save-every 3",
     "spin-independent-noise": f"{VARIED} --loss spin --noise independent",
+    "spin-bounded": f"{VARIED} --loss spin-bounded",
     "sft": f"{VARIED} --loss sft",
     "dpo": f"{VARIED} --loss dpo",
 }

@@ -37,11 +37,17 @@ def models_of_run(run: Run, base: ModelSource, iterations: int) -> dict[str, Mod
     base: theta_0. Every other model has theta_0's parts and its own UNet.
     """
     models = {"base": base}
-    names = ["sft", "dpo", *(f"spin-{k}" for k in range(1, iterations + 1))]
+    player = player_name(run.read_config().get("loss", "spin"))
+    names = ["sft", "dpo", *(f"{player}-{k}" for k in range(1, iterations + 1))]
     for name in names:
         if run.has(name):
             models[name] = replace(base, unet=str(run.checkpoint(name)))
     return models
+
+
+def player_name(loss: str) -> str:
+    """Return what the players of self-play are called: "spin", or "bounded" with that loss."""
+    return "bounded" if loss == "spin-bounded" else "spin"
 
 
 def forget_model(run: Run, name: str) -> None:
@@ -175,12 +181,12 @@ def draw_curves(run: Run) -> None:
     """
     log = run.read_log()
     charts = []
-    for method in ("spin", "sft", "dpo"):
+    for method in ("spin", "bounded", "sft", "dpo"):
         lines = [line for line in log if line["model"].startswith(method)]
         if not lines:
             continue
         ends = []  # of iterations, which a baseline's training runs through
-        if method == "spin":
+        if method in ("spin", "bounded"):
             ends = [i for i in range(1, len(lines)) if lines[i]["step"] == 1]
         for title, keys in CURVES.items():
             if keys[0] in lines[0]:  # SFT has only a loss

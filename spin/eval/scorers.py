@@ -96,6 +96,19 @@ PUBLISHED = {
     },
 }
 
+# What others published of the same models, arXiv 2510.18353, Table 3: Pick-a-Pic v2's test prompts;
+# of five images the one with the median PickScore counts. Their HPS is HPSv2.
+PUBLISHED_BY_OTHERS = {
+    name: dict(zip(("pickscore", "hps", "aesthetic", "clip", "imagereward"), scores))
+    for name, scores in {
+        "SD-1.5": ("20.68", "26.88", "5.93", ".337", ".177"),
+        "SPIN-Diffusion, as published": ("21.40", "27.78", "6.26", ".331", ".562"),
+        "SFT on 500 images chosen by HPSv2": ("21.24", "28.11", "6.34", ".329", ".762"),
+        "Diffusion-DPO": ("21.00", "27.22", "5.96", ".343", ".337"),
+        "Diffusion-DRO": ("21.52", "28.49", "6.40", ".339", ".851"),
+    }.items()
+}
+
 # The images that every network takes.
 SIDE = 224  # pixels
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]  # CLIP's, in [0,1]

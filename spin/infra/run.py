@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import pickle
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,8 @@ SUMMARIZED = ("loss", "margin", "implicit_accuracy", "delta_data", "delta_gen", 
 class Run:
     """The folder runs/<name>. Hold `run.lock()` while you write to it.
 
-    Models are called "spin-1", "spin-2", ..., "sft" and "dpo".
+    Models are called "spin-1", "spin-2", ..., "sft" and "dpo". Those of bounded self-play, which has
+    runs of its own, are "bounded-1", "bounded-2", ....
     """
 
     def __init__(self, folder: str | Path):
@@ -106,8 +108,8 @@ class Run:
     # ---- Models ----------------------------------------------------------------------------------
 
     def model_folder(self, name: str) -> Path:
-        """Return a model's folder: iter2/ for "spin-2", sft/ and dpo/ for the baselines."""
-        return self.folder / name.replace("spin-", "iter")
+        """Return a model's folder: iter2/ for "spin-2" or "bounded-2"; sft/ and dpo/."""
+        return self.folder / re.sub("^(spin|bounded)-", "iter", name)
 
     def checkpoint(self, name: str) -> Path:
         return self.model_folder(name) / "checkpoint"

@@ -13,7 +13,7 @@ from torch._inductor.codegen import cpp
 from torch.nn.functional import mse_loss, silu
 
 import train
-from spin.loss import dpo_loss, per_image_error, spin_loss
+from spin.loss import dpo_loss, per_image_error, spin_bounded_loss, spin_loss
 from spin.scheduler import Scheduler, add_noise, velocity
 from spin.step import LossStep, cast_weights_, compile_step, sft_step, spin_step
 
@@ -163,6 +163,95 @@ def test_independent_noise_is_that_of_the_generated_image(policy, opponent, pair
 
 
 # -----------------------------------------------------------------------------
+# spin_step with the bounded loss
+
+
+@torch.no_grad()
+@prediction_types
+def test_the_bounded_step_adds_the_distance_of_two_forward_passes(
+    policy, opponent, pairs, prediction_type
+):
+    err_data = error(policy, pairs["x0_data"], pairs, prediction_type)
+    err_gen = error(policy, pairs["x0_gen"], pairs, prediction_type)
+    opp_err_data = error(opponent, pairs["x0_data"], pairs, prediction_type)
+    opp_err_gen = error(opponent, pairs["x0_gen"], pairs, prediction_type)
+    alpha_bar = pairs["alphas_cumprod"][pairs["t"]]
+    x_t = add_noise(pairs["x0_gen"], pairs["eps"], alpha_bar)
+    gap_gen = per_image_error(
+        policy(x_t, pairs["t"], pairs["context"]), opponent(x_t, pairs["t"], pairs["context"])
+    )
+    losses, expected = spin_bounded_loss(
+        err_data, err_gen, opp_err_data, opp_err_gen, gap_gen, pairs["beta"]
+    )
+    kind = {"prediction_type": prediction_type, "bounded": True}
+    loss, metrics = spin_step(policy, opponent, **pairs, **kind)
+    torch.testing.assert_close(loss, losses.mean(), rtol=1e-4, atol=1e-3)
+    assert losses.mean().abs() > 0.1
+    for name in expected:
+        torch.testing.assert_close(metrics[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_theta_k_the_bounded_loss_is_0(opponent, pairs, dtype):
+    policy = copy.deepcopy(opponent).requires_grad_(True)
+    arguments = pairs | {"beta": torch.tensor(5000.0)}
+    loss, metrics = spin_step(policy, opponent, **arguments, autocast=dtype, bounded=True)
+    assert loss.item() == 0
+    assert not metrics["delta_data"].any()
+    assert not metrics["delta_gen"].any()
+
+
+@prediction_types
+def test_at_theta_k_the_gradient_of_the_bounded_step_is_that_of_c6(
+    opponent, pairs, prediction_type
+):
+    """Of the same length, so that clipping treats both alike. Farther away they differ."""
+    policy = copy.deepcopy(opponent).requires_grad_(True)
+    kind = {"prediction_type": prediction_type}
+    loss, _ = spin_step(policy, opponent, **pairs, **kind)
+    bounded, _ = spin_step(policy, opponent, **pairs, **kind, bounded=True)
+    expected = gradient(loss, policy)
+    assert (gradient(bounded, policy) - expected).norm() < 1e-4 * expected.norm()
+
+    away = moved(opponent, distance=0.01, seed=1)
+    loss, _ = spin_step(away, opponent, **pairs, **kind)
+    bounded, _ = spin_step(away, opponent, **pairs, **kind, bounded=True)
+    expected = gradient(loss, away)
+    assert (gradient(bounded, away) - expected).norm() > 0.1 * expected.norm()
+
+
+def test_no_gradient_of_the_bounded_step_reaches_the_opponent(policy, opponent, pairs):
+    trainable_opponent = copy.deepcopy(opponent).requires_grad_(True)
+    loss, _ = spin_step(policy, trainable_opponent, **pairs, bounded=True)
+    loss.backward()
+    for parameter in trainable_opponent.parameters():
+        assert parameter.grad is None
+    for parameter in policy.parameters():
+        assert parameter.grad.any()
+
+
+@torch.no_grad()
+@prediction_types
+def test_with_independent_noise_the_distance_is_on_the_generated_images_own(
+    policy, opponent, pairs, prediction_type
+):
+    """Both players' predictions of it, so that the loss differs from that of shared noise.
+
+    A pair with two noises is one half of each of two pairs that share theirs; so is its loss.
+    """
+    eps_gen = torch.randn(pairs["eps"].shape, generator=torch.Generator().manual_seed(3))
+    kind = {"prediction_type": prediction_type, "bounded": True}
+    same = pairs | {"x0_data": pairs["x0_gen"]}  # x0_gen as the real image: its delta is known
+    _, metrics = spin_step(policy, opponent, **pairs, **kind)
+    shared, other = spin_step(policy, opponent, **same | {"eps": eps_gen}, **kind)
+    independent, _ = spin_step(policy, opponent, **pairs, **kind, eps_gen=eps_gen)
+    # of `same`, delta_data is delta_gen: what is left of its loss is the distance
+    quarter = pairs["beta"] / 4
+    expected = quarter * (metrics["delta_data"] - other["delta_gen"]).mean() + shared
+    torch.testing.assert_close(independent, expected, rtol=1e-4, atol=1e-3)
+
+
+# -----------------------------------------------------------------------------
 # sft_step
 
 
@@ -219,12 +308,13 @@ def test_recomputed_activations_give_the_same_gradient(policy, opponent, pairs):
 # micro-batches
 
 
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 1)])
 def test_micro_batches_add_up_to_the_batch_if_they_weigh_what_they_hold(
-    policy, opponent, pairs, sizes
+    policy, opponent, pairs, sizes, bounded
 ):
     # a beta as in training would multiply rounding, too, which depends on the size of a batch
-    arguments = pairs | {"beta": torch.tensor(10.0)}
+    arguments = pairs | {"beta": torch.tensor(10.0), "bounded": bounded}
     loss, _ = spin_step(policy, opponent, **arguments)
     expected = gradient(loss, policy)
     total = torch.zeros_like(expected)
@@ -275,6 +365,24 @@ def test_the_loss_called_spin_is_spin_step(policy, opponent, pairs, scheduler):
         alphas_cumprod=scheduler.alphas_cumprod,
         beta=torch.tensor(300.0),
         prediction_type="v_prediction",
+    )
+    assert torch.equal(loss, expected)
+    assert metrics.keys() == {"delta_data", "delta_gen", "margin", "implicit_accuracy"}
+
+
+@torch.no_grad()
+def test_the_loss_called_spin_bounded_is_the_bounded_step(policy, opponent, pairs, scheduler):
+    loss_step = LossStep("spin-bounded", opponent, 300.0, scheduler, "cpu")
+    batch = only(pairs, PER_PAIR)
+    loss, metrics = loss_step(policy, batch)
+    expected, _ = spin_step(
+        policy,
+        opponent,
+        **batch,
+        alphas_cumprod=scheduler.alphas_cumprod,
+        beta=torch.tensor(300.0),
+        prediction_type="v_prediction",
+        bounded=True,
     )
     assert torch.equal(loss, expected)
     assert metrics.keys() == {"delta_data", "delta_gen", "margin", "implicit_accuracy"}
@@ -369,7 +477,8 @@ def small_opponent() -> nn.Module:
     return network.requires_grad_(False)
 
 
-def test_every_choice_of_spin_step_is_one_graph(small_opponent, pairs):
+@pytest.mark.parametrize("bounded", [False, True])
+def test_every_choice_of_spin_step_is_one_graph(small_opponent, pairs, bounded):
     torch._dynamo.reset()
     backend = helpers.CountingBackend()
     policy = moved(small_opponent, distance=0.02, seed=1)
@@ -378,6 +487,7 @@ def test_every_choice_of_spin_step_is_one_graph(small_opponent, pairs):
         "prediction_type": "v_prediction",
         "autocast": torch.bfloat16,
         "beta": torch.tensor(1.0),
+        "bounded": bounded,
     }
     step = torch.compile(spin_step, backend=backend, fullgraph=True)
     loss, _ = step(policy, small_opponent, **arguments)

@@ -175,6 +175,16 @@ def test_the_first_gradients_are_those_of_one_process(alone, together):
     assert_same_gradients(alone, together, tolerance=1e-5)
 
 
+def test_so_are_those_of_the_bounded_loss(processes, alone, tmp_path):
+    """At theta_k they are those of (C.6). From the second step on, the weights would differ."""
+    out = tmp_path / "run"
+    bounded = "--loss spin-bounded --iterations 1"
+    assert run_ranks(processes, 1, train_watched, tmp_path / "one", bounded) == [0]
+    assert run_ranks(processes, 2, train_watched, out, bounded) == [0, 0]
+    assert_same_gradients(alone, out, tolerance=1e-5)
+    assert_close_weights(tmp_path / "one/iter1", out / "iter1", lr=2e-5, steps=2)
+
+
 @pytest.mark.parametrize("more", ["", "--checkpoint-activations"], ids=["plain", "checkpointed"])
 def test_so_are_those_of_the_compiled_step(more, processes, alone, tmp_path):
     out = tmp_path / "run"

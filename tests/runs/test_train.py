@@ -360,6 +360,28 @@ def test_other_settings_train_too(more, flags, tmp_path):
     assert summary["margin"] != 0
 
 
+def test_the_bounded_loss_begins_each_iteration_at_0_and_ends_below(flags, tmp_path):
+    out = tmp_path / "run"
+    summaries = train.main(flags(out, "--loss spin-bounded"))["models"]
+    assert [summary["model"] for summary in summaries] == ["bounded-1", "bounded-2"]
+    log = Run(out).read_log()
+    assert [(line["iteration"], line["step"]) for line in log] == STEPS
+    for line in log:
+        assert (line["loss"] == 0) == (line["step"] == 1), "only the first step is at theta_k"
+    assert sorted(path.name for path in (out / "samples").iterdir() if path.is_dir()) == [
+        "base",
+        "bounded-1",
+        "bounded-2",
+    ]
+
+
+def test_a_run_of_the_bounded_loss_is_no_run_of_spin(flags, tmp_path):
+    out = tmp_path / "run"
+    train.main(flags(out, f"{ONE_STEP} --loss spin-bounded"))
+    with pytest.raises(InputError, match="started with --loss spin-bounded, now spin"):
+        train.main(flags(out, f"{ONE_STEP} --loss spin"))
+
+
 # ---- Resuming ------------------------------------------------------------------------------------
 
 
@@ -450,6 +472,18 @@ def test_a_copy_of_an_iterations_folder_is_no_iteration(finished, flags, tmp_pat
     assert Run(out).latest_iteration() == 2
     train.main(flags(out))
     assert Run(out).latest_iteration() == 2
+
+
+def test_bounded_self_play_resumes_and_goes_on_for_more_iterations(flags, tmp_path, monkeypatch):
+    """To the bit: killed in the second iteration, which was added to a run of one."""
+    bounded = "--loss spin-bounded --save-every 2"
+    expected = tmp_path / "expected"
+    train.main(flags(expected, bounded))
+    out = tmp_path / "run"
+    train.main(flags(out, f"{bounded} --iterations 1"))
+    crash_in_training(flags(out, bounded), out / "iter2/state", 2, monkeypatch)
+    train.main(flags(out, bounded))
+    assert_same_models(out, expected)
 
 
 # ---- What a run folder must match ----------------------------------------------------------------
