@@ -22,8 +22,8 @@ SUMMARIZED = ("loss", "margin", "implicit_accuracy", "delta_data", "delta_gen", 
 class Run:
     """The folder runs/<name>. Hold `run.lock()` while you write to it.
 
-    Models are called "spin-1", "spin-2", ..., "sft" and "dpo". Those of bounded self-play, which has
-    runs of its own, are "bounded-1", "bounded-2", ....
+    Models are called "spin-1", "spin-2", ..., "sft" and "dpo". Bounded self-play has runs of its
+    own, whose models are "bounded-1", "bounded-2", ....
     """
 
     def __init__(self, folder: str | Path):

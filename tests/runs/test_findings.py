@@ -1,0 +1,224 @@
+"""The evidence's programs: what a job appends to results.csv, and what is made of it."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spin import toy
+from spin.checkpoint import load_pipeline
+from spin.eval import world
+from tutorial import evidence, findings
+from tutorial.findings import Comparison, Scores, holm, pooled
+
+# ---- A job ---------------------------------------------------------------------------------------
+
+SMALL = "--steps 2 --sampler-steps 2 --batch-size 4"
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """The folder of a small job, and the rows that it appended."""
+    folder = tmp_path_factory.mktemp("job")
+    captions = world.captions
+    with pytest.MonkeyPatch.context() as patch:
+        runs = {
+            "story": f"--loss all --iterations 2 {SMALL}",
+            "bounded": f"--loss spin-bounded --iterations 1 {SMALL}",
+        }
+        after = {"after": f"--loss spin --iterations 1 --unet {{story}}/sft/checkpoint {SMALL}"}
+        patch.setattr(evidence, "POINTS", {"claims": runs, "after-sft": after})
+        patch.setattr(evidence, "TOY", {**evidence.TOY, "sampler_steps": 2})
+        patch.setattr(evidence, "SWEEP", (3.0, 7.5))
+        patch.setattr(evidence, "IMAGES", 2)
+        patch.setattr(world, "captions", lambda split: captions(split)[:20])
+        argv = ["--points", "claims", "after-sft", "--number", "4", "--seed", "1"]
+        argv += ["--runs", str(folder / "runs"), "--out", str(folder / "results.csv")]
+        rows = evidence.main(argv)
+        assert evidence.main(argv) == [], "nothing is scored twice"
+    return folder, rows
+
+
+def test_a_job_scores_every_model_of_every_run_once(job):
+    folder, rows = job
+    models = dict.fromkeys((row["seed"], row["run"], row["model"]) for row in rows)
+    assert list(models) == [
+        ("", "", "theta_0"),
+        ("1", "story", "sft"),
+        ("1", "story", "dpo"),
+        ("1", "story", "spin-1"),
+        ("1", "story", "spin-2"),
+        ("1", "bounded", "bounded-1"),
+        ("1", "after", "spin-1"),
+    ]
+    with open(folder / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["model"] for row in table] == [row["model"] for row in rows]
+    assert {row["base"] for row in table} == {"4"}
+    keys = [tuple(row[key] for key in (*evidence.MODEL_KEYS, *evidence.ROW_KEYS)) for row in table]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_row_is_the_mean_over_groups_of_prompts(job):
+    """A fold holds every tenth prompt; here two of 20."""
+    folder, rows = job
+    [row] = [
+        row for row in rows
+        if row["model"] == "theta_0" and row["setting"] == "7.5"
+        and row["images"] == "mean of 5" and row["metric"] == "reward"
+    ]  # fmt: skip
+    [path] = (folder / "runs/base-4/evaluation/images").glob("theta_0/guidance-7.5-32px")
+    paths = sorted(path.glob("*.png"))
+    assert len(paths) == 40
+    prompts = [scene.caption for scene in toy.split()["test"][:20] for _ in range(2)]
+    images = np.stack([np.asarray(Image.open(path).convert("RGB")) / 255 for path in paths])
+    rewards = toy.score(images, prompts)["reward"].reshape(20, 2)
+    expected = rewards.mean(axis=1).reshape(2, 10).mean(axis=0)
+    assert [float(row[f"fold {i}"]) for i in range(10)] == pytest.approx(expected, rel=1e-3)
+
+
+
+
+def test_the_best_guidance_is_that_of_each_metric(job):
+    _, rows = job
+    for row in rows:
+        assert row["setting"] in ("7.5", "best reward", "best energy", "")
+        if row["setting"] == "7.5":
+            assert row["guidance"] == "7.5"
+    by_setting = {(row["model"], row["setting"]): row["guidance"] for row in rows}
+    assert {by_setting["sft", "best reward"], by_setting["sft", "best energy"]} <= {"3", "7.5"}
+
+
+def test_a_trained_model_is_not_the_base(job):
+    _, rows = job
+    errors = {(row["run"], row["model"]): row["fold 0"] for row in rows if row["metric"] == "error"}
+    assert len(errors) == 7
+    assert len(set(errors.values())) == 7, "each model was loaded with its own UNet"
+
+
+def test_the_error_is_that_of_fresh_curated_images():
+    """theta_0's on images that nobody trains on is about that of the tutorial, chapter 3."""
+    error = evidence.denoising_error(load_pipeline(toy.BASE).freeze())
+    assert error.shape == (200,)
+    assert error.mean() == pytest.approx(0.035, abs=0.002)
+
+
+# ---- Differences ---------------------------------------------------------------------------------
+
+
+def write_results(path: Path, scores: dict[tuple[str, str, str], float]) -> None:
+    """Write results.csv with the reward of {(base, seed, run/model): score}, and more per fold."""
+    rows = []
+    for (base, seed, name), score in scores.items():
+        run, _, model = name.rpartition("/")
+        row = {"base": base, "seed": seed, "run": run, "model": model}
+        row |= {"setting": "7.5", "guidance": "7.5", "images": "mean of 5", "metric": "reward"}
+        row |= {f"fold {i}": score + i for i in range(evidence.FOLDS)}
+        rows.append(row | {"commit": "0"})
+    evidence.append_rows(path, rows)
+
+
+def test_differences_are_paired_by_base_seed_and_prompts(tmp_path):
+    scores = {}
+    for i, base in enumerate("01"):
+        scores[base, "", "theta_0"] = float(i)
+        for j, seed in enumerate("02"):
+            scores[base, seed, "story/sft"] = 10 * i + 100 * j
+            scores[base, seed, "story/spin-1"] = 10 * i + 100 * j + 1 + i + 5 * j
+    write_results(tmp_path / "results.csv", scores)
+    table = Scores(tmp_path / "results.csv")
+    place = ("reward", "7.5", "mean of 5")
+    gaps = table.differences(Comparison("story/spin-1", "story/sft", *place))
+    assert gaps.shape == (2, 2, evidence.FOLDS)
+    np.testing.assert_allclose(gaps[:, :, 0], [[1, 6], [2, 7]])
+    np.testing.assert_allclose(gaps, gaps[:, :, :1] + np.zeros(evidence.FOLDS))
+    gains = table.differences(Comparison("story/sft", "theta_0", *place))
+    np.testing.assert_allclose(gains[:, :, 3], [[0, 100], [9, 109]])
+
+
+def test_only_seeds_that_every_base_has_are_compared(tmp_path):
+    scores = {("0", "", "theta_0"): 0.0, ("1", "", "theta_0"): 0.0}
+    for base, seed in [("0", "0"), ("0", "1"), ("1", "0")]:
+        scores[base, seed, "story/sft"] = 1.0
+    write_results(tmp_path / "results.csv", scores)
+    comparison = Comparison("story/sft", "theta_0", "reward", "7.5", "mean of 5")
+    assert Scores(tmp_path / "results.csv").jobs(comparison) == (["0", "1"], ["0"])
+
+
+# ---- Intervals -----------------------------------------------------------------------------------
+
+
+def test_with_one_base_and_one_seed_the_interval_is_students_over_prompts():
+    values = np.array([1.0, 2.0, 4.0, 5.0]).reshape(1, 1, 4)
+    interval = pooled(values)
+    half = 3.18245 * np.std([1, 2, 4, 5], ddof=1) / 2  # t of 3 degrees of freedom
+    assert interval.mean == 3
+    assert interval.high - 3 == 3 - interval.low == pytest.approx(half, rel=1e-4)
+
+
+def test_variances_of_bases_seeds_and_prompts_add_up():
+    """With Welch's and Satterthwaite's degrees of freedom."""
+    values = np.zeros((2, 2, 2))
+    values += np.array([0.0, 0.6])[:, None, None] + np.array([0.0, 0.8])[None, :, None]
+    interval = pooled(values)
+    parts = [0.3**2, 0.4**2]  # of the mean: (0.6 / 2)^2, (0.8 / 2)^2, one degree of freedom each
+    freedom = sum(parts) ** 2 / sum(part**2 for part in parts)
+    t = np.interp(0.975, *reversed(findings.student_t(freedom)))
+    assert interval.high - interval.mean == pytest.approx(t * 0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("freedom, quantile", [(1, 12.706), (2, 4.3027), (4, 2.7764), (30, 2.0423)])
+def test_the_quantiles_of_students_t_are_the_published_ones(freedom, quantile):
+    t, cumulative = findings.student_t(freedom)
+    assert np.interp(0.975, cumulative, t) == pytest.approx(quantile, rel=1e-3)
+
+
+def test_the_p_value_fits_the_interval():
+    """It is 0.05 where the interval ends at 0."""
+    values = np.array([1.0, 2.0, 4.0, 5.0]).reshape(1, 1, 4)
+    interval = pooled(values)
+    assert pooled(values - interval.low).p_value == pytest.approx(0.05, abs=1e-4)
+    assert pooled(values - interval.mean).p_value == pytest.approx(1, abs=1e-4)
+
+
+def test_holms_correction():
+    """Multiplied by how many are left, and never below a smaller one's."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def test_coverage_is_that_of_simulated_worlds():
+    """The intervals are made for such worlds, and rather wide; half as wide they miss often."""
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((5, 1, 1)) + rng.standard_normal((5, 3, 10))
+    assert 0.93 <= findings.coverage(values, worlds=300) <= 1.0
+
+    def half_as_wide(values, pooled=findings.pooled):
+        interval = pooled(values)
+        interval.low = interval.mean - (interval.mean - interval.low) / 2
+        interval.high = interval.mean + (interval.high - interval.mean) / 2
+        return interval
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(findings, "pooled", half_as_wide)
+        assert findings.coverage(values, worlds=300) < 0.93
+
+
+# ---- The tables ----------------------------------------------------------------------------------
+
+
+def test_the_tables_name_the_primary_comparison_and_mark_what_stands_after_correction(job, tmp_path):
+    folder, _ = job
+    text = findings.main(
+        ["--results", str(folder / "results.csv"), "--out", str(tmp_path / "results.md")]
+    )
+    assert (tmp_path / "results.md").read_text() == text
+    assert "The primary comparison, story/spin-2 minus story/sft by energy" in text
+    assert "(primary)" in text
+    rows = [line for line in text.splitlines() if line.startswith("| story/spin-2 minus story/dpo ")]
+    assert len(rows) == 1 and rows[0].count("[") == len(findings.PLACES)
+    assert "| bounded/bounded-1 | 1 x 1 |" in text
+    assert not math.isnan(pooled(Scores(folder / "results.csv").differences(findings.PRIMARY)).low)

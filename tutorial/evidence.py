@@ -1,0 +1,289 @@
+"""Measure the paper's claims, and those of bounded self-play, over several bases and seeds.
+
+    python tutorial/evidence.py --base spin/toy/base --number 0 --seed 0 --points claims
+
+A job is one base (pretrain_toy.py makes more) and one seed of fine-tuning. It trains the runs of
+the points that are asked for, scores their models on the test prompts, and appends the scores to
+tutorial/evidence/results.csv. After an interruption, the same command goes on: runs and images that
+are finished are kept in --runs, and rows that are there are not appended again.
+
+A row of results.csv is a metric of one model. Its last columns are the means over FOLDS disjoint
+groups of 20 test prompts each, so that differences between models can be paired by prompt.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from spin import toy  # noqa: E402
+from spin.checkpoint import Pipeline  # noqa: E402
+from spin.config import TOY  # noqa: E402
+from spin.eval import comparison, stats, sweep, world  # noqa: E402
+from spin.eval.comparison import Evaluation, ModelSource  # noqa: E402
+from spin.eval.report import models_of_run  # noqa: E402
+from spin.infra.cli import SEED_TYPE, provenance, run_script  # noqa: E402
+from spin.infra.run import Run  # noqa: E402
+from spin.loss import per_image_error  # noqa: E402
+from spin.sampler import SamplingOptions  # noqa: E402
+from spin.scheduler import add_noise  # noqa: E402
+
+# The runs of each point: {point: {run: flags of train.py}}. {story} is the folder of the run
+# "story" of the same base and seed.
+POINTS = {
+    "claims": {
+        "story": "--loss all",
+        "bounded": "--loss spin-bounded",
+    },
+    "cost": {  # as many networks' passes as self-play, drawing included: see `main`'s docstring
+        "sft-16x": "--loss sft --steps 1600",
+        "dpo-16x": "--loss dpo --steps 1600",
+    },
+    "renewal": {
+        "spin-long": "--loss spin --iterations 1 --steps 300",
+        "bounded-long": "--loss spin-bounded --iterations 1 --steps 300",
+        "bounded-300": "--loss spin-bounded --steps 300",
+        "bounded-1000": "--loss spin-bounded --steps 1000",
+        "bounded-300-at-3": "--loss spin-bounded --steps 300 --guidance 3",
+        "bounded-1000-at-3": "--loss spin-bounded --steps 1000 --guidance 3",
+    },
+    "clipping": {
+        "spin-unclipped": "--loss spin --clip 0",
+        "bounded-unclipped": "--loss spin-bounded --clip 0",
+    },
+    "guidance": {
+        "spin-at-1": "--loss spin --guidance 1",
+        "spin-at-3": "--loss spin --guidance 3",
+        "bounded-at-1": "--loss spin-bounded --guidance 1",
+        "bounded-at-3": "--loss spin-bounded --guidance 3",
+    },
+    "noise": {
+        "spin-independent": "--loss spin --noise independent",
+        "bounded-independent": "--loss spin-bounded --noise independent",
+    },
+    "failure": {
+        "spin-beta-500": "--loss spin --beta 500",
+        "bounded-beta-500": "--loss spin-bounded --beta 500",
+    },
+    "after-sft": {
+        "spin-after-sft": "--loss spin --unet {story}/sft/checkpoint",
+        "bounded-after-sft": "--loss spin-bounded --unet {story}/sft/checkpoint",
+    },
+}
+
+COMMON = "--preset toy --score none --grid-prompts 0 --save-every 0 --device cpu"
+GUIDANCE = TOY["guidance"]  # that of every run which does not say otherwise
+SWEEP = (2.0, 3.0, 5.0, 7.5, 10.0)  # where each model's best guidance is looked for
+IMAGES = 5  # of a test prompt
+FOLDS = 10  # groups of test prompts
+BATCH = 100  # images sampled at once
+
+MODEL_KEYS = ["base", "seed", "run", "model"]
+ROW_KEYS = ["setting", "guidance", "images", "metric"]
+COLUMNS = [*MODEL_KEYS, *ROW_KEYS, *(f"fold {i}" for i in range(FOLDS)), "commit"]
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Run a job, and return the rows that were appended.
+
+    In "cost", SFT and DPO take 16 times as many steps as in the story. Passes of a network over an
+    image, a backward pass counting as two: an iteration of self-play draws 1600 images with 20
+    steps of two passes each, and trains on 1600 pairs with eight passes each, 76,800 in all; 1600
+    images of SFT take 4800, and 1600 pairs of DPO 12,800.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", default=str(toy.BASE), help="checkpoint of theta_0")
+    parser.add_argument("--number", type=int, default=0, help="of the base, for the table")
+    parser.add_argument("--seed", type=SEED_TYPE, default=0, help="of fine-tuning")
+    parser.add_argument(
+        "--points", nargs="+", choices=list(POINTS), default=["claims"], help="default: claims"
+    )
+    parser.add_argument("--runs", default="runs/evidence", help="folder for the runs")
+    parser.add_argument(
+        "--out",
+        default=str(ROOT / "tutorial" / "evidence" / "results.csv"),
+        help="the table (default: tutorial/evidence/results.csv)",
+    )
+    args = parser.parse_args(argv)
+
+    base_folder = Path(args.runs, f"base-{args.number}")
+    folder = base_folder / f"seed-{args.seed}"
+    models = [Model("", "", "theta_0", ModelSource(args.base), base_folder)]
+    for point in args.points:
+        for name, flags in POINTS[point].items():
+            run = train_run(args.base, args.seed, folder, name, flags)
+            models += models_of(run, str(args.seed), args.base)
+
+    table = Path(args.out)
+    commit = provenance()["commit"]
+    appended = []
+    for model in models:
+        keys = {
+            "base": str(args.number),
+            "seed": model.seed,
+            "run": model.run,
+            "model": model.name,
+        }
+        if tuple(keys.values()) in read_keys(table):
+            continue
+        rows = [{**keys, **row, "commit": commit} for row in score(model)]
+        append_rows(table, rows)
+        appended += rows
+    return appended
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """A model to score. Of theta_0, seed and run are ""."""
+
+    seed: str
+    run: str
+    name: str  # in its run
+    source: ModelSource
+    folder: Path  # for its images
+
+
+def train_run(base: str, seed: int, folder: Path, name: str, flags: str) -> Run:
+    """Train what is missing of a run, and return it."""
+    out = folder / name
+    own = flags.format(story=folder / "story").split()
+    common = [*COMMON.split(), "--model", base, "--seed", str(seed), "--out", str(out)]
+    train.main([*common, *own])
+    return Run(out)
+
+
+def models_of(run: Run, seed: str, base: str) -> list[Model]:
+    """Return the trained models of a run."""
+    sources = models_of_run(run, ModelSource(base), run.latest_iteration())
+    del sources["base"]
+    models = []
+    for name, source in sources.items():
+        models.append(Model(seed, run.folder.name, name, source, run.folder))
+    return models
+
+
+# ---- Scoring -------------------------------------------------------------------------------------
+
+
+def score(model: Model) -> list[dict]:
+    """Sample and score a model, and return its rows, without what says which model it is.
+
+    It is scored at GUIDANCE and, for reward and energy each, at the guidance of SWEEP that is the
+    best on the validation prompts: setting "7.5", "best reward" or "best energy".
+    """
+    models = {model.name: model.source}
+    hashes = comparison.hash_models(models)
+    options = SamplingOptions(
+        steps=TOY["sampler_steps"], height=toy.SIDE, width=toy.SIDE, dtype=torch.float32
+    )
+    evaluation = Evaluation(model.folder / "evaluation", world.captions("test"), IMAGES, options)
+    chosen_on = replace(
+        evaluation,
+        folder=model.folder / "validation",
+        prompts=world.captions("validation"),
+        images_per_prompt=2,  # with one, there is no energy
+    )
+
+    swept = sample_and_score(chosen_on, models, hashes, SWEEP)
+    best_reward = max(SWEEP, key=lambda guidance: swept[guidance]["reward"].mean())
+    best_energy = min(SWEEP, key=lambda guidance: swept[guidance]["energy"].mean())
+    settings = {f"{GUIDANCE:g}": GUIDANCE, "best reward": best_reward, "best energy": best_energy}
+    scores = sample_and_score(evaluation, models, hashes, sorted(set(settings.values())))
+
+    rows = []
+    for setting, guidance in settings.items():
+        values = scores[guidance]
+        best = stats.best_of(values, ["reward"])
+        where = {"setting": setting, "guidance": f"{guidance:g}"}
+        for metric in values:
+            means = folds(values[metric].mean(axis=1))
+            rows.append({**where, "images": "mean of 5", "metric": metric, **means})
+        for metric in ("reward", "clean", "aligned"):
+            means = folds(best[metric])
+            rows.append({**where, "images": "best of 5", "metric": metric, **means})
+
+    pipe = model.source.load("cpu")
+    means = folds(denoising_error(pipe))
+    rows.append({"setting": "", "guidance": "", "images": "real", "metric": "error", **means})
+    return rows
+
+
+def sample_and_score(
+    evaluation: Evaluation, models: dict, hashes: dict, guidance: Sequence[float]
+) -> dict[float, dict[str, np.ndarray]]:
+    """Return the model's scores at each value of guidance: {guidance: {metric: [N,images]}}.
+
+    models: {name: where it is} of the one model; hashes: see `comparison.hash_models`.
+    """
+    [name] = models
+    scored = sweep.sample_and_score(
+        evaluation, {name: guidance}, models, hashes, ["toy"], BATCH, "cpu", purpose=name
+    )
+    return {value: scored.scores[value, name] for value in guidance}
+
+
+@torch.no_grad()
+def denoising_error(pipe: Pipeline) -> np.ndarray:
+    """Return the error on a fresh curated image of each test prompt, averaged over ten timesteps.
+
+    [N]: `per_image_error`. Images and noise are the same for all models.
+    """
+    scenes = toy.split()["test"]
+    images = []
+    for i, scene in enumerate(scenes):
+        images.append(toy.curated_image(scene, np.random.default_rng([3, i])))
+    pixels = torch.tensor(np.stack(images), dtype=torch.float32).permute(0, 3, 1, 2) * 2 - 1
+    latents = pipe.vae.encode(pixels)[0] * pipe.vae.scaling_factor
+    context = pipe.encode_prompts([scene.caption for scene in scenes])
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for level in range(50, 1000, 100):
+        t = torch.full((len(latents),), level)
+        eps = torch.randn(latents.shape, generator=generator)
+        x_t = add_noise(latents, eps, pipe.scheduler.alphas_cumprod[t])
+        errors.append(per_image_error(pipe.unet(x_t, t, context), eps))
+    return torch.stack(errors).mean(0).numpy()
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+
+def folds(values: np.ndarray) -> dict[str, str]:
+    """Return the means over FOLDS groups of N prompts: every FOLDS-th prompt is of one group."""
+    return {f"fold {i}": f"{values[i::FOLDS].mean():.5g}" for i in range(FOLDS)}
+
+
+def read_keys(path: Path) -> set[tuple[str, ...]]:
+    """Return the MODEL_KEYS of all models in the table."""
+    if not path.exists():
+        return set()
+    with open(path, newline="") as file:
+        return {tuple(row[key] for key in MODEL_KEYS) for row in csv.DictReader(file)}
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Append rows to the table; the first ones also write its header."""
+    is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    advice = "finished runs, images and rows are kept; the same command goes on"
+    sys.exit(run_script("evidence.py", main, advice))
