@@ -885,12 +885,14 @@ def announce(args: argparse.Namespace, run: Run, images: CaptionedImages) -> Non
     theta_0 = args.unet or args.model
     if theta_0 == str(toy.BASE):
         theta_0 = "the miniature base"
-    lines = [f"theta_0 is {theta_0}; {len(images)} real images are in {args.data}"]
+    lines = [
+        f"theta_0, to be fine-tuned, is {theta_0}; {len(images)} real images are in {args.data}"
+    ]
     if iterations:
         names = ", ".join(stage.name for stage in iterations)
         steps = ", ".join(str(len(stage.steps)) for stage in iterations)
         lines.append(
-            f"self-play: {names}, each on its opponent's images and the real ones "
+            f"self-play: {names}, each learns to tell real images from its predecessor's "
             f"(steps: {steps}; pairs per step: {args.batch_size})"
         )
     if baselines:
@@ -1000,6 +1002,7 @@ def report_results(args: argparse.Namespace, run: Run) -> dict:
         return {"out": args.out}
     report.draw_curves(run)
     summary = run.summarize()
+    print("\nthe log: at the first step, and over the last tenth")
     for row in summary:
         print("  ".join(f"{key} {format_number(value)}" for key, value in row.items()))
 

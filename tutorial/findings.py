@@ -1,6 +1,8 @@
 """What evidence.py measured, as tables: differences between models, with intervals over bases.
 
-    python tutorial/findings.py        (seconds; reads evidence/results.csv, writes evidence/results.md)
+    python tutorial/findings.py
+
+It reads evidence/results.csv and writes evidence/results.md, in seconds.
 
 One comparison is primary. It was chosen before any of these runs was made. The p-values of all
 others, which are secondary, are corrected for their number (Holm 1979).
@@ -28,7 +30,7 @@ LESS_IS_BETTER = ("energy", "palette", "error")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one model scores above another: "run/model" each, "theta_0" for the base."""
+    """What one model scores above another: "run/model" each, or "theta_0" for the second."""
 
     first: str
     second: str
@@ -99,12 +101,9 @@ class Scores:
 
     def jobs(self, comparison: Comparison) -> tuple[list[str], list[str]]:
         """Return the bases and the seeds for which both models are scored, in every combination."""
-        scored = [self.of(name, comparison).keys() for name in (comparison.first, comparison.second)]
-        # theta_0 has no seed: it is there for every seed of its base
-        jobs = set.intersection(
-            *(set(keys) for keys, name in zip(scored, (comparison.first, comparison.second))
-              if name != "theta_0")
-        )  # fmt: skip
+        jobs = set(self.of(comparison.first, comparison))
+        if comparison.second != "theta_0":  # which has no seed: it is there for every one
+            jobs &= set(self.of(comparison.second, comparison))
         bases = sorted({base for base, _ in jobs})
         seeds = sorted({seed for _, seed in jobs})
         complete = [seed for seed in seeds if all((base, seed) in jobs for base in bases)]
@@ -123,9 +122,8 @@ class Scores:
         values = np.zeros((len(bases), len(seeds), FOLDS))
         for i, base in enumerate(bases):
             for j, seed in enumerate(seeds):
-                own = first[base, "" if comparison.first == "theta_0" else seed]
                 other = second[base, "" if comparison.second == "theta_0" else seed]
-                values[i, j] = np.subtract(own, other)
+                values[i, j] = np.subtract(first[base, seed], other)
         return values
 
 
@@ -242,7 +240,7 @@ def main(argv: list[str] | None = None) -> str:
 
 
 def format_tables(scores: Scores) -> str:
-    """Return results.md: the primary comparison, the claims, and each model's gains over theta_0."""
+    """Return results.md: the primary comparison, the claims, and all gains over theta_0."""
     parts = ["# What was measured"]
     primary = pooled(scores.differences(PRIMARY))
     bases, seeds = scores.jobs(PRIMARY)
@@ -269,7 +267,7 @@ def format_tables(scores: Scores) -> str:
     corrected = holm([interval.p_value for interval in intervals.values()])
     significant = dict(zip(comparisons, (p_value < 0.05 for p_value in corrected)))
 
-    lines = table_head(["", *(f"{metric}, {setting}, {images}" for metric, setting, images in PLACES)])
+    lines = table_head(["", *(", ".join(place) for place in PLACES)])
     for first, second in CLAIMS:
         cells = [f"{first} minus {second}"]
         for place in PLACES:
@@ -285,7 +283,8 @@ def format_tables(scores: Scores) -> str:
 
     # ---- every model less theta_0
     places = [*PLACES, *RISES]
-    lines = table_head(["minus theta_0", "n", *(", ".join(filter(None, place)) for place in places)])
+    titles = [", ".join(filter(None, place)) for place in places]
+    lines = table_head(["minus theta_0", "n", *titles])
     for model in scores.models():
         if model == "theta_0":
             continue

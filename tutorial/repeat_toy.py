@@ -30,7 +30,9 @@ PAIRS = (
     *("spin-1 - sft", "spin-2 - dpo", "spin-2 - sft", "spin-3 - sft"),
     *("spin-2 - spin-1", "spin-3 - spin-2"),
 )
-METRICS = ("reward", "energy")
+METRICS = ("reward", "energy", "clean", "aligned")
+
+SWEEP = ("2", "3", "5", "7.5", "10")  # wider than in `python train.py`
 
 # 97.5% quantiles of Student's t by degrees of freedom (Abramowitz and Stegun, table 26.10)
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
@@ -62,6 +64,7 @@ def main(argv: list[str] | None = None) -> dict:
         for seed in args.seeds:
             folder = Path(args.runs, f"base-{number}-seed-{seed}")
             flags = ["--model", base, "--preset", "toy", "--seed", str(seed), "--device", "cpu"]
+            flags += ["--score-guidance", *SWEEP]
             returned = train.main([*flags, "--out", str(folder)])
             runs.append({"base": number, "seed": seed, **summarize_run(returned["results"])})
 

@@ -463,6 +463,11 @@ def format_summary(results: dict) -> str:
     note = "Brackets: 95% bootstrap intervals over the prompts, for this one training seed."
     if len(verdicts) > 1:
         note += " Best guidance: each model's own, chosen on other prompts."
+    if "real" in results:
+        note += (
+            " Reward is from 0 to 10, how near an image is to the one that its prompt describes. "
+            "base: theta_0. real: fresh real images."
+        )
     lower = [metric for metric in results["less_is_better"] if metric in summary_metrics(results)]
     if lower:
         note += f" Lower is better: {', '.join(lower)}."

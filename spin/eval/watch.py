@@ -17,8 +17,9 @@ class ForgettingWatch:
     WINDOW = 50
     WARNING = (
         "the error on real images (DPO: preferred ones) has risen by more than half as much as the "
-        "one on generated images. The policy is forgetting how to denoise, however good its loss: "
-        "see 'Reading the picture' in tutorial/00_the_map.md"
+        "one on generated images. The policy is forgetting how to denoise, however good its loss; "
+        "how much of that it bears is a matter of degree: see tutorial/00_the_map.md, 'Reading the "
+        "picture'"
     )
 
     def __init__(self, name: str, log: list[dict]):

@@ -196,11 +196,13 @@ def conclusions(results: dict) -> list[str]:
     if not others:
         return []
 
-    gains = []
-    for name in others:
-        difference = results["differences"][f"{name} - base"]["reward"]
-        gains.append(f"{name} gains {stats.format_cell(difference, sign='+')}")
-    sentences = [f"At the run's guidance, by reward, over theta_0: {', '.join(gains)}."]
+    gains = {name: results["differences"][f"{name} - base"]["reward"] for name in others}
+    ranking = sorted(others, key=lambda name: gains[name]["mean"], reverse=True)
+    places = [f"{name} {stats.format_cell(gains[name], sign='+')}" for name in ranking]
+    sentences = [
+        f"At the run's guidance, {ranking[0]} gains the most reward over theta_0: "
+        f"{', '.join(places)}."
+    ]
 
     if "at_best_guidance" in results:
         at_best = results["at_best_guidance"]

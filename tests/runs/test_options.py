@@ -361,7 +361,7 @@ def test_the_known_failure_is_warned_of_once_and_explained(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     [warning] = [line for line in printed if line.startswith("warning: ")]
     assert warning.startswith("warning: spin-1, step 5")
-    assert "'Reading the picture' in tutorial/00_the_map.md" in warning
+    assert "see tutorial/00_the_map.md, 'Reading the picture'" in warning
     assert "## Reading the picture" in (ROOT / "tutorial/00_the_map.md").read_text()
     last_steps = Run(out).read_log()[-10:]
     assert np.mean([line["implicit_accuracy"] for line in last_steps]) > 0.9
@@ -501,8 +501,9 @@ def test_a_run_says_nothing_of_what_it_will_not_do(tmp_path, capsys):
     lines = announcement(tmp_path, "--loss spin --iterations 1 --score none", capsys)
     assert len(lines) == 3
     assert "self-play: spin-1, " in lines[1]
-    assert "theta_0 is some/unet; " in announcement(tmp_path, "--unet some/unet", capsys)[0]
     assert STORY_TIME not in lines[2]
+    lines = announcement(tmp_path, "--unet some/unet", capsys)
+    assert "theta_0, to be fine-tuned, is some/unet; " in lines[0]
 
 
 # ---- The miniature world's data ------------------------------------------------------------------

@@ -32,10 +32,11 @@ def test_95_of_100_intervals_cover_the_mean(bases):
 
 
 def results_of(reward: float) -> dict:
-    """Return results.json of a run in which every difference of reward is this, of energy -0.01."""
+    """Return results.json of a run in which every difference of reward is this, of others -0.01."""
     differences = {}
     for pair in repeat_toy.PAIRS:
-        differences[pair] = {"reward": {"mean": reward}, "energy": {"mean": -0.01}}
+        differences[pair] = {metric: {"mean": -0.01} for metric in repeat_toy.METRICS}
+        differences[pair]["reward"] = {"mean": reward}
     at_best = {"differences": differences, "best_guidance": {"base": 5.0}}
     return {
         "differences": differences,

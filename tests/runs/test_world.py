@@ -125,7 +125,7 @@ def test_three_sentences_say_what_came_out(scored):
     _, results = scored
     gain, best, energy = world.conclusions(results)
     assert gain == (
-        "At the run's guidance, by reward, over theta_0: sft gains +0.000 [+0.000, +0.000]."
+        "At the run's guidance, sft gains the most reward over theta_0: sft +0.000 [+0.000,\n+0.000]."
     )
     reward = results["at_best_guidance"]["models"]["sft"]["reward"]["mean"]
     assert best == (
