@@ -124,8 +124,9 @@ def test_other_values_to_look_at_are_looked_at(scored, tmp_path, monkeypatch):
 def test_three_sentences_say_what_came_out(scored):
     _, results = scored
     gain, best, energy = world.conclusions(results)
-    assert gain == (
-        "At the run's guidance, sft gains the most reward over theta_0: sft +0.000 [+0.000,\n+0.000]."
+    assert " ".join(gain.split()) == (
+        "At the run's guidance, sft gains the most reward over theta_0: "
+        "sft +0.000 [+0.000, +0.000]."
     )
     reward = results["at_best_guidance"]["models"]["sft"]["reward"]["mean"]
     assert best == (
