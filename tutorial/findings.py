@@ -196,7 +196,7 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected.tolist()
 
 
-def coverage(values: np.ndarray, worlds: int = 2000, seed: int = 0) -> float:
+def coverage(values: np.ndarray, worlds: int = 1000, seed: int = 0) -> float:
     """Return how often `pooled` covers the truth, in simulated worlds like values [B,S,F].
 
     A world has normal effects of its bases, seeds and folds, and noise in each cell, with the
@@ -252,7 +252,7 @@ def format_tables(scores: Scores) -> str:
     parts.append(
         f"The primary comparison, {PRIMARY} by {PRIMARY.metric}, each model at its best guidance: "
         f"{primary}, p = {primary.p_value:.4f}. By base: {format_values(primary.by_base)}. In "
-        f"{share:.3f} of 2000 simulated worlds with effects of the same size, such an interval "
+        f"{share:.3f} of 1000 simulated worlds with effects of the same size, such an interval "
         "covers the truth."
     )
 

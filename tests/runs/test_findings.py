@@ -223,3 +223,9 @@ def test_the_tables_name_the_primary_comparison_and_have_a_row_for_each_claim(jo
     assert line.count("[") == len(findings.PLACES)
     assert "| bounded/bounded-1 | 1 x 1 |" in text
     assert not math.isnan(pooled(Scores(folder / "results.csv").differences(findings.PRIMARY)).low)
+
+
+def test_the_committed_tables_are_those_of_the_committed_scores():
+    folder = Path(findings.__file__).parent / "evidence"
+    text = findings.format_tables(Scores(folder / "results.csv"))
+    assert (folder / "results.md").read_text() == text
