@@ -2,7 +2,7 @@
 
     python evaluate.py runs/toy                        every model of a run of train.py
     python evaluate.py --models A B --prompts FILE     any checkpoints, by the paper's metrics
-    python evaluate.py runs/toy --guidance 3 5 7.5 --validation     each model at its own best
+    python evaluate.py runs/toy --guidance 3 5 7.5 --validation        each model at its own best
 
 Of a prompt's --num-images images, the one with the highest unweighted average of the scores counts,
 as in the paper. After an interruption, the same command samples and scores only what is missing.

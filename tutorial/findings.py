@@ -280,7 +280,7 @@ def format_tables(scores: Scores) -> str:
     parts.append(f"*: p < 0.05 after a correction for {len(comparisons)} comparisons (Holm).")
     parts.append("\n".join(lines))
 
-    # ---- every model less theta_0
+    # ---- every model minus theta_0
     places = [*PLACES, *CHANGES]
     titles = [", ".join(filter(None, place)) for place in places]
     lines = table_head(["minus theta_0", "n", *titles])

@@ -30,7 +30,7 @@ SEED = 1_000_000  # of the first prompt's first image
 STRIDE = 1000  # from a prompt's first seed to the next prompt's
 SCORE_BATCH = 32  # images scored at once
 
-# A claim that SFT plateaus allows it this much reward above or below theta_0.
+# The claim that SFT stays at theta_0 allows it this much reward above or below.
 PLATEAU = 0.05
 
 # Verdicts on a claim.
