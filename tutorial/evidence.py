@@ -84,7 +84,7 @@ POINTS = {
     },
 }
 
-COMMON = "--preset toy --score none --grid-prompts 0 --save-every 0 --device cpu"
+COMMON = "--preset toy --score none --grid-prompts 0 --save-every 0"
 GUIDANCE = TOY["guidance"]  # that of every run which does not say otherwise
 SWEEP = (2.0, 3.0, 5.0, 7.5, 10.0)  # where each model's best guidance is looked for
 IMAGES = 5  # of a test prompt
@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         "--points", nargs="+", choices=list(POINTS), default=["claims"], help="default: claims"
     )
     parser.add_argument("--runs", default="runs/evidence", help="folder for the runs")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     parser.add_argument(
         "--out",
         default=str(ROOT / "tutorial" / "evidence" / "results.csv"),
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     models = [Model("", "", "theta_0", ModelSource(args.base), base_folder)]
     for point in args.points:
         for name, flags in POINTS[point].items():
-            run = train_run(args.base, args.seed, folder, name, flags)
+            run = train_run(args, folder, name, flags)
             models += models_of(run, str(args.seed), args.base)
 
     table = Path(args.out)
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         }
         if tuple(keys.values()) in read_keys(table):
             continue
-        rows = [{**keys, **row, "commit": commit} for row in score(model)]
+        rows = [{**keys, **row, "commit": commit} for row in score(model, args.device)]
         append_rows(table, rows)
         appended += rows
     return appended
@@ -153,12 +154,15 @@ class Model:
     folder: Path  # for its images
 
 
-def train_run(base: str, seed: int, folder: Path, name: str, flags: str) -> Run:
-    """Train what is missing of a run, and return it."""
+def train_run(args: argparse.Namespace, folder: Path, name: str, flags: str) -> Run:
+    """Train what is missing of a run, and return it.
+
+    args: of the job.
+    """
     out = folder / name
     own = flags.format(story=folder / "story").split()
-    common = [*COMMON.split(), "--model", base, "--seed", str(seed), "--out", str(out)]
-    train.main([*common, *own])
+    job = ["--model", args.base, "--seed", str(args.seed), "--device", args.device]
+    train.main([*COMMON.split(), *job, "--out", str(out), *own])
     return Run(out)
 
 
@@ -175,7 +179,7 @@ def models_of(run: Run, seed: str, base: str) -> list[Model]:
 # ---- Scoring -------------------------------------------------------------------------------------
 
 
-def score(model: Model) -> list[dict]:
+def score(model: Model, device: str) -> list[dict]:
     """Sample and score a model, and return its rows, without what says which model it is.
 
     It is scored at GUIDANCE and, for reward and energy each, at the guidance of SWEEP that is the
@@ -194,11 +198,11 @@ def score(model: Model) -> list[dict]:
         images_per_prompt=2,  # with one, there is no energy
     )
 
-    swept = sample_and_score(chosen_on, models, hashes, SWEEP)
+    swept = sample_and_score(chosen_on, models, hashes, SWEEP, device)
     best_reward = max(SWEEP, key=lambda guidance: swept[guidance]["reward"].mean())
     best_energy = min(SWEEP, key=lambda guidance: swept[guidance]["energy"].mean())
     settings = {f"{GUIDANCE:g}": GUIDANCE, "best reward": best_reward, "best energy": best_energy}
-    scores = sample_and_score(evaluation, models, hashes, sorted(set(settings.values())))
+    scores = sample_and_score(evaluation, models, hashes, sorted(set(settings.values())), device)
 
     rows = []
     for setting, guidance in settings.items():
@@ -212,14 +216,14 @@ def score(model: Model) -> list[dict]:
             means = folds(best[metric])
             rows.append({**where, "images": "best of 5", "metric": metric, **means})
 
-    pipe = model.source.load("cpu")
+    pipe = model.source.load("cpu")  # not the device: the noise is the CPU's
     means = folds(denoising_error(pipe))
     rows.append({"setting": "", "guidance": "", "images": "real", "metric": "error", **means})
     return rows
 
 
 def sample_and_score(
-    evaluation: Evaluation, models: dict, hashes: dict, guidance: Sequence[float]
+    evaluation: Evaluation, models: dict, hashes: dict, guidance: Sequence[float], device: str
 ) -> dict[float, dict[str, np.ndarray]]:
     """Return the model's scores at each value of guidance: {guidance: {metric: [N,images]}}.
 
@@ -227,7 +231,7 @@ def sample_and_score(
     """
     [name] = models
     scored = sweep.sample_and_score(
-        evaluation, {name: guidance}, models, hashes, ["toy"], BATCH, "cpu", purpose=name
+        evaluation, {name: guidance}, models, hashes, ["toy"], BATCH, device, purpose=name
     )
     return {value: scored.scores[value, name] for value in guidance}
 
