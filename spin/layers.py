@@ -7,12 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# The kernels that may compute an attention. On a GPU that is flash in half precision, the efficient
-# one in float32, and plain matrix products where neither can. PyTorch would also consider cuDNN's,
-# depending on whether a gradient is wanted: the policy's attention would then be rounded unlike
-# the opponent's, and the first loss of an iteration would not be log 2. A caller's own choice of
-# kernels has no effect.
-ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CUDNN_HEAD_SIZE = 128  # the largest whose gradient cuDNN can compute, in every version
+
+
+def attention_kernels(head_size: int) -> list[SDPBackend]:
+    """Return the kernels that may compute an attention, the preferred one first.
+
+    On a GPU that is cuDNN's in half precision, flash for larger heads, the efficient one in
+    float32, and plain matrix products where none of these can.
+
+    PyTorch's own choice also depends on whether a gradient is wanted: the policy's attention would
+    then be rounded unlike the opponent's, and the first loss of an iteration would not be log 2. A
+    caller's own choice of kernels has no effect.
+    """
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if head_size <= CUDNN_HEAD_SIZE:
+        return [SDPBackend.CUDNN_ATTENTION, *kernels]
+    return kernels
 
 
 class Conv2d(nn.Conv2d):
@@ -93,7 +104,7 @@ class Attention(nn.Module):
         q = self.split_heads(self.to_q(x))
         k = self.split_heads(self.to_k(context))
         v = self.split_heads(self.to_v(context))
-        with sdpa_kernel(ATTENTION_KERNELS):
+        with sdpa_kernel(attention_kernels(q.shape[-1]), set_priority=True):
             attended = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](attended.transpose(1, 2).flatten(2))
 
