@@ -1,9 +1,11 @@
 """Choose the miniature world's hyperparameters: seven trials a method on the validation prompts.
 
-    python tutorial/tune_toy.py        (about 50 minutes of one CPU core; again: goes on)
+    python tutorial/tune_toy.py        (about 65 minutes of one CPU core; again: goes on)
+    python tutorial/tune_toy.py --base runs/base-1/base --number 1
 
-Writes tutorial/evidence/tuning.json and tuning.md. The trial whose last model earns the most
-reward gives the defaults of `train.py --preset toy`. Test prompts are not used.
+Writes tutorial/evidence/tuning.json and tuning.md. The setting whose last models earn the most
+reward, averaged over the bases, gives the defaults of `train.py --preset toy`. Test prompts are not
+used.
 """
 
 import argparse
@@ -18,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from spin import toy  # noqa: E402
 from spin.config import TOY  # noqa: E402
 from spin.infra.cli import provenance, run_script  # noqa: E402
 from spin.infra.files import atomic_write, read_json, write_json  # noqa: E402
@@ -53,12 +56,21 @@ TRIALS = {
         {"lr": 1e-4, "beta": 2000},
         {"lr": 1e-4, "beta": 10000},
     ],
+    "spin-bounded": [
+        {"lr": 2e-5, "beta": 2000},
+        {"lr": 5e-5, "beta": 2000},
+        {"lr": 1e-4, "beta": 2000},
+        {"lr": 2e-4, "beta": 2000},
+        {"lr": 4e-4, "beta": 2000},
+    ],
 }
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    """Run the trials. Return a row for each, as in tuning.json."""
+    """Run the trials on one base. Return the rows of tuning.json: one for each trial and base."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", default=str(toy.BASE), help="checkpoint of theta_0")
+    parser.add_argument("--number", type=int, default=0, help="of the base, for the table")
     methods = list(TRIALS)
     parser.add_argument(
         "--methods",
@@ -83,12 +95,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
         earlier_rows = read_json(table)["trials"]
 
     rows = []
-    for method in TRIALS:
-        if method in args.methods:
-            for flags in TRIALS[method]:
-                rows.append(run_trial(method, flags, Path(args.runs)))
-        else:
-            rows += [row for row in earlier_rows if row["method"] == method]
+    for row in earlier_rows:
+        if row["base"] != args.number or row["method"] not in args.methods:
+            rows.append(row)
+    runs = Path(args.runs, f"base-{args.number}")
+    for method in args.methods:
+        for flags in TRIALS[method]:
+            row = run_trial(args.base, method, flags, runs)
+            rows.append({"base": args.number, **row})
+    rows.sort(key=lambda row: (methods.index(row["method"]), row["base"]))  # keeps trials in order
 
     hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     about = {
@@ -103,14 +118,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
     return rows
 
 
-def run_trial(method: str, flags: dict[str, float], runs: Path) -> dict:
+def run_trial(base: str, method: str, flags: dict[str, float], runs: Path) -> dict:
     """Train and score one setting of a method, unless its run is finished. Return its row.
+
+    base: checkpoint of theta_0.
 
     The run's folder holds how many seconds the trial took, since its last start, in trial.json.
     """
     values = [f"{value:g}" for value in flags.values()]
     folder = runs / "-".join([method, *values])
-    argv = ["--loss", method, *FIXED, "--out", str(folder)]
+    argv = ["--preset", "toy", "--model", base, "--loss", method, *FIXED, "--out", str(folder)]
     for name, value in zip(flags, values):
         argv += [f"--{name}", value]
     timing = folder / "trial.json"
@@ -136,29 +153,37 @@ def run_trial(method: str, flags: dict[str, float], runs: Path) -> dict:
 
 
 def format_table(rows: list[dict], hardware: str) -> str:
-    """Return tuning.md: a Markdown table with a line for each trial, the best of a method bold."""
-    best_reward = {}
-    for row in rows:
-        reward = row["reward"]["mean"]
-        best_reward[row["method"]] = max(reward, best_reward.get(row["method"], reward))
-
-    lines = [
-        "| model | setting | reward | gain over theta_0 | all five right | seconds of training |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Return tuning.md: a Markdown table with a line for each trial, a method's best one bold."""
+    bases = sorted({row["base"] for row in rows})
+    trials = {}  # {(method, setting): {base: row}}
     for row in rows:
         flags = TRIALS[row["method"]][0]
         setting = ", ".join(f"{name} {row[name]:g}" for name in flags)
-        if row["reward"]["mean"] == best_reward[row["method"]]:
-            setting = f"**{setting}**"
-        cells = [
-            row["model"],
-            setting,
-            "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**row["reward"]),
-            "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row["gain"]),
-            f"{row['aligned']['mean']:.3f}",
-            str(row["training_seconds"]),
-        ]
+        trials.setdefault((row["method"], setting), {})[row["base"]] = row
+
+    means = {}  # {method: {setting: reward, averaged over the bases}}
+    for (method, setting), of_base in trials.items():
+        rewards = [row["reward"]["mean"] for row in of_base.values()]
+        means.setdefault(method, {})[setting] = sum(rewards) / len(rewards)
+
+    header = ["model", "setting", "reward"]
+    for base in bases:
+        header += [f"base {base}: reward", "gain over theta_0", "aligned"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for (method, setting), of_base in trials.items():
+        model = next(iter(of_base.values()))["model"]
+        is_best = means[method][setting] == max(means[method].values())
+        cells = [model, f"**{setting}**" if is_best else setting, f"{means[method][setting]:.3f}"]
+        for base in bases:
+            if base not in of_base:
+                cells += [""] * 3
+                continue
+            row = of_base[base]
+            cells += [
+                "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**row["reward"]),
+                "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row["gain"]),
+                f"{row['aligned']['mean']:.3f}",
+            ]
         lines.append(f"| {' | '.join(cells)} |")
 
     commits = ", ".join(sorted({row["commit"][:9] for row in rows}))
@@ -168,7 +193,7 @@ def format_table(rows: list[dict], hardware: str) -> str:
         f"`python tutorial/tune_toy.py`, commit {commits}, {hardware}, seed {TOY['seed']};",
         f"{minutes:.0f} minutes in all, sampling and scoring included. "
         "100 validation prompts, 2 images each, 95% bootstrap intervals over prompts. "
-        "Bold: the best; the default.",
+        "Bold: the best by reward, averaged over the bases; the default.",
         "",
     ]
     return "\n".join(lines)
