@@ -48,7 +48,7 @@ from spin.infra.cli import (
     run_script,
     warn_of_cut_prompts,
 )
-from spin.infra.devices import default_dtype, is_cuda, prepare_device
+from spin.infra.devices import default_dtype, is_cuda, prepare_device, repeat_to_the_bit
 from spin.infra.errors import InputError
 from spin.infra.files import atomic_write, hash_files
 from spin.infra.inspection import check_rows
@@ -89,7 +89,9 @@ def main(argv: list[str] | None = None) -> dict:
     args.device = prepare_device(distributed.local_device(args.device))
     # cuDNN times its algorithms and keeps the fastest. Another run may keep others, and round
     # differently, as it may with other compiled code. Uncompiled runs are spared this.
-    torch.backends.cudnn.benchmark = args.compile
+    torch.backends.cudnn.benchmark = args.compile and not args.deterministic
+    if args.deterministic and is_cuda(args.device):
+        repeat_to_the_bit()
     run = Run(args.out)
     lock = run.lock() if distributed.is_main() else nullcontext()
     with distributed.process_group(args.device), lock:
@@ -500,6 +502,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.setting("--micro-batch", COUNT, "pairs per forward pass on one GPU")
     group.group.add_argument("--compile", action=argparse.BooleanOptionalAction,
                              help="compile networks, for minutes (paper: on CUDA)")  # fmt: skip
+    group.group.add_argument("--deterministic", action=argparse.BooleanOptionalAction,
+                             help="on a GPU: equal runs, equal bits; slower (toy: yes)")  # fmt: skip
     group.switch("--checkpoint-activations", "less memory, a quarter more compute")
     group.flag("--save-every", COUNT_OR_0, "steps between states; 0: only at the end (50)",
                default=50)  # fmt: skip

@@ -5,6 +5,7 @@ which waits for a value fails.
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -27,6 +29,7 @@ from spin.infra.devices import (
     copy_to_device,
     default_dtype,
     prepare_device,
+    repeat_to_the_bit,
     tf32,
 )
 from spin.infra.errors import InputError
@@ -89,22 +92,27 @@ def test_policy_and_opponent_run_the_same_operators(pipelines, name, dtype):
     assert logs[policy] == logs[opponent]
 
 
-def test_cudnns_attention_is_not_considered(monkeypatch):
-    """PyTorch takes it or leaves it depending on whether a gradient is wanted."""
-    allowed = []
+@pytest.mark.parametrize("head_size, first", [(40, "CUDNN"), (128, "CUDNN"), (160, "FLASH")])
+def test_the_kernels_of_attention_depend_on_the_size_of_heads_alone(monkeypatch, head_size, first):
+    """PyTorch's own choice also depends on whether a gradient is wanted."""
+    preferred = []
     attention = F.scaled_dot_product_attention
 
-    def record_allowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        backends = torch.backends.cuda
-        allowed.append((backends.cudnn_sdp_enabled(), backends.flash_sdp_enabled()))
+    def record_preferred(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        preferred.append(_cur_sdpa_kernel_backends(with_priority=True))
         return attention(q, k, v)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", record_allowed)
+    before = _cur_sdpa_kernel_backends(with_priority=True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record_preferred)
     with torch.random.fork_rng():
-        layer = Attention(channels=8, heads=2)
-    layer(torch.ones(1, 3, 8))
-    assert allowed == [(False, True)]
-    assert torch.backends.cuda.cudnn_sdp_enabled()  # elsewhere it still is
+        layer = Attention(channels=2 * head_size, heads=2)
+    layer(torch.ones(1, 3, 2 * head_size))
+    with torch.no_grad():
+        layer(torch.ones(1, 3, 2 * head_size))
+    assert preferred[0] == preferred[1]
+    assert preferred[0][0].name == f"{first}_ATTENTION"
+    assert (SDPBackend.CUDNN_ATTENTION in preferred[0]) == (first == "CUDNN")
+    assert _cur_sdpa_kernel_backends(with_priority=True) == before
 
 
 # -----------------------------------------------------------------------------
@@ -352,6 +360,30 @@ def test_a_prepared_device_does_not_round_float32_to_tf32():
 def test_a_device_that_cannot_compute_is_refused(device):
     with pytest.raises(InputError, match=f"--device {device}: cannot be used here"):
         prepare_device(device)
+
+
+def test_a_run_that_repeats_to_the_bit_leaves_no_kernel_a_choice(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        repeat_to_the_bit()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")  # as CUDA asks for
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("flag, deterministic", [("", True), ("--no-deterministic", False)])
+def test_the_miniature_world_repeats_to_the_bit_on_a_gpu(monkeypatch, flag, deterministic):
+    calls = []
+    monkeypatch.setattr(train, "prepare_device", lambda device: device)
+    monkeypatch.setattr(train, "repeat_to_the_bit", lambda: calls.append("repeat"))
+    monkeypatch.setattr(train, "self_play", lambda args, run: {})
+    monkeypatch.setattr(train.Run, "lock", lambda run: nullcontext())
+    monkeypatch.setattr(distributed, "process_group", lambda device: nullcontext())
+    for device in ("cuda", "cpu"):
+        train.main(["--device", device, *flag.split()])
+    assert calls == ["repeat"] * deterministic
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_the_vae_alone_computes_in_tf32(pipelines):
