@@ -13,8 +13,10 @@ groups of 20 test prompts each, so that differences between models can be paired
 
 import argparse
 import csv
+import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,19 +28,18 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from spin import toy  # noqa: E402
-from spin.checkpoint import Pipeline  # noqa: E402
 from spin.config import TOY  # noqa: E402
 from spin.eval import comparison, stats, sweep, world  # noqa: E402
 from spin.eval.comparison import Evaluation, ModelSource  # noqa: E402
 from spin.eval.report import models_of_run  # noqa: E402
 from spin.infra.cli import SEED_TYPE, provenance, run_script  # noqa: E402
 from spin.infra.run import Run  # noqa: E402
-from spin.loss import per_image_error  # noqa: E402
 from spin.sampler import SamplingOptions  # noqa: E402
-from spin.scheduler import add_noise  # noqa: E402
+from tutorial.variants import VARIANTS, denoising_error  # noqa: E402
 
 # The runs of each point: {point: {run: flags of train.py}}. {story} is the folder of the run
-# "story" of the same base and seed.
+# "story" of the same base and seed. --variant is not a flag of train.py, but a key of
+# tutorial.variants.VARIANTS.
 POINTS = {
     "claims": {
         "story": "--loss all",
@@ -59,16 +60,25 @@ POINTS = {
         "bounded-1000": "--loss spin-bounded --steps 1000",
         "bounded-300-at-3": "--loss spin-bounded --steps 300 --guidance 3",
         "bounded-1000-at-3": "--loss spin-bounded --steps 1000 --guidance 3",
+        "bounded-best": "--loss spin-bounded --save-every 20 --variant best-promoted",
     },
-    "clipping": {
+    "bound": {
+        "correlation": "--loss spin-bounded --variant correlation",
+        "correlation-unclipped": "--loss spin-bounded --clip 0 --variant correlation",
         "spin-unclipped": "--loss spin --clip 0",
         "bounded-unclipped": "--loss spin-bounded --clip 0",
     },
-    "guidance": {
+    "learned": {
         "spin-at-1": "--loss spin --guidance 1",
         "spin-at-3": "--loss spin --guidance 3",
         "bounded-at-1": "--loss spin-bounded --guidance 1",
         "bounded-at-3": "--loss spin-bounded --guidance 3",
+        "spin-50-steps": "--loss spin --sampler-steps 50",
+        "bounded-50-steps": "--loss spin-bounded --sampler-steps 50",
+        "spin-pixels": "--loss spin --variant pixels",
+        "bounded-pixels": "--loss spin-bounded --variant pixels",
+        "spin-path": "--loss spin --variant path",
+        "spin-guided-path": "--loss spin --variant guided-path",
     },
     "noise": {
         "spin-independent": "--loss spin --noise independent",
@@ -76,6 +86,8 @@ POINTS = {
     },
     "failure": {
         "spin-beta-500": "--loss spin --beta 500",
+        "spin-beta-500-charged": "--loss spin --beta 500 --variant charge",
+        "spin-charged": "--loss spin --variant charge",
         "bounded-beta-500": "--loss spin-bounded --beta 500",
     },
     "after-sft": {
@@ -83,6 +95,9 @@ POINTS = {
         "bounded-after-sft": "--loss spin-bounded --unet {story}/sft/checkpoint",
     },
 }
+
+# The points of which every iteration's model is scored; of the others, a run's last one.
+ALL_ITERATIONS = ("claims", "renewal")
 
 COMMON = "--preset toy --score none --grid-prompts 0 --save-every 0"
 GUIDANCE = TOY["guidance"]  # that of every run which does not say otherwise
@@ -120,7 +135,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for point in args.points:
         for name, flags in POINTS[point].items():
             run = train_run(args, folder, name, flags)
-            models += models_of(run, str(args.seed), args.base)
+            trained = models_of(run, str(args.seed), args.base)
+            models += trained if point in ALL_ITERATIONS else trained[-1:]
 
     table = Path(args.out)
     commit = provenance()["commit"]
@@ -157,13 +173,21 @@ class Model:
 def train_run(args: argparse.Namespace, folder: Path, name: str, flags: str) -> Run:
     """Train what is missing of a run, and return it.
 
-    args: of the job.
+    args: of the job. flags: of the run, as in POINTS.
     """
-    out = folder / name
+    run = Run(folder / name)
     own = flags.format(story=folder / "story").split()
+    variant = nullcontext
+    if "--variant" in own:
+        position = own.index("--variant")
+        variant = VARIANTS[own[position + 1]]
+        own = own[:position] + own[position + 2 :]
+        if run.latest_iteration() < TOY["iterations"]:  # interrupted: a variant cannot go on
+            shutil.rmtree(run.folder, ignore_errors=True)
     job = ["--model", args.base, "--seed", str(args.seed), "--device", args.device]
-    train.main([*COMMON.split(), *job, "--out", str(out), *own])
-    return Run(out)
+    with variant():
+        train.main([*COMMON.split(), *job, "--out", str(run.folder), *own])
+    return run
 
 
 def models_of(run: Run, seed: str, base: str) -> list[Model]:
@@ -217,7 +241,7 @@ def score(model: Model, device: str) -> list[dict]:
             rows.append({**where, "images": "best of 5", "metric": metric, **means})
 
     pipe = model.source.load("cpu")  # not the device: the noise is the CPU's
-    means = folds(denoising_error(pipe))
+    means = folds(denoising_error(pipe, "test"))
     rows.append({"setting": "", "guidance": "", "images": "real", "metric": "error", **means})
     return rows
 
@@ -234,29 +258,6 @@ def sample_and_score(
         evaluation, {name: guidance}, models, hashes, ["toy"], BATCH, device, purpose=name
     )
     return {value: scored.scores[value, name] for value in guidance}
-
-
-@torch.no_grad()
-def denoising_error(pipe: Pipeline) -> np.ndarray:
-    """Return the error on a fresh curated image of each test prompt, averaged over ten timesteps.
-
-    [N]: `per_image_error`. Images and noise are the same for all models.
-    """
-    scenes = toy.split()["test"]
-    images = []
-    for i, scene in enumerate(scenes):
-        images.append(toy.curated_image(scene, np.random.default_rng([3, i])))
-    pixels = torch.tensor(np.stack(images), dtype=torch.float32).permute(0, 3, 1, 2) * 2 - 1
-    latents = pipe.vae.encode(pixels)[0] * pipe.vae.scaling_factor
-    context = pipe.encode_prompts([scene.caption for scene in scenes])
-    generator = torch.Generator().manual_seed(0)
-    errors = []
-    for level in range(50, 1000, 100):
-        t = torch.full((len(latents),), level)
-        eps = torch.randn(latents.shape, generator=generator)
-        x_t = add_noise(latents, eps, pipe.scheduler.alphas_cumprod[t])
-        errors.append(per_image_error(pipe.unet(x_t, t, context), eps))
-    return torch.stack(errors).mean(0).numpy()
 
 
 # ---- The table -----------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_a_trained_model_is_not_the_base(job):
 
 def test_the_error_is_that_of_fresh_curated_images():
     """theta_0's on images that nobody trains on is about that of the tutorial, chapter 3."""
-    error = evidence.denoising_error(load_pipeline(toy.BASE).freeze())
+    error = evidence.denoising_error(load_pipeline(toy.BASE).freeze(), "test")
     assert error.shape == (200,)
     assert error.mean() == pytest.approx(0.035, abs=0.002)
 
