@@ -58,7 +58,9 @@ TRIALS = {
     ],
     "spin-bounded": [
         {"lr": 2e-5, "beta": 2000},
+        {"lr": 5e-5, "beta": 200},
         {"lr": 5e-5, "beta": 2000},
+        {"lr": 5e-5, "beta": 20000},
         {"lr": 1e-4, "beta": 2000},
         {"lr": 2e-4, "beta": 2000},
         {"lr": 4e-4, "beta": 2000},
