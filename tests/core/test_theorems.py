@@ -5,6 +5,8 @@ network is the best prediction of the noise for data from it (`helpers.gaussian_
 have one pixel, tensors are float64.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -204,6 +206,70 @@ def test_at_the_data_neither_sft_nor_self_play_moves(data, beta, link):
     zero = torch.zeros(2, dtype=torch.float64)
     torch.testing.assert_close(sft_gradient, zero, rtol=0, atol=1e-10)
     torch.testing.assert_close(spin_gradient, zero, rtol=0, atol=1e-10 * beta)
+
+
+# -----------------------------------------------------------------------------
+# Theorems 5.2 and 5.3 ask that an opponent draws what it denoises best. With guidance it does not.
+
+GUIDED_DATA = as_theta((1.0, math.log(1 / 4)))
+RESTING = as_theta((0.4545, 2 * math.log(0.8196)))  # the player that draws GUIDED_DATA at guidance 3
+
+
+def drawn_by(theta: Tensor, guidance: float, steps: int) -> Tensor:
+    """Return what the player draws by DDIM, as (mean, log variance).
+
+    Images of the empty prompt are N(0, 1). A step is linear in x_t, so that images are normal, and
+    where 0 and 1 end up says all.
+    """
+    scheduler = Scheduler(SCHEDULER)
+    x_t = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    for t in scheduler.timesteps(steps):
+        alpha_bar = ALPHAS_CUMPROD[t]
+        before = t - scheduler.stride(steps)
+        alpha_bar_prev = ALPHAS_CUMPROD[before.clamp(min=0)]
+        unprompted = gaussian_eps(x_t, 0.0, 1.0, alpha_bar)
+        prompted = gaussian_eps(x_t, theta[0], theta[1].exp(), alpha_bar)
+        eps = unprompted + guidance * (prompted - unprompted)
+        x0 = (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+        x_t = ddim_step(x0, eps, alpha_bar, alpha_bar_prev)
+    mean, one_sigma = x_t.squeeze(1)
+    return torch.stack([mean, 2 * (one_sigma - mean).abs().log()])
+
+
+def spin_gradient(theta_k: Tensor, data: Tensor, drawn: Tensor) -> Tensor:
+    """Return the expected gradient of (C.6) at theta_k, up to a factor, [2]."""
+    theta = theta_k.clone().requires_grad_()
+    difference = expected_sft_loss(theta, data) - expected_sft_loss(theta, drawn)
+    [gradient] = torch.autograd.grad(difference, theta)
+    return gradient
+
+
+@pytest.mark.parametrize("theta", [GUIDED_DATA, RESTING, as_theta((-0.5, 0.7))])
+def test_without_guidance_and_in_many_steps_a_player_draws_what_it_denoises(theta):
+    torch.testing.assert_close(drawn_by(theta, 1.0, steps=500), theta, atol=0.02, rtol=0)
+
+
+def test_with_guidance_self_play_does_not_rest_at_the_data():
+    """The player that is the data draws images too far out and too much alike, and is moved on."""
+    drawn = drawn_by(GUIDED_DATA, 3.0, steps=20)
+    mean, sd = drawn[0].item(), (drawn[1] / 2).exp().item()
+    assert (mean, sd) == (pytest.approx(1.433, abs=5e-4), pytest.approx(0.088, abs=5e-4))
+    gradient = spin_gradient(GUIDED_DATA, GUIDED_DATA, drawn)
+    assert gradient[0] > 0.01, "the player's mean is lowered"
+    assert gradient[1] < -0.01, "its variance is raised"
+
+
+def test_it_rests_where_the_data_is_drawn_and_is_not_what_is_denoised():
+    """At mean 0.454 and standard deviation 0.820, where the data has 1 and 0.5."""
+    drawn = drawn_by(RESTING, 3.0, steps=20)
+    torch.testing.assert_close(drawn, GUIDED_DATA, atol=1e-3, rtol=0)
+    at_rest = spin_gradient(RESTING, GUIDED_DATA, drawn)
+    at_data = spin_gradient(GUIDED_DATA, GUIDED_DATA, drawn_by(GUIDED_DATA, 3.0, steps=20))
+    assert at_rest.norm() < 0.002 * at_data.norm()
+    for moved in ((0.1, 0.0), (-0.1, 0.0), (0.0, 0.2), (0.0, -0.2)):  # and from near, back to it
+        theta = RESTING + as_theta(moved)
+        gradient = spin_gradient(theta, GUIDED_DATA, drawn_by(theta, 3.0, steps=20))
+        assert gradient @ as_theta(moved) > 0
 
 
 # -----------------------------------------------------------------------------
