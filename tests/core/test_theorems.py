@@ -246,7 +246,10 @@ def spin_gradient(theta_k: Tensor, data: Tensor, drawn: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("theta", [GUIDED_DATA, RESTING, as_theta((-0.5, 0.7))])
 def test_without_guidance_and_in_many_steps_a_player_draws_what_it_denoises(theta):
-    torch.testing.assert_close(drawn_by(theta, 1.0, steps=500), theta, atol=0.02, rtol=0)
+    """Nearly: drawing begins at N(0, 1), but the most noised data still has 7% of its mean."""
+    drawn = drawn_by(theta, 1.0, steps=500)
+    torch.testing.assert_close(drawn[0], theta[0], atol=0.05, rtol=0)
+    torch.testing.assert_close(drawn[1], theta[1], atol=0.02, rtol=0)
 
 
 def test_with_guidance_self_play_does_not_rest_at_the_data():
