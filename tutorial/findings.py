@@ -14,6 +14,7 @@ import csv
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,69 @@ PLACES = [
     ("energy", "7.5", "mean of 5"),
     ("energy", "best energy", "mean of 5"),
 ]
+
+# What the runs of the other points are compared with.
+SPIN = "story/spin-3"
+BOUNDED = "bounded/bounded-3"
+POINTS = {
+    "At equal cost, drawing counted": [
+        (SPIN, "sft-16x/sft"),
+        (BOUNDED, "sft-16x/sft"),
+        (SPIN, "dpo-6x/dpo"),
+        (BOUNDED, "dpo-6x/dpo"),
+        ("sft-16x/sft", "story/sft"),
+        ("dpo-6x/dpo", "story/dpo"),
+    ],
+    "Renewal: three opponents against one, as many steps": [
+        (SPIN, "spin-long/spin-1"),
+        (BOUNDED, "bounded-long/bounded-1"),
+    ],
+    "How far an iteration goes: 100, 300, 1000 steps": [
+        ("bounded-300/bounded-3", BOUNDED),
+        ("bounded-1000/bounded-3", BOUNDED),
+        ("bounded-300/bounded-3", "bounded-300/bounded-2"),
+        ("bounded-1000/bounded-2", "bounded-1000/bounded-1"),
+        ("bounded-1000/bounded-3", "bounded-1000/bounded-2"),
+        ("bounded-300-at-3/bounded-3", "bounded-at-3/bounded-3"),
+        ("bounded-1000-at-3/bounded-3", "bounded-at-3/bounded-3"),
+        ("bounded-best/bounded-3", BOUNDED),
+    ],
+    "The bound, and clipping": [
+        (BOUNDED, "correlation/bounded-3"),
+        ("bounded-unclipped/bounded-3", "correlation-unclipped/bounded-3"),
+        ("bounded-unclipped/bounded-3", BOUNDED),
+        ("spin-unclipped/spin-3", SPIN),
+    ],
+    "What is learned: other opponents": [
+        ("spin-at-1/spin-3", SPIN),
+        ("spin-at-3/spin-3", SPIN),
+        ("spin-50-steps/spin-3", SPIN),
+        ("spin-pixels/spin-3", SPIN),
+        ("spin-path/spin-3", SPIN),
+        ("spin-guided-path/spin-3", SPIN),
+        ("bounded-at-1/bounded-3", BOUNDED),
+        ("bounded-at-3/bounded-3", BOUNDED),
+        ("bounded-50-steps/bounded-3", BOUNDED),
+        ("bounded-pixels/bounded-3", BOUNDED),
+        ("bounded-at-3/bounded-3", "story/sft"),
+    ],
+    "Independent noise": [
+        ("spin-independent/spin-3", SPIN),
+        ("bounded-independent/bounded-3", BOUNDED),
+    ],
+    "The failure on purpose, and remedies": [
+        ("spin-beta-500/spin-3", SPIN),
+        ("bounded-beta-500/bounded-3", BOUNDED),
+        ("spin-beta-500-charged/spin-3", "spin-beta-500/spin-3"),
+        ("spin-charged/spin-3", SPIN),
+    ],
+    "Self-play after SFT": [
+        ("spin-after-sft/spin-3", "story/sft"),
+        ("bounded-after-sft/bounded-3", "story/sft"),
+        ("spin-after-sft/spin-3", SPIN),
+        ("bounded-after-sft/bounded-3", BOUNDED),
+    ],
+}
 
 # What else changes from theta_0 to each model.
 CHANGES = [
@@ -239,62 +303,92 @@ def main(argv: list[str] | None = None) -> str:
 
 
 def format_tables(scores: Scores) -> str:
-    """Return results.md: the primary comparison, the claims, and all gains over theta_0."""
-    parts = ["# What was measured"]
-    primary = pooled(scores.differences(PRIMARY))
-    bases, seeds = scores.jobs(PRIMARY)
-    share = coverage(scores.differences(PRIMARY))
-    parts.append(
-        f"Bases: {len(bases)}; seeds of fine-tuning on every base: {len(seeds)}. Brackets: 95% intervals over "
-        "bases, seeds and prompts. Lower energy, palette and error are better."
-    )
-    parts.append(
-        f"The primary comparison, {PRIMARY} by {PRIMARY.metric}, each model at its best guidance: "
-        f"{primary}, p = {primary.p_value:.4f}. By base: {format_values(primary.by_base)}. In "
-        f"{share:.3f} of 1000 simulated worlds with effects of the same size, such an interval "
-        "covers the truth."
-    )
-
-    # ---- the claims, whose p-values are corrected together
-    comparisons = []
-    for first, second in CLAIMS:
-        for place in PLACES:
-            comparison = Comparison(first, second, *place)
-            if comparison != PRIMARY and has_scores(scores, comparison):
-                comparisons.append(comparison)
-    intervals = {comparison: pooled(scores.differences(comparison)) for comparison in comparisons}
-    corrected = holm([interval.p_value for interval in intervals.values()])
-    significant = dict(zip(comparisons, (p_value < 0.05 for p_value in corrected)))
-
-    lines = table_head(["", *(", ".join(place) for place in PLACES)])
-    for first, second in CLAIMS:
-        cells = [f"{first} minus {second}"]
-        for place in PLACES:
-            comparison = Comparison(first, second, *place)
-            cell = f"{primary} (primary)" if comparison == PRIMARY else ""
-            if comparison in intervals:
-                mark = " *" if significant[comparison] else ""
-                cell = f"{intervals[comparison]}{mark}"
-            cells.append(cell)
-        lines.append(f"| {' | '.join(cells)} |")
-    parts.append(f"*: p < 0.05 after a correction for {len(comparisons)} comparisons (Holm).")
-    parts.append("\n".join(lines))
-
-    # ---- every model minus theta_0
-    places = [*PLACES, *CHANGES]
-    titles = [", ".join(filter(None, place)) for place in places]
-    lines = table_head(["minus theta_0", "n", *titles])
-    for model in scores.models():
-        if model == "theta_0":
-            continue
-        bases, seeds = scores.jobs(Comparison(model, "theta_0", *places[0]))
-        cells = [model, f"{len(bases)} x {len(seeds)}"]
-        for place in places:
-            cells.append(str(pooled(scores.differences(Comparison(model, "theta_0", *place)))))
-        lines.append(f"| {' | '.join(cells)} |")
-    parts.append("What each model scores above theta_0. n: bases x seeds.")
-    parts.append("\n".join(lines))
+    """Return results.md: the primary comparison, the claims, the other points, all gains."""
+    parts = ["# What was measured", format_primary(scores)]
+    for title, pairs in {"The claims": CLAIMS, **POINTS}.items():
+        if title == "The claims":
+            places = PLACES
+            family = comparisons_of([CLAIMS], PLACES, scores)
+        else:
+            places = [*PLACES, *CHANGES]
+            family = comparisons_of(POINTS.values(), places, scores)
+        lines = format_comparisons(pairs, places, scores, significant_of(family, scores))
+        if len(lines) > 2:
+            parts += [
+                f"## {title}",
+                f"*: p < 0.05 after a correction for {len(family)} comparisons (Holm).",
+                "\n".join(lines),
+            ]
+    parts += ["## What each model scores above theta_0", "\n".join(format_gains(scores))]
     return "\n\n".join(parts) + "\n"
+
+
+def format_primary(scores: Scores) -> str:
+    """Return a paragraph on the primary comparison, and on what its interval can be trusted for."""
+    values = scores.differences(PRIMARY)
+    interval = pooled(values)
+    bases, seeds = scores.jobs(PRIMARY)
+    covered = []
+    for first, second in CLAIMS:
+        comparison = Comparison(first, second, *PLACES[-1])
+        if has_scores(scores, comparison):
+            covered.append(coverage(scores.differences(comparison)))
+    return (
+        "Brackets: 95% intervals over bases, seeds and prompts; n: bases x seeds. Lower energy and "
+        "error are better. Guidance: 7.5, or each model's best by reward or by energy.\n\n"
+        f"The primary comparison, {PRIMARY} by {PRIMARY.metric}, each model at its best guidance: "
+        f"{interval}, p = {interval.p_value:.4f}, n = {len(bases)} x {len(seeds)}. By base: "
+        f"{format_values(interval.by_base)}.\n\n"
+        "How often such intervals cover the truth, in 1000 simulated worlds with effects of the "
+        f"sizes found: {coverage(values):.3f}; of all claims by energy at the best guidance, "
+        f"{min(covered):.3f} to {max(covered):.3f}."
+    )
+
+
+def comparisons_of(groups: Iterable[list], places: list, scores: Scores) -> list[Comparison]:
+    """Return all comparisons of these pairs in these places that are scored, but the primary."""
+    comparisons = []
+    for pairs in groups:
+        for first, second in pairs:
+            for place in places:
+                comparison = Comparison(first, second, *place)
+                if comparison != PRIMARY and has_scores(scores, comparison):
+                    comparisons.append(comparison)
+    return list(dict.fromkeys(comparisons))
+
+
+def significant_of(family: list[Comparison], scores: Scores) -> set[Comparison]:
+    """Return those of a family with p < 0.05 after the correction for its size."""
+    p_values = [pooled(scores.differences(comparison)).p_value for comparison in family]
+    corrected = holm(p_values)
+    return {each for each, p_value in zip(family, corrected) if p_value < 0.05}
+
+
+def format_comparisons(
+    pairs: list, places: list, scores: Scores, significant: set[Comparison]
+) -> list[str]:
+    """Return the lines of a table with a row for each pair that is scored."""
+    titles = [", ".join(filter(None, place)) for place in places]
+    lines = table_head(["", "n", *titles])
+    for first, second in pairs:
+        comparisons = [Comparison(first, second, *place) for place in places]
+        if not has_scores(scores, comparisons[0]):
+            continue
+        bases, seeds = scores.jobs(comparisons[0])
+        cells = [str(comparisons[0]), f"{len(bases)} x {len(seeds)}"]
+        for comparison in comparisons:
+            mark = " *" if comparison in significant else ""
+            mark = " (primary)" if comparison == PRIMARY else mark
+            cells.append(f"{pooled(scores.differences(comparison))}{mark}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def format_gains(scores: Scores) -> list[str]:
+    """Return the lines of a table of what every model scores above theta_0."""
+    models = [model for model in scores.models() if model != "theta_0"]
+    pairs = [(model, "theta_0") for model in models]
+    return format_comparisons(pairs, [*PLACES, *CHANGES], scores, set())
 
 
 def has_scores(scores: Scores, comparison: Comparison) -> bool:

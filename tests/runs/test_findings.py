@@ -210,6 +210,32 @@ def test_coverage_is_that_of_simulated_worlds():
 # ---- The tables ----------------------------------------------------------------------------------
 
 
+def test_every_comparison_is_of_models_that_the_evidence_scores():
+    scored = {"theta_0"}
+    names = {"spin": "spin", "spin-bounded": "bounded", "sft": "sft", "dpo": "dpo"}
+    for point, runs in evidence.POINTS.items():
+        for run, flags in runs.items():
+            words = flags.split()
+            loss = words[words.index("--loss") + 1]
+            iterations = int(words[words.index("--iterations") + 1]) if "--iterations" in words else 3
+            for player in names if loss == "all" else [loss]:
+                name = names[player]
+                if loss == "all" and player == "spin-bounded":
+                    continue
+                if name in ("sft", "dpo"):
+                    scored.add(f"{run}/{name}")
+                    continue
+                first = 1 if point in evidence.ALL_ITERATIONS else iterations
+                scored.update(f"{run}/{name}-{k}" for k in range(first, iterations + 1))
+    compared = set()
+    for pairs in [findings.CLAIMS, *findings.POINTS.values()]:
+        for pair in pairs:
+            compared.update(pair)
+    assert compared <= scored, compared - scored
+    runs_compared = {model.split("/")[0] for model in compared}
+    assert runs_compared >= {run for runs in evidence.POINTS.values() for run in runs}
+
+
 def test_the_tables_name_the_primary_comparison_and_have_a_row_for_each_claim(job, tmp_path):
     folder, _ = job
     text = findings.main(
@@ -221,7 +247,7 @@ def test_the_tables_name_the_primary_comparison_and_have_a_row_for_each_claim(jo
     row = "| story/spin-2 minus story/dpo "
     [line] = [line for line in text.splitlines() if line.startswith(row)]
     assert line.count("[") == len(findings.PLACES)
-    assert "| bounded/bounded-1 | 1 x 1 |" in text
+    assert "| bounded/bounded-1 minus theta_0 | 1 x 1 |" in text
     assert not math.isnan(pooled(Scores(folder / "results.csv").differences(findings.PRIMARY)).low)
 
 
