@@ -1,14 +1,20 @@
 """Every line of the tutorial holds: code runs, quotes are verbatim, commands work, names exist.
 
 ```python             run, in order, all blocks of a chapter in one namespace
+```output             what the python block before it printed, exactly
+```output about       the same, with every number within one unit of its last digit shown
 ```python file=PATH   a verbatim piece of that file
 ```console            its lines "$ python ..." are run
+
+A python block with no output block after it prints nothing.
 """
 
 import importlib
+import io
 import re
 import runpy
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +28,10 @@ CHAPTERS = sorted(ROOT.glob("tutorial/*.md"))
 PAGES = [ROOT / "README.md", *CHAPTERS, ROOT / "tutorial/evidence/README.md"]
 
 # indent, language, file, body
-FENCE = re.compile(r"^( *)```(\w*)(?: file=(\S+))?\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^( *)```(\w*(?: about)?)(?: file=(\S+))?\n(.*?)^\1```$", re.MULTILINE | re.DOTALL
+)
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)?")
 NAME = re.compile(r"`((?:spin|train)(?:\.(?!py`)\w+)+)`")
 LINK = re.compile(r"\]\(([^):]*?)(?:#([^)]+))?\)")
 
@@ -40,20 +49,72 @@ def test_chapter(chapter, tmp_path, monkeypatch):
 
     text = chapter.read_text()
     namespace: dict = {}
+    printed = ""  # by the python block before, until an output block has shown it
     for fence in FENCE.finditer(text):
         indent, language, file, indented_body = fence.groups()
         body = re.sub(f"^{indent}", "", indented_body, flags=re.MULTILINE)  # fences inside a list
         line = text.count("\n", 0, fence.start()) + 2
         where = f"{chapter.name} line {line}"
+        if language.startswith("output"):
+            check_output(printed, body, exact=language == "output", where=where)
+            printed = ""
+            continue
+        assert printed == "", f"{where}: the block before it printed {printed!r}"
         if file is not None:
             assert body in (ROOT / file).read_text(), f"{where}: not a verbatim piece of {file}"
         elif language == "python":
             padding = "\n" * (line - 1)  # so that a traceback names the chapter's line
-            exec(compile(padding + body, str(chapter), "exec"), namespace)
+            with redirect_stdout(io.StringIO()) as stdout:
+                exec(compile(padding + body, str(chapter), "exec"), namespace)
+            printed = stdout.getvalue()
         elif language == "console":
             for command in re.findall(r"^\$ python (.*)$", body, re.MULTILINE):
                 monkeypatch.setattr(sys, "argv", command.split())
                 run_script(sys.argv[0], where)
+    assert printed == "", f"{chapter.name}: its last block printed {printed!r}"
+
+
+def check_output(printed: str, shown: str, exact: bool, where: str) -> None:
+    """Compare what a block printed with what the chapter shows of it."""
+    if exact:
+        assert printed == shown, f"{where}: it printed\n{printed}"
+        return
+    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split(), (
+        f"{where}: it printed\n{printed}"
+    )
+    for actual, expected in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+        unit = unit_of_last_digit(expected)
+        difference = abs(float(actual) - float(expected))
+        assert difference <= 1.001 * unit, f"{where}: {actual}, not {expected}"
+
+
+def unit_of_last_digit(number: str) -> float:
+    """Return what the last digit counts: 0.01 of "0.35", 1 of "120", 1e-5 of "1.2e-04"."""
+    mantissa, _, exponent = number.partition("e")
+    decimals = len(mantissa.partition(".")[2])
+    return 10.0 ** (int(exponent or 0) - decimals)
+
+
+@pytest.mark.parametrize(
+    "printed, shown, exact, is_right",
+    [
+        ("loss 0.693\n", "loss 0.693\n", True, True),
+        ("loss 0.694\n", "loss 0.693\n", True, False),
+        ("loss 0.694\n", "loss 0.693\n", False, True),
+        ("loss 0.695\n", "loss 0.693\n", False, False),
+        ("loss -0.693\n", "loss 0.693\n", False, False),
+        ("1.3e-04  2\n", "1.2e-04 2\n", False, True),
+        ("1.3e-03  2\n", "1.2e-04 2\n", False, False),
+        ("loss 0.693 0.1\n", "loss 0.693\n", False, False),
+        ("gain 0.693\n", "loss 0.693\n", False, False),
+    ],
+)
+def test_outputs_are_compared(printed, shown, exact, is_right):
+    if is_right:
+        check_output(printed, shown, exact, "here")
+        return
+    with pytest.raises(AssertionError, match="here"):
+        check_output(printed, shown, exact, "here")
 
 
 def run_script(script: str, where: str) -> None:
