@@ -122,7 +122,6 @@ POINTS = {
     ],
     "The failure on purpose, and remedies": [
         ("spin-beta-500/spin-3", SPIN),
-        ("bounded-beta-500/bounded-3", BOUNDED),
         ("spin-beta-500-charged/spin-3", "spin-beta-500/spin-3"),
         ("spin-charged/spin-3", SPIN),
     ],
