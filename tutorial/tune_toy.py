@@ -58,8 +58,8 @@ TRIALS = {
     ],
     "spin-bounded": [
         {"lr": 2e-5, "beta": 2000},
-        {"lr": 5e-5, "beta": 200},
         {"lr": 5e-5, "beta": 2000},
+        {"lr": 5e-5, "beta": 200},
         {"lr": 5e-5, "beta": 20000},
         {"lr": 1e-4, "beta": 2000},
         {"lr": 2e-4, "beta": 2000},
@@ -166,7 +166,7 @@ def format_table(rows: list[dict], hardware: str) -> str:
     means = {}  # {method: {setting: reward, averaged over the bases}}
     for (method, setting), of_base in trials.items():
         rewards = [row["reward"]["mean"] for row in of_base.values()]
-        means.setdefault(method, {})[setting] = sum(rewards) / len(rewards)
+        means.setdefault(method, {})[setting] = round(sum(rewards) / len(rewards), 3)
 
     header = ["model", "setting", "reward"]
     for base in bases:
@@ -174,7 +174,7 @@ def format_table(rows: list[dict], hardware: str) -> str:
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for (method, setting), of_base in trials.items():
         model = next(iter(of_base.values()))["model"]
-        is_best = means[method][setting] == max(means[method].values())
+        is_best = setting == max(means[method], key=means[method].get)  # of equals, the first
         cells = [model, f"**{setting}**" if is_best else setting, f"{means[method][setting]:.3f}"]
         for base in bases:
             if base not in of_base:
