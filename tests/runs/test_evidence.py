@@ -59,7 +59,7 @@ CLAIMS = {
         ("SPIN-3 minus SPIN-2", ["claims/claims/SPIN-3 beats SPIN-2/five"]),
         ("guidance 2 instead of 3", ["claims/theta_0/guidance/at_2"]),
     ],
-    "tutorial/evidence/README.md": [
+    "tutorial/evidence/earlier_world.md": [
         # 1. The four claims
         (
             "SPIN-1 beats SFT by",

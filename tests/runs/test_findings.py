@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,52 @@ def test_the_tables_name_the_primary_comparison_and_have_a_row_for_each_claim(jo
     assert line.count("[") == len(findings.PLACES)
     assert "| bounded/bounded-1 minus theta_0 | 1 x 1 |" in text
     assert not math.isnan(pooled(Scores(folder / "results.csv").differences(findings.PRIMARY)).low)
+
+
+# The intervals of evidence/README.md, in order: first, second, metric, setting, images.
+PAGE = [
+    ("story/spin-2", "story/sft", "energy", "best energy", "mean of 5"),
+    ("story/spin-1", "story/sft", "reward", "7.5", "mean of 5"),
+    ("story/spin-2", "story/sft", "reward", "7.5", "mean of 5"),
+    ("story/spin-2", "story/sft", "energy", "7.5", "mean of 5"),
+    ("story/spin-2", "story/dpo", "reward", "7.5", "mean of 5"),
+    ("story/spin-2", "story/spin-1", "reward", "7.5", "mean of 5"),
+    ("story/spin-3", "story/spin-2", "reward", "7.5", "mean of 5"),
+    ("story/sft", "theta_0", "reward", "7.5", "mean of 5"),
+    ("story/sft", "theta_0", "reward", "best reward", "mean of 5"),
+    ("story/spin-1", "story/sft", "reward", "best reward", "mean of 5"),
+    ("story/spin-2", "story/sft", "reward", "best reward", "mean of 5"),
+    ("story/spin-2", "story/dpo", "reward", "best reward", "mean of 5"),
+    ("story/spin-2", "story/sft", "reward", "best reward", "best of 5"),
+    ("bounded/bounded-3", "story/sft", "reward", "7.5", "mean of 5"),
+    ("bounded/bounded-3", "story/sft", "energy", "7.5", "mean of 5"),
+    ("bounded/bounded-3", "story/spin-3", "reward", "7.5", "mean of 5"),
+    ("bounded/bounded-3", "story/spin-3", "energy", "7.5", "mean of 5"),
+    ("bounded/bounded-3", "story/sft", "reward", "best reward", "mean of 5"),
+    ("bounded/bounded-3", "story/sft", "energy", "best energy", "mean of 5"),
+    ("bounded/bounded-3", "story/spin-3", "reward", "best reward", "mean of 5"),
+    ("bounded/bounded-3", "story/spin-3", "energy", "best energy", "mean of 5"),
+    ("bounded/bounded-2", "bounded/bounded-1", "reward", "7.5", "mean of 5"),
+    ("bounded/bounded-3", "bounded/bounded-2", "reward", "7.5", "mean of 5"),
+    ("story/sft", "theta_0", "error", "", "real"),
+    ("story/spin-1", "theta_0", "error", "", "real"),
+    ("story/spin-2", "theta_0", "error", "", "real"),
+    ("story/spin-3", "theta_0", "error", "", "real"),
+    ("bounded/bounded-3", "theta_0", "error", "", "real"),
+    ("story/spin-3", "theta_0", "spread", "7.5", "mean of 5"),
+    ("bounded/bounded-3", "theta_0", "spread", "7.5", "mean of 5"),
+    ("story/spin-3", "theta_0", "aligned", "7.5", "mean of 5"),
+    ("bounded/bounded-3", "theta_0", "aligned", "7.5", "mean of 5"),
+    ("story/sft", "theta_0", "aligned", "7.5", "mean of 5"),
+]
+
+
+def test_the_page_states_the_intervals_of_the_committed_scores():
+    folder = Path(findings.__file__).parent / "evidence"
+    scores = Scores(folder / "results.csv")
+    expected = [str(pooled(scores.differences(Comparison(*row)))) for row in PAGE]
+    text = " ".join((folder / "README.md").read_text().split())
+    assert re.findall(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]", text) == expected
 
 
 def test_the_committed_tables_are_those_of_the_committed_scores():

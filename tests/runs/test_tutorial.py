@@ -25,7 +25,8 @@ from tutorial import figures
 
 ROOT = Path(__file__).parent.parent.parent
 CHAPTERS = sorted(ROOT.glob("tutorial/*.md"))
-PAGES = [ROOT / "README.md", *CHAPTERS, ROOT / "tutorial/evidence/README.md"]
+EVIDENCE = [ROOT / "tutorial/evidence" / name for name in ("README.md", "earlier_world.md")]
+PAGES = [ROOT / "README.md", *CHAPTERS, *EVIDENCE]
 
 # indent, language, file, body
 FENCE = re.compile(
