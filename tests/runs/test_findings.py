@@ -218,7 +218,9 @@ def test_every_comparison_is_of_models_that_the_evidence_scores():
         for run, flags in runs.items():
             words = flags.split()
             loss = words[words.index("--loss") + 1]
-            iterations = int(words[words.index("--iterations") + 1]) if "--iterations" in words else 3
+            iterations = 3
+            if "--iterations" in words:
+                iterations = int(words[words.index("--iterations") + 1])
             for player in names if loss == "all" else [loss]:
                 name = names[player]
                 if loss == "all" and player == "spin-bounded":
