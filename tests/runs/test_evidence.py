@@ -42,15 +42,10 @@ CLAIMS = {
     "tutorial/10_judging.md": [
         ("SPIN-1", [f"{SPIN_1_SFT}/five"]),
         ("its own best", [f"{SPIN_1_SFT}/best_guidance"]),
-        (
-            "the control loses",
-            [
-                f"{AT_3}/at_3/clean",
-                "ending/change/at_3/clean",
-                "ending/change_traceless/at_3/clean",
-            ],
-        ),
-        ("a third of the gain", ["ending/made_up/at_3/clean"]),
+        ("SPIN-1's gain over theta_0", [f"{AT_3}/at_3/clean"]),
+        ("if both take the better last step", ["ending/change/at_3/clean"]),
+        ("what the control loses", ["ending/change_traceless/at_3/clean"]),
+        ("what SPIN-1 learned to make up for", ["ending/made_up/at_3/clean"]),
         ("scheduler config", ["ending/alone/at_3/clean"]),
         ("Nine hundred steps", [f"{SFT_900}/single"]),
         ("in one iteration", ["learned/gains/at 3, (C.5) on the path/at_3/reward"]),
