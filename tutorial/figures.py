@@ -4,7 +4,7 @@
 
 Without a name, all but the story_ figures are drawn. Those are images that `python train.py` leaves
 in runs/toy, which takes minutes if it has not been run. The evidence_ figures are not drawn here:
-tutorial/evidence/README.md says how they were made.
+tutorial/evidence/earlier_world.md says how they were made.
 """
 
 import argparse
@@ -25,16 +25,16 @@ import train  # noqa: E402
 from spin import toy  # noqa: E402
 from spin.checkpoint import load_pipeline  # noqa: E402
 from spin.checkpoint.configs import SD_1  # noqa: E402
-from spin.eval.plots import INK, PALE, PAPER, grid, two_a_row  # noqa: E402
+from spin.eval.plots import COLORS, INK, PALE, PAPER, grid, two_a_row  # noqa: E402
 from spin.infra.cli import run_script  # noqa: E402
 from spin.infra.errors import InputError  # noqa: E402
 from spin.infra.images import save_png, to_pil  # noqa: E402
-from spin.loss import LINKS, per_image_error  # noqa: E402
+from spin.loss import LINKS, per_image_error, spin_bounded_loss, spin_loss  # noqa: E402
 from spin.sampler import decode_latents, sample  # noqa: E402
 from spin.scheduler import add_noise, ddim_step, x0_and_eps  # noqa: E402
 from spin.toy.pictures import curated_image, curated_row, web_image  # noqa: E402
 from spin.unet import UNet  # noqa: E402
-from tutorial.charts import arrow_chart, bar_chart, line_chart  # noqa: E402
+from tutorial.charts import Color, arrow_chart, bar_chart, line_chart  # noqa: E402
 from tutorial.pretrain_toy import to_tensor  # noqa: E402
 
 FOLDER = ROOT / "tutorial" / "figures"
@@ -52,6 +52,253 @@ def curated(rows: list[int]) -> tuple[Tensor, list[str]]:
         captions.append(description.caption)
         images.append(np.asarray(toy.to_pil(image)) / 255)  # 8 bits, as in its files
     return to_tensor(images), captions
+
+
+# ---- Chapter 0 -----------------------------------------------------------------------------------
+
+REAL_COLOR = COLORS[0]  # as delta_data in the log's charts
+GENERATED_COLOR = COLORS[1]  # as delta_gen
+POLICY_COLOR = COLORS[2]
+FROZEN_COLOR = (110, 110, 118)
+
+
+class Drawing:
+    """A sheet that is drawn at twice its size and scaled down, so that its lines are smooth."""
+
+    def __init__(self, width: int, height: int):
+        self.size = (width, height)
+        self.sheet = Image.new("RGB", (2 * width, 2 * height), PAPER)
+        self.draw = ImageDraw.Draw(self.sheet)
+
+    def text(
+        self, x: float, y: float, text: str, color: Color = INK, size: int = 14, anchor: str = "mm"
+    ) -> None:
+        font = ImageFont.load_default(2 * size)
+        align = "left" if anchor[0] == "l" else "center"
+        self.draw.multiline_text(
+            (2 * x, 2 * y), text, color, font, anchor, spacing=size / 2, align=align
+        )
+
+    def box(
+        self,
+        left: int,
+        top: int,
+        right: int,
+        bottom: int,
+        text: str,
+        color: Color = INK,
+        size: int = 14,
+    ) -> None:
+        """Draw a box with a colored frame, tinted inside, and text in its middle."""
+        corners = (2 * left, 2 * top, 2 * right, 2 * bottom)
+        self.draw.rounded_rectangle(corners, 12, tint(color), color, 4)
+        self.text((left + right) / 2, (top + bottom) / 2, text, INK, size)
+
+    def picture(self, image: Image.Image, left: int, top: int, side: int, color: Color) -> None:
+        """Draw an image, enlarged to side x side pixels, in a colored frame."""
+        frame = (2 * left - 5, 2 * top - 5, 2 * (left + side) + 4, 2 * (top + side) + 4)
+        self.draw.rectangle(frame, color)
+        enlarged = image.resize((2 * side, 2 * side), Image.Resampling.NEAREST)
+        self.sheet.paste(enlarged, (2 * left, 2 * top))
+
+    def arrow(self, *points: tuple[float, float], color: Color = INK) -> None:
+        """Draw straight lines from point to point, with a head at the last one."""
+        (x_before, y_before), (x, y) = points[-2:]
+        length = math.hypot(x - x_before, y - y_before)
+        along_x = (x - x_before) / length
+        along_y = (y - y_before) / length
+        back_x = x - 9 * along_x
+        back_y = y - 9 * along_y
+        path = [(2 * a, 2 * b) for a, b in (*points[:-1], (back_x, back_y))]
+        self.draw.line(path, color, 4, joint="curve")
+        left_wing = (2 * (back_x - 5 * along_y), 2 * (back_y + 5 * along_x))
+        right_wing = (2 * (back_x + 5 * along_y), 2 * (back_y - 5 * along_x))
+        self.draw.polygon([(2 * x, 2 * y), left_wing, right_wing], color)
+
+    def step(self, number: int, x: int, y: int, text: str) -> None:
+        """Write a heading with its left end at x, after its number in a dark disk."""
+        self.draw.circle((2 * (x + 10), 2 * y), 20, INK)
+        self.text(x + 10, y, str(number), PAPER, 13)
+        self.text(x + 26, y, text, INK, 15, "lm")
+
+    def finish(self) -> Image.Image:
+        return self.sheet.resize(self.size, Image.Resampling.LANCZOS)
+
+
+def tint(color: Color) -> Color:
+    """Return a color mixed with white, one part to nine."""
+    return tuple((channel + 9 * 255) // 10 for channel in color)
+
+
+def one_pair() -> Image.Image:
+    """Draw how a caption becomes a loss: two images, one noise, two networks, four errors.
+
+    The images and their noise are real, though pixels and not latents. The errors are those of the
+    chapter's example.
+    """
+    pipe = load_pipeline(toy.BASE)
+    real, captions = curated(SHOWN[:1])
+    latents = sample(pipe, captions, steps=STEPS, guidance=GUIDANCE)
+    generated = decode_latents(pipe, latents) * 2 - 1
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    alpha_bar = pipe.scheduler.alphas_cumprod[200]
+
+    sheet = Drawing(900, 538)
+    sheet.step(1, 14, 20, "One caption, two images")
+    words = "a large red\ncircle at the\nbottom left on a\ngreen background"
+    assert words.replace("\n", " ") == captions[0]
+    sheet.text(76, 180, "caption", INK, 14)
+    sheet.box(12, 192, 140, 276, words)
+    sheet.box(12, 300, 140, 350, "the opponent\ndraws", FROZEN_COLOR)
+    sheet.arrow((76, 276), (76, 300))
+    sheet.arrow((140, 325), (184, 325))
+    sheet.arrow((76, 168), (76, 115), (184, 115))
+    sheet.text(76, 92, "its image in\nthe data set")
+
+    sheet.step(2, 318, 20, "The same noise on both")
+    sheet.picture(to_pil(noise[0] / 4 + 0.5), 336, 188, 64, INK)
+    sheet.text(410, 220, "noise", INK, 14, "lm")
+    sheet.arrow((368, 185), (368, 129))
+    sheet.arrow((368, 255), (368, 311))
+
+    lanes = [
+        (115, real, "real image", REAL_COLOR),
+        (325, generated, "generated image", GENERATED_COLOR),
+    ]
+    for y, image, name, color in lanes:
+        noised = add_noise(image, noise, alpha_bar)
+        sheet.picture(to_pil(image[0] / 2 + 0.5), 187, y - 48, 96, color)
+        sheet.text(235, y + 63, name, color)
+        sheet.arrow((286, y), (424, y), color=color)
+        sheet.draw.circle((2 * 368, 2 * y), 26, PAPER, color, 4)
+        sheet.text(368, y - 1, "+", color, 20)
+        sheet.picture(to_pil(noised[0] / 4 + 0.5), 428, y - 48, 96, color)
+        sheet.text(476, y + 63, f"{name}, noised" if y == 115 else "generated, noised", color)
+    draw_errors(sheet)
+    return sheet.finish()
+
+
+def draw_errors(sheet: Drawing) -> None:
+    """Draw the right half of `one_pair`: two networks, the table of errors, the loss."""
+    policy = [0.012, 0.025]  # on the real image, on the generated one
+    opponent = [0.013, 0.023]
+    errors = [torch.tensor([error]) for error in policy + opponent]
+    losses, metrics = spin_loss(*errors, beta=2000.0)
+    columns = [766, 852]
+
+    sheet.step(3, 566, 20, "Two networks")
+    sheet.step(4, 712, 20, "Four errors")
+    sheet.box(580, 110, 682, 170, "policy,\nbeing trained", POLICY_COLOR)
+    sheet.box(580, 270, 682, 330, "opponent,\nfrozen", FROZEN_COLOR)
+    for y, color in ((115, REAL_COLOR), (325, GENERATED_COLOR)):
+        near = 8 if color == GENERATED_COLOR else -8
+        sheet.arrow((528, y), (579, 140 + near), color=color)
+        sheet.arrow((528, y), (579, 300 + near), color=color)
+    sheet.text(631, 220, "each guesses\nthe noise\nin both", INK, 14)
+    sheet.arrow((683, 140), (722, 140))
+    sheet.arrow((683, 300), (722, 300))
+
+    names = ["on the\nreal one", "on the\ngenerated"]
+    colors = [REAL_COLOR, GENERATED_COLOR]
+    deltas = [metrics["delta_data"].item(), metrics["delta_gen"].item()]
+    for i, x in enumerate(columns):
+        sheet.text(x, 72, names[i], colors[i])
+        sheet.box(x - 40, 115, x + 40, 165, f"{policy[i]:.3f}", colors[i], 17)
+        sheet.text(x, 217, "minus", INK, 14)
+        sheet.box(x - 40, 275, x + 40, 325, f"{opponent[i]:.3f}", colors[i], 17)
+        sheet.text(x, 343, "=", INK, 18)
+        sheet.box(x - 40, 360, x + 40, 400, f"{deltas[i]:+.3f}", colors[i], 17)
+    sheet.text(716, 380, "policy minus opponent", INK, 14, "rm")
+
+    note = (
+        "An error says how far a network's guess is from the noise that\n"
+        "was added: the mean of the squared differences."
+    )
+    sheet.text(14, 478, note, INK, 14, "lm")
+    for x in columns:
+        sheet.arrow((x, 401), (x, 428))
+    sheet.step(5, 470, 478, "One loss")
+    margin = metrics["margin"].item()
+    result = (
+        f"margin = {deltas[1]:.3f} - ({deltas[0]:.3f}) = {margin:.3f}\n"
+        f"loss = log(1 + exp(-1000 x {margin:.3f})) = {losses.item():.4f}\n"
+        "(1000 is half of beta, a setting)"
+    )
+    sheet.box(566, 430, 892, 526, result, INK, 15)
+
+
+def iterations() -> Image.Image:
+    """Sketch three iterations of self-play, and what the loss does in them."""
+    sheet = Drawing(900, 470)
+    pitch = 296
+    for k in range(3):
+        left = 12 + pitch * k
+        draw_iteration(sheet, k, left)
+        draw_falling_loss(sheet, k, left, pitch)
+        if k < 2:
+            turn = left + pitch - 16
+            path = [(left + 250, 268), (turn, 268), (turn, 72), (left + pitch - 1, 72)]
+            sheet.arrow(*path, color=POLICY_COLOR)
+    return sheet.finish()
+
+
+def draw_iteration(sheet: Drawing, k: int, left: int) -> None:
+    """Draw one iteration: theta_k draws, a copy of it learns and is promoted."""
+    sheet.text(left + 132, 20, f"Iteration {k + 1}", INK, 17)
+    sheet.box(left, 46, left + 104, 98, f"opponent:\ntheta_{k}, frozen", FROZEN_COLOR)
+    sheet.text(left + 123, 60, "draws", INK, 13)
+    sheet.arrow((left + 105, 72), (left + 143, 72))
+    frame = (2 * (left + 144), 2 * 46, 2 * (left + 270), 2 * 154)
+    sheet.draw.rounded_rectangle(frame, 12, PAPER, PALE, 3)
+    for i in range(3):
+        x = left + 150 + 39 * i
+        draw_sketch(sheet, x, 54, i, 1.6 / (k + 1), GENERATED_COLOR)
+        draw_sketch(sheet, x, 110, i, 0.0, REAL_COLOR)
+    sheet.text(left + 138, 128, "the real images,\nalways the same", REAL_COLOR, 14, "rm")
+    sheet.arrow((left + 207, 155), (left + 207, 175))
+    task = f"policy: a copy of theta_{k}, trained\nto tell the two rows apart"
+    sheet.box(left, 176, left + 270, 226, task, POLICY_COLOR)
+    sheet.arrow((left + 150, 226), (left + 150, 247))
+    outcome = "the result" if k == 2 else "the next opponent"
+    sheet.box(left + 40, 248, left + 250, 288, f"theta_{k + 1}, {outcome}", POLICY_COLOR)
+
+
+def draw_sketch(
+    sheet: Drawing, left: int, top: int, shape: int, wobble: float, color: Color
+) -> None:
+    """Draw a framed circle, triangle or square, its outline off by up to `wobble` pixels."""
+    side = 34
+    frame = (2 * left, 2 * top, 2 * (left + side), 2 * (top + side))
+    sheet.draw.rectangle(frame, tint(color), color, 5)
+    corners = [96, 3, 4][shape]
+    turn = [0.0, -math.pi / 2, math.pi / 4][shape]
+    outline = []
+    for i in range(96):
+        edge, share = divmod(i * corners / 96, 1)  # a point on the polygon's edge
+        angles = [turn + 2 * math.pi * corner / corners for corner in (edge, edge + 1)]
+        x = (1 - share) * math.cos(angles[0]) + share * math.cos(angles[1])
+        y = (1 - share) * math.sin(angles[0]) + share * math.sin(angles[1])
+        radius = 11 + wobble * math.sin(2 * math.pi * 5 * i / 96 + shape)
+        outline.append((2 * (left + side / 2 + radius * x), 2 * (top + side / 2 + radius * y)))
+    sheet.draw.polygon(outline, color)
+
+
+def draw_falling_loss(sheet: Drawing, k: int, left: int, width: int) -> None:
+    """Sketch an iteration's loss, which falls from log 2."""
+    bottom = 436
+    height = 100  # of log 2
+    path = []
+    for i in range(101):
+        value = 0.25 + 0.75 * math.exp(-i / 22)
+        path.append((2 * (left + (width - 12) * i / 100), 2 * (bottom - height * value)))
+    if k < 2:
+        path.append((2 * (left + width), 2 * (bottom - height)))
+    sheet.draw.line([(2 * left, 2 * bottom), (2 * (left + width - 12), 2 * bottom)], PALE, 3)
+    sheet.draw.line(path, INK, 5, joint="curve")
+    sheet.draw.circle(path[0], 9, INK)
+    sheet.text(left + 12, bottom - height - 10, "loss = log 2 = 0.6931", INK, 14, "lm")
+    note = "the loss falls as the policy learns" if k == 0 else "a new opponent: back to log 2"
+    sheet.text(left + width / 2 - 6, bottom + 16, note, INK, 14)
 
 
 # ---- Chapter 1 -----------------------------------------------------------------------------------
@@ -111,6 +358,71 @@ def sampling_path() -> Image.Image:
     return grid(rows, titles, [f"x_t: {prompt}", "the network's prediction of x0"], 96)
 
 
+def guidance() -> Image.Image:
+    """Plot guidance in one dimension: all images, the prompt's, and those drawn with guidance 3.
+
+    "Images" are numbers with normal densities, for which the best prediction is known.
+    """
+    x = torch.linspace(-3, 3, 601)
+    everything = normal_density(x, 0.0, 1.0)
+    prompt = normal_density(x, 1.0, 0.5)
+    often_said = prompt**3 / everything**2
+    often_said = often_said / often_said.sum() / 0.01  # 0.01: from one x to the next
+    drawn = normal_density(x, *guided_mean_and_sd(3.0, steps=50))
+
+    sheet = Drawing(760, 340)
+    left, right, bottom, top = 50, 740, 292, 30
+    columns = left + (x + 3) / 6 * (right - left)
+    pixels_per_density = (bottom - top) / 3.8
+    for density in (0, 1, 2, 3):
+        y = bottom - density * pixels_per_density
+        sheet.draw.line([(2 * left, 2 * y), (2 * right, 2 * y)], PALE, 2)
+        sheet.text(left - 8, y, str(density), INK, 13, "rm")
+    for number in range(-3, 4):
+        sheet.text(left + (number + 3) / 6 * (right - left), bottom + 14, str(number), INK, 13)
+    sheet.text((left + right) / 2, bottom + 34, "the number that is drawn", INK, 13)
+    sheet.text(left, 14, "probability density", INK, 13, "lm")
+
+    curves = [
+        (everything, COLORS[4], "all images", -1.3, 0.55),
+        (prompt, REAL_COLOR, "images of the prompt", 0.28, 0.78),
+        (often_said, COLORS[3], "what is often said:\np(x|c)^3 / p(x)^2", 0.72, 1.75),
+        (drawn, GENERATED_COLOR, "drawn with\nguidance 3", 1.3, 3.4),
+    ]
+    for density, color, name, name_x, name_density in curves:
+        rows = bottom - density * pixels_per_density
+        path = [(2 * a, 2 * b) for a, b in zip(columns.tolist(), rows.tolist())]
+        sheet.draw.line(path, color, 5, joint="curve")
+        name_column = left + (name_x + 3) / 6 * (right - left)
+        sheet.text(name_column, bottom - name_density * pixels_per_density, name, color, 14, "rm")
+    return sheet.finish()
+
+
+def normal_density(x: Tensor, mean: float, sd: float) -> Tensor:
+    return torch.exp(-0.5 * ((x - mean) / sd) ** 2) / (sd * math.sqrt(2 * math.pi))
+
+
+def guided_mean_and_sd(scale: float, steps: int) -> tuple[float, float]:
+    """Return mean and standard deviation of what the guided sampler makes of pure noise.
+
+    All images are N(0, 1), those of the prompt N(1, 1/4). Every step is linear in x_t, and so are
+    all steps together: two inputs give both numbers.
+    """
+    scheduler = load_pipeline(toy.BASE).scheduler
+    timesteps = scheduler.timesteps(steps)
+    levels = torch.cat([scheduler.alphas_cumprod[timesteps], torch.ones(1)])
+    x_t = torch.tensor([0.0, 1.0])
+    for now, after in zip(levels, levels[1:]):
+        slope = (1 - now).sqrt()
+        eps_empty = slope * x_t
+        eps_prompt = slope * (x_t - now.sqrt()) / (now / 4 + 1 - now)
+        eps_guided = eps_empty + scale * (eps_prompt - eps_empty)
+        x0, eps = x0_and_eps(eps_guided, x_t, now, "epsilon")
+        x_t = ddim_step(x0, eps, now, after, eta=0.0)
+    mean, one_sd_up = x_t.tolist()
+    return mean, one_sd_up - mean
+
+
 # ---- Chapter 3 -----------------------------------------------------------------------------------
 
 
@@ -151,34 +463,173 @@ def error_by_timestep(
 
 # ---- Chapter 4 -----------------------------------------------------------------------------------
 
+Curve = list[tuple[float, float]]
+
 
 def game() -> Image.Image:
     """Plot the ideal game of one number with lambda = 2.
 
     In logarithms, each opponent's density goes half of the way to the data's.
     """
-    x = torch.linspace(-4, 4, 81)
-    data_density = bell(x, 1.0, 0.5) + 0.7 * bell(x, 2.4, 0.3)
-    densities = {}
+    x = torch.linspace(-4, 4, 321)
+    data = normalized(x, bell(x, 1.0, 0.5) + 0.7 * bell(x, 2.4, 0.3))
     density = bell(x, -1.5, 1.0)
+    curves = {}
     for k in range(4):
-        densities[f"theta_{k}"] = density
-        density = (density * data_density) ** 0.5
-    densities["data"] = data_density
-
-    lines = {}
-    for name, unnormalized in densities.items():
-        y = unnormalized / unnormalized.sum() / 0.1  # 0.1: from one x to the next
-        lines[name] = list(zip(x.tolist(), y.tolist()))
-    title = "probability density; lambda = 2"
-    x_label = "the number that is drawn"
-    ticks = (-4, -2, 0, 2, 4)
-    return line_chart(title, x_label, lines, ticks, 620, 300, y_range=(0, 0.6))
+        density = normalized(x, density)
+        color = mix(GENERATED_COLOR, PAPER, (k + 1) / 4)
+        curves[f"theta_{k}"] = (curve(x, density), color)
+        density = (density * data) ** 0.5
+    curves["data"] = (curve(x, data), REAL_COLOR)
+    title = "How often each number is drawn (probability density); lambda = 2"
+    return density_chart(title, curves, range(-4, 5, 2), [0, 0.2, 0.4, 0.6])
 
 
 def bell(x: Tensor, mean: float, sd: float) -> Tensor:
     """Return a normal density at x, but for its factor 1 / sqrt(2 pi)."""
     return torch.exp(-0.5 * ((x - mean) / sd) ** 2) / sd
+
+
+def normalized(x: Tensor, density: Tensor) -> Tensor:
+    """Return a density at evenly spaced x, scaled so that the area below it is 1."""
+    return density / density.sum() / (x[1] - x[0])
+
+
+def curve(x: Tensor, y: Tensor) -> Curve:
+    return list(zip(x.tolist(), y.tolist()))
+
+
+def mix(color: Color, other: Color, share: float) -> Color:
+    """Return `share` of a color, the rest being another."""
+    return tuple(round(share * a + (1 - share) * b) for a, b in zip(color, other))
+
+
+def density_chart(
+    title: str, curves: dict[str, tuple[Curve, Color]], x_ticks: range, y_ticks: list[float]
+) -> Image.Image:
+    """Plot curves {name: (points, color)} above a common axis, with a legend below it."""
+    sheet = Drawing(700, 340)
+    left, right, top, bottom = 60, 685, 40, 275
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        column = left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left)
+        return 2 * column, 2 * (bottom - y / y_ticks[-1] * (bottom - top))
+
+    sheet.text(left, 18, title, INK, 14, "lm")
+    for y in y_ticks:
+        sheet.draw.line([place(x_ticks[0], y), place(x_ticks[-1], y)], PALE, 2)
+        sheet.text(left - 8, place(0, y)[1] / 2, f"{y:g}", INK, 14, "rm")
+    for x in x_ticks:
+        sheet.text(place(x, 0)[0] / 2, bottom + 16, f"{x}", INK, 14)
+    for points, color in curves.values():
+        sheet.draw.line([place(x, y) for x, y in points], color, 5, joint="curve")
+
+    font = ImageFont.load_default(14)
+    x = left
+    for name, (_, color) in curves.items():
+        sheet.draw.line([(2 * x, 2 * 318), (2 * (x + 22), 2 * 318)], color, 7)
+        sheet.text(x + 28, 318, name, INK, 14, "lm")
+        x += 28 + font.getlength(name) + 22
+    return sheet.finish()
+
+
+def paths() -> Image.Image:
+    """Draw the chapter's worked case: two paths of three steps, and what two players expected."""
+    levels = torch.tensor([0.9, 0.7, 0.4, 0.1])  # alpha_bar_0 to alpha_bar_3
+    real = torch.tensor([1.2, 1.0, 0.2, 0.5])  # x_0 to x_3
+    generated = torch.tensor([-0.2, 0.1, 0.3, -0.6])
+    sheet = Drawing(900, 412)
+    write_key(sheet)
+    on_real = draw_path(sheet, 145, "the real image's path", real, levels, REAL_COLOR)
+    on_generated = draw_path(
+        sheet, 560, "the generated image's path", generated, levels, GENERATED_COLOR
+    )
+
+    sheet.text(14, 324, "policy's\nsquared error", POLICY_COLOR, 13, "lm")
+    sheet.text(14, 362, "opponent's", FROZEN_COLOR, 13, "lm")
+    outcomes = []
+    for t, real_change, generated_change in zip((3, 2, 1), on_real, on_generated, strict=True):
+        outcome = "won" if real_change < generated_change else "lost"
+        outcomes.append(f"the step from x_{t} to x_{t - 1} is {outcome}")
+    sheet.text(14, 394, "By the policy, " + ", ".join(outcomes) + ".", INK, 14, "lm")
+    return sheet.finish()
+
+
+def write_key(sheet: Drawing) -> None:
+    """Write what the marks of `paths` mean."""
+    sheet.text(14, 18, "A dot is where a step ended. The bars go from where", INK, 14, "lm")
+    sheet.text(351, 18, "the policy", POLICY_COLOR, 14, "lm")
+    sheet.text(421, 18, "or", INK, 14, "lm")
+    sheet.text(440, 18, "the opponent", FROZEN_COLOR, 14, "lm")
+    sheet.text(532, 18, "expected it, the mean, to the dot.", INK, 14, "lm")
+
+
+def draw_path(
+    sheet: Drawing, left: int, title: str, path: Tensor, levels: Tensor, color: Color
+) -> list[float]:
+    """Draw a path x_0 to x_3 from t = 3 on, and both players' errors.
+
+    Return the policy's squared error minus the opponent's for steps 3, 2 and 1.
+    """
+
+    def column(t: int) -> int:
+        return left + 95 * (3 - t)
+
+    def row(x: float) -> float:
+        return 270 - (x + 0.8) / 2.2 * 200
+
+    sheet.text(left + 142, 52, title, color, 15)
+    for x in (-0.5, 0.0, 0.5, 1.0):
+        sheet.draw.line([(2 * (left - 12), 2 * row(x)), (2 * (left + 320), 2 * row(x))], PALE, 2)
+        sheet.text(left - 18, row(x), f"{x:g}", INK, 13, "rm")
+    points = [(2 * column(t), 2 * row(path[t].item())) for t in (3, 2, 1, 0)]
+    sheet.draw.line(points, color, 4)
+
+    differences = []
+    sheet.text(column(3), 292, "x_3", INK, 14)
+    for t in (3, 2, 1):
+        end = path[t - 1].item()
+        sheet.text(column(t - 1) + 8, 292, f"x_{t - 1}", INK, 14)
+        errors = []
+        for i, (mean, shade) in enumerate([(0.5, POLICY_COLOR), (0.0, FROZEN_COLOR)]):
+            expected = expected_step(mean, path[t], levels[t], levels[t - 1])
+            errors.append((end - expected) ** 2)
+            x = column(t - 1) + 9 + 9 * i
+            sheet.draw.line([(2 * x, 2 * row(expected)), (2 * x, 2 * row(end))], shade, 6)
+            bar = [(2 * x - 9, 2 * row(expected)), (2 * x + 9, 2 * row(expected))]
+            sheet.draw.line(bar, shade, 6)
+            sheet.text(column(t - 1) + 8, 324 + 38 * i, f"{errors[-1]:.3f}", shade, 14)
+        differences.append(errors[0] - errors[1])
+    for point in points:
+        sheet.draw.circle(point, 9, color)
+    return differences
+
+
+def expected_step(mean: float, x_t: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> float:
+    """Return mu_theta(x_t), with eta = 1, of a player that takes the data for N(mean, 1/4)."""
+    variance_t = alpha_bar / 4 + 1 - alpha_bar
+    eps = (1 - alpha_bar).sqrt() * (x_t - alpha_bar.sqrt() * mean) / variance_t
+    x0, _ = x0_and_eps(eps, x_t, alpha_bar, "epsilon")
+    nothing = torch.zeros(())
+    return ddim_step(x0, eps, alpha_bar, alpha_bar_prev, eta=1.0, noise=nothing).item()
+
+
+def resting() -> Image.Image:
+    """Plot the data, what a player that is the data draws, and the player that draws the data.
+
+    The chapter computes the means and standard deviations.
+    """
+    x = torch.linspace(-2, 3, 501)
+    curves = {
+        "the data": (1.0, 0.5, REAL_COLOR),
+        "what the player that is the data draws": (1.433, 0.088, GENERATED_COLOR),
+        "the player that draws the data": (0.4545, 0.8196, POLICY_COLOR),
+    }
+    plotted = {}
+    for name, (mean, sd, color) in curves.items():
+        plotted[name] = (curve(x, normal_density(x, mean, sd)), color)
+    title = "Probability densities; guidance 3, 20 DDIM steps"
+    return density_chart(title, plotted, range(-2, 4), [0, 1, 2, 3, 4, 5])
 
 
 # ---- Chapter 5 -----------------------------------------------------------------------------------
@@ -301,6 +752,55 @@ def unet() -> Image.Image:
     return sheet
 
 
+def attention() -> Image.Image:
+    """Show an image that the miniature base generates, and where it looks at which word."""
+    pipe = load_pipeline(toy.BASE).freeze()
+    caption = "a large red circle at the top left on a blue background"
+    words = caption.split()
+    x0 = sample(pipe, [caption], steps=STEPS, guidance=GUIDANCE)
+    weights = cross_attention(pipe, x0, caption)  # [16,20]
+
+    row = [to_pil(decode_latents(pipe, x0)[0])]
+    titles = ["the image"]
+    for word in ("red", "blue", "background", "circle"):
+        position = 1 + words.index(word)  # the first token says that a caption begins
+        share = weights[:, position].reshape(4, 4)
+        strength = (share / FULL_SHARE).clamp(max=1)
+        color = torch.tensor(HEAT) / 255
+        row.append(to_pil(1 + strength[None] * (color[:, None, None] - 1)))  # white: none
+        titles.append(f'"{word}", at most {100 * share.max().item():.0f}%')
+    return grid([row], titles, [caption], 160)
+
+
+HEAT = (205, 84, 22)  # the color of FULL_SHARE
+FULL_SHARE = 0.75
+
+
+def cross_attention(pipe, x0: Tensor, caption: str) -> Tensor:
+    """Return how the last cross-attention divides each position's attention, at t = 700: [16,20].
+
+    Averaged over heads, for a latent x0 [1,4,8,8].
+    """
+    layer = pipe.unet.up_blocks[0].attentions[1].transformer_blocks[0].attn2
+    found = []
+
+    def note(module, inputs, output):
+        tokens, context = inputs
+        q = module.split_heads(module.to_q(tokens))
+        k = module.split_heads(module.to_k(context))
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+        found.append(scores.softmax(dim=3).mean(1)[0])
+
+    hook = layer.register_forward_hook(note)
+    t = torch.tensor([700])
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    x_t = add_noise(x0, eps, pipe.scheduler.alphas_cumprod[t])
+    with torch.no_grad():
+        pipe.unet(x_t, t, pipe.encode_prompts([caption]))
+    hook.remove()
+    return found[0]
+
+
 def write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, anchor: str = "mm") -> None:
     draw.text((x, y), text, INK, ImageFont.load_default(13), anchor)
 
@@ -386,18 +886,183 @@ def cost() -> Image.Image:
     return bar_chart("One pair of SD-1.5 at 512 px", values, "TFLOP")
 
 
+# ---- Chapter 12 ----------------------------------------------------------------------------------
+
+BOUNDED_COLOR = COLORS[3]
+
+
+def push_line() -> Image.Image:
+    """Plot two losses, and the two deltas, of an opponent whose weights go along the push.
+
+    The pair is that of chapter 5, and beta is 2000.
+    """
+    lengths = torch.linspace(0, 0.02, 41).tolist()
+    losses, bounded_losses, metrics = losses_along_the_push(lengths)
+    sheet = Drawing(900, 344)
+    draw_lines(
+        sheet,
+        60,
+        "Loss",
+        lengths,
+        [0, 0.5, 1, 1.5, 2],
+        -0.3,
+        {
+            "(C.6)": (losses.tolist(), INK),
+            "bounded": (bounded_losses.tolist(), BOUNDED_COLOR),
+        },
+    )
+    draw_lines(
+        sheet,
+        520,
+        "Error, minus the opponent's",
+        lengths,
+        [0, 0.005, 0.01, 0.015],
+        -0.002,
+        {
+            "on the real image": (metrics["delta_data"].tolist(), REAL_COLOR),
+            "on the generated image": (metrics["delta_gen"].tolist(), GENERATED_COLOR),
+        },
+    )
+    return sheet.finish()
+
+
+@torch.no_grad()
+def losses_along_the_push(lengths: list[float]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return the losses of (C.6), the bounded losses and the metrics, [N] each."""
+    pipe = load_pipeline(toy.BASE)
+    image, captions = curated(SHOWN[:1])
+    mean, _ = pipe.vae.encode(image)
+    real = mean * pipe.vae.scaling_factor
+    generated = sample(pipe, captions, steps=STEPS, guidance=GUIDANCE)
+    eps = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        push = error_gradient(pipe, generated, eps, captions)
+    push = push / push.norm()
+
+    t = torch.tensor([400])
+    context = pipe.encode_prompts(captions).expand(2, -1, -1)
+    x_t = add_noise(torch.cat([real, generated]), eps, pipe.scheduler.alphas_cumprod[t])
+    parameters = list(pipe.unet.parameters())
+    start = torch.nn.utils.parameters_to_vector(parameters)
+    opponent_guess = pipe.unet(x_t, t.expand(2), context)
+    opponent_errors = per_image_error(opponent_guess, eps)
+    errors = []
+    gaps = []
+    for length in lengths:
+        torch.nn.utils.vector_to_parameters(start + length * push, parameters)
+        guess = pipe.unet(x_t, t.expand(2), context)
+        errors.append(per_image_error(guess, eps))
+        gaps.append(per_image_error(guess, opponent_guess)[1])
+    err_data, err_gen = torch.stack(errors).T
+    losses, metrics = spin_loss(err_data, err_gen, *opponent_errors, beta=2000.0)
+    bounded_losses, _ = spin_bounded_loss(
+        err_data, err_gen, *opponent_errors, torch.stack(gaps), beta=2000.0
+    )
+    return losses, bounded_losses, metrics
+
+
+def draw_lines(
+    sheet: Drawing,
+    left: int,
+    title: str,
+    x: list[float],
+    y_ticks: list[float],
+    low: float,
+    lines: dict[str, tuple[list[float], Color]],
+) -> None:
+    """Plot lines {name: (their y at each x, color)} in a panel, from `low` to the last tick."""
+    right, top, bottom = left + 365, 44, 258
+
+    def row(y: float) -> float:
+        return bottom - (y - low) / (y_ticks[-1] - low) * (bottom - top)
+
+    def column(length: float) -> float:
+        return left + length / x[-1] * (right - left)
+
+    sheet.text(left, 18, title, INK, 15, "lm")
+    for y in y_ticks:
+        color = INK if y == 0 else PALE
+        sheet.draw.line([(2 * left, 2 * row(y)), (2 * right, 2 * row(y))], color, 2)
+        sheet.text(left - 8, row(y), f"{y:g}", INK, 13, "rm")
+    for length in (0, 0.005, 0.01, 0.015, 0.02):
+        sheet.text(column(length), bottom + 16, f"{length:g}", INK, 13)
+    sheet.text((left + right) / 2, bottom + 38, "how far the weights went along the push", INK, 13)
+
+    font = ImageFont.load_default(14)
+    legend_x = left
+    for name, (values, color) in lines.items():
+        path = []
+        for length, y in zip(x, values):
+            if y <= y_ticks[-1]:
+                path.append((2 * column(length), 2 * row(y)))
+        sheet.draw.line(path, color, 5, joint="curve")
+        sheet.draw.line([(2 * legend_x, 2 * 326), (2 * (legend_x + 22), 2 * 326)], color, 7)
+        sheet.text(legend_x + 28, 326, name, INK, 14, "lm")
+        legend_x += 28 + font.getlength(name) + 22
+
+
+def mirror() -> Image.Image:
+    """Draw where the losses send the policy's guess: to the noise, away from it, to its mirror."""
+    sheet = Drawing(900, 330)
+    noise = (72, 210)
+    guess = (128, 163)
+    mirrored = (184, 116)
+    panels = [  # the arrow's length is in steps from the noise to the guess
+        ("On the real image, both losses:", "pulled to the noise", REAL_COLOR, noise, -0.86),
+        ("On the generated image, (C.6):", "pushed away, without end", INK, noise, 2.1),
+        ("On the generated image, bounded:", "pulled to its mirror", BOUNDED_COLOR, mirrored, 0.86),
+    ]
+    for i, (title, words, color, center, length) in enumerate(panels):
+        left = 14 + 298 * i
+        frame = (2 * left, 2 * 58, 2 * (left + 276), 2 * 268)
+        sheet.draw.rounded_rectangle(frame, 12, PAPER, PALE, 3)
+        sheet.text(left, 18, title, INK, 15, "lm")
+        sheet.text(left, 40, words, color, 15, "lm")
+        for radius in (16, 32, 48):
+            middle = (2 * (left + center[0]), 2 * center[1])
+            sheet.draw.circle(middle, 2 * radius, None, mix(color, PAPER, 0.35), 2)
+        tip_x = guess[0] + length * (guess[0] - noise[0])
+        tip_y = guess[1] + length * (guess[1] - noise[1])
+        sheet.arrow((left + guess[0], guess[1]), (left + tip_x, tip_y), color=color)
+        if i > 0:
+            draw_spot(sheet, left + mirrored[0], mirrored[1], "its mirror", BOUNDED_COLOR)
+        draw_spot(sheet, left + noise[0], noise[1], "the noise", INK)
+        draw_spot(sheet, left + guess[0], guess[1], "opponent's guess", FROZEN_COLOR)
+    note = (
+        "A guess is a point: here with two numbers, in the miniature world with 256. "
+        "The policy starts at the opponent's guess.\n"
+        "Along a circle the loss is the same. It falls in the direction of the arrow."
+    )
+    sheet.text(14, 300, note, INK, 14, "lm")
+    return sheet.finish()
+
+
+def draw_spot(sheet: Drawing, x: float, y: float, name: str, color: Color) -> None:
+    """Draw a point, and its name below it and to the right."""
+    sheet.draw.circle((2 * x, 2 * y), 11, color)
+    sheet.text(x + 8, y + 13, name, color, 14, "lm")
+
+
 # ---- The script ----------------------------------------------------------------------------------
 
 FIGURES = {
+    "one_pair": one_pair,
+    "iterations": iterations,
     "noise_levels": noise_levels,
     "sampling_path": sampling_path,
+    "guidance": guidance,
     "errors": errors,
     "game": game,
+    "paths": paths,
+    "resting": resting,
     "links": links,
     "gradient": gradient,
     "unet": unet,
+    "attention": attention,
     "latents": latents,
     "cost": cost,
+    "push_line": push_line,
+    "mirror": mirror,
 }
 # {name: file of the run folder}
 STORY = {

@@ -22,7 +22,7 @@ import train  # noqa: E402
 from spin import toy  # noqa: E402
 from spin.eval.stats import Summary, format_cell  # noqa: E402
 from spin.infra.cli import SEED_TYPE, provenance, run_script  # noqa: E402
-from spin.infra.files import atomic_write, read_json, write_json  # noqa: E402
+from spin.infra.files import atomic_write, write_json  # noqa: E402
 
 # Of two models, what the first one gains over the second.
 PAIRS = (
