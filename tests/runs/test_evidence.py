@@ -250,7 +250,8 @@ def test_other_chapters_quote_no_evidence():
     for path in ROOT.glob("tutorial/*.md"):
         page = str(path.relative_to(ROOT))
         if page not in CLAIMS and page not in others:
-            assert INTERVAL.findall(path.read_text()) == [], page
+            prose = " ".join(sentences(path.read_text()))  # a block's output is checked elsewhere
+            assert INTERVAL.findall(prose) == [], page
 
 
 def rewards_of(method: str, base: int) -> dict[tuple, float]:
