@@ -619,6 +619,7 @@ def test_all_that_changes_a_number_must_match():
         "generation_batch",
         "checkpoint_activations",
         "compile",
+        "deterministic",
         "save_every",
         "sample_every",
         "skip_bad",
