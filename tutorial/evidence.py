@@ -100,7 +100,7 @@ POINTS = {
 # The points of which every iteration's model is scored; of the others, a run's last one.
 ALL_ITERATIONS = ("claims", "renewal")
 
-COMMON = "--preset toy --score none --grid-prompts 0 --save-every 0"
+COMMON = "--preset toy --score none --grid-prompts 0 --save-every 0 --device cpu"
 GUIDANCE = TOY["guidance"]  # that of every run which does not say otherwise
 SWEEP = (2.0, 3.0, 5.0, 7.5, 10.0)  # where each model's best guidance is looked for
 IMAGES = 5  # of a test prompt
@@ -122,7 +122,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
         "--points", nargs="+", choices=list(POINTS), default=["claims"], help="default: claims"
     )
     parser.add_argument("--runs", default="runs/evidence", help="folder for the runs")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     parser.add_argument(
         "--out",
         default=str(ROOT / "tutorial" / "evidence" / "results.csv"),
@@ -151,7 +150,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         }
         if tuple(keys.values()) in read_keys(table):
             continue
-        rows = [{**keys, **row, "commit": commit} for row in score(model, args.device)]
+        rows = [{**keys, **row, "commit": commit} for row in score(model)]
         append_rows(table, rows)
         appended += rows
     return appended
@@ -185,7 +184,7 @@ def train_run(args: argparse.Namespace, folder: Path, name: str, flags: str) -> 
         own = own[:position] + own[position + 2 :]
         if run.latest_iteration() < TOY["iterations"]:  # interrupted: a variant cannot go on
             shutil.rmtree(run.folder, ignore_errors=True)
-    job = ["--model", args.base, "--seed", str(args.seed), "--device", args.device]
+    job = ["--model", args.base, "--seed", str(args.seed)]
     with variant():
         train.main([*COMMON.split(), *job, "--out", str(run.folder), *own])
     return run
@@ -204,7 +203,7 @@ def models_of(run: Run, seed: str, base: str) -> list[Model]:
 # ---- Scoring -------------------------------------------------------------------------------------
 
 
-def score(model: Model, device: str) -> list[dict]:
+def score(model: Model) -> list[dict]:
     """Sample and score a model, and return its rows, without what says which model it is.
 
     It is scored at GUIDANCE and, for reward and energy each, at the guidance of SWEEP that is the
@@ -223,11 +222,11 @@ def score(model: Model, device: str) -> list[dict]:
         images_per_prompt=2,  # with one, there is no energy
     )
 
-    swept = sample_and_score(chosen_on, models, hashes, SWEEP, device)
+    swept = sample_and_score(chosen_on, models, hashes, SWEEP)
     best_reward = max(SWEEP, key=lambda guidance: swept[guidance]["reward"].mean())
     best_energy = min(SWEEP, key=lambda guidance: swept[guidance]["energy"].mean())
     settings = {f"{GUIDANCE:g}": GUIDANCE, "best reward": best_reward, "best energy": best_energy}
-    scores = sample_and_score(evaluation, models, hashes, sorted(set(settings.values())), device)
+    scores = sample_and_score(evaluation, models, hashes, sorted(set(settings.values())))
 
     rows = []
     for setting, guidance in settings.items():
@@ -241,14 +240,14 @@ def score(model: Model, device: str) -> list[dict]:
             means = folds(best[metric])
             rows.append({**where, "images": "best of 5", "metric": metric, **means})
 
-    pipe = model.source.load("cpu")  # not the device: the noise is the CPU's
+    pipe = model.source.load("cpu")
     means = folds(denoising_error(pipe, "test"))
     rows.append({"setting": "", "guidance": "", "images": "real", "metric": "error", **means})
     return rows
 
 
 def sample_and_score(
-    evaluation: Evaluation, models: dict, hashes: dict, guidance: Sequence[float], device: str
+    evaluation: Evaluation, models: dict, hashes: dict, guidance: Sequence[float]
 ) -> dict[float, dict[str, np.ndarray]]:
     """Return the model's scores at each value of guidance: {guidance: {metric: [N,images]}}.
 
@@ -256,7 +255,7 @@ def sample_and_score(
     """
     [name] = models
     scored = sweep.sample_and_score(
-        evaluation, {name: guidance}, models, hashes, ["toy"], BATCH, device, purpose=name
+        evaluation, {name: guidance}, models, hashes, ["toy"], BATCH, "cpu", purpose=name
     )
     return {value: scored.scores[value, name] for value in guidance}
 
