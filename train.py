@@ -53,7 +53,7 @@ from spin.infra.errors import InputError
 from spin.infra.files import atomic_write, hash_files
 from spin.infra.inspection import check_rows
 from spin.infra.interrupt import Interrupted, StopRequest
-from spin.infra.run import Run
+from spin.infra.run import PLAYERS, Run
 from spin.infra.shards import LatentShards
 from spin.pairs import (
     PairLoader,
@@ -122,11 +122,36 @@ def self_play(args: argparse.Namespace, run: Run) -> dict:
     update_samples(args, run, images)
 
     # ---- self-play: the player theta_k against its own past, theta_{k-1}
-    opponent = theta_0
-    if run.latest_iteration() > 0:
-        opponent = run.checkpoint(f"{report.player_name(args.loss)}-{run.latest_iteration()}")
-    for k in unfinished_iterations(args, run):
-        stage = self_play_stage(args, k)
+    for loss in report.losses_of_self_play(args.loss):
+        play(args, run, loss, shared, images, real)
+
+    # ---- the baselines, from theta_0, on the same rows of the data in the same batches
+    for stage in unfinished_baselines(args, run):
+        loader = pair_loader(args, stage.loss, shared, images, real, preferences=preferences)
+        train(args, run, stage, theta_0, loader)
+        update_samples(args, run, images)
+
+    return report_results(args, run)
+
+
+def play(
+    args: argparse.Namespace,
+    run: Run,
+    loss: str,
+    shared: Pipeline,
+    images: CaptionedImages,
+    real: LatentShards,
+) -> None:
+    """Algorithm 1 with one of its losses, from where it stopped.
+
+    shared: theta_0 without its UNet; real: the latents of the images.
+    """
+    opponent = args.unet or args.model
+    last = run.latest_iteration(PLAYERS[loss])
+    if last > 0:
+        opponent = run.checkpoint(self_play_stage(args, loss, last).name)
+    for k in unfinished_iterations(args, run, loss):
+        stage = self_play_stage(args, loss, k)
 
         # generate: x' ~ p_theta_{k-1}(. | c) for the prompts c that this iteration will use
         rows = rows_of_steps(args.seed, stage.steps, args.batch_size, len(images))
@@ -143,20 +168,12 @@ def self_play(args: argparse.Namespace, run: Run) -> dict:
         )
 
         # train: initialize theta_k from theta_{k-1}; it learns to tell x from x'
-        loader = pair_loader(args, stage.loss, shared, images, real, generated)
+        loader = pair_loader(args, loss, shared, images, real, generated)
         train(args, run, stage, opponent, loader)
 
         # promote: theta_k is the next opponent
         opponent = run.checkpoint(stage.name)
         update_samples(args, run, images)
-
-    # ---- the baselines, from theta_0, on the same rows of the data in the same batches
-    for stage in unfinished_baselines(args, run):
-        loader = pair_loader(args, stage.loss, shared, images, real, preferences=preferences)
-        train(args, run, stage, theta_0, loader)
-        update_samples(args, run, images)
-
-    return report_results(args, run)
 
 
 def load_opponent(
@@ -446,8 +463,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.flag("--out", str, "run folder (runs/toy, or runs/<name of the data folder>)")
     group.flag("--preset", str, "defaults of the settings (toy without --model, paper with it)",
                choices=list(PRESETS))  # fmt: skip
-    group.flag("--loss", str, "spin, its bounded form, a baseline, or spin and the baselines (all "
-               "without --data, else spin)",
+    group.flag("--loss", str, "spin, its bounded form, a baseline, or all four (all without --data, "
+               "else spin)",
                choices=["all", "spin", "spin-bounded", "sft", "dpo"])  # fmt: skip
     group.switch("--dry-run", "estimate how long the run will take, print it, and exit")
 
@@ -649,9 +666,6 @@ MUST_MATCH = [
     "data_sha256",
 ]
 
-#: The losses of self-play.
-SELF_PLAY = ("spin", "spin-bounded")
-
 #: Those of self-play alone. A baseline's images are only looked at.
 HOW_OPPONENTS_SAMPLE = ["guidance", "sampler", "sampler_steps"]
 
@@ -746,6 +760,7 @@ def prepare_run(
         )
         if not args.dry_run:
             run.write_config(config)
+    distributed.barrier()  # the folders of the models depend on config.json
     return cache
 
 
@@ -774,20 +789,20 @@ def settings_to_match(args: argparse.Namespace, run: Run) -> list[str]:
     The baselines take the steps of all iterations, so that their number is settled.
     """
     settings = MUST_MATCH + settings_of_loss(args.loss)
-    if args.loss in ("all", *SELF_PLAY):
+    if report.losses_of_self_play(args.loss):
         settings += HOW_OPPONENTS_SAMPLE
     if args.prompt_dropout > 0:
         settings.append("drop_draws")
-    if args.loss not in SELF_PLAY or args.iterations < run.begun_iterations():
+    if args.loss not in PLAYERS or args.iterations < settled_iterations(args, run):
         settings.append("iterations")
     return settings
 
 
 def settled_iterations(args: argparse.Namespace, run: Run) -> int:
     """Return how many iterations' settings may no longer change: those that have begun."""
-    if args.loss not in SELF_PLAY:
+    if args.loss not in PLAYERS:
         return args.iterations
-    return run.begun_iterations()
+    return run.begun_iterations(PLAYERS[args.loss])
 
 
 def flag_defaults(preset: str) -> dict:
@@ -849,26 +864,31 @@ def pair_loader(
     )
 
 
-def unfinished_iterations(args: argparse.Namespace, run: Run) -> range:
-    """Return the self-play iterations still to run: none if --loss is a baseline's."""
-    if args.loss not in ("all", *SELF_PLAY):
-        return range(0)
-    return range(run.latest_iteration() + 1, args.iterations + 1)
+def unfinished_iterations(args: argparse.Namespace, run: Run, loss: str) -> range:
+    """Return the iterations of self-play still to run with a loss."""
+    return range(run.latest_iteration(PLAYERS[loss]) + 1, args.iterations + 1)
 
 
-def self_play_stage(args: argparse.Namespace, k: int) -> Stage:
-    """Return the training of theta_k."""
+def unfinished_self_play(args: argparse.Namespace, run: Run) -> list[Stage]:
+    """Return the players still to train: none if --loss is a baseline's."""
+    stages = []
+    for loss in report.losses_of_self_play(args.loss):
+        for k in unfinished_iterations(args, run, loss):
+            stages.append(self_play_stage(args, loss, k))
+    return stages
+
+
+def self_play_stage(args: argparse.Namespace, loss: str, k: int) -> Stage:
+    """Return the training of theta_k with a loss of self-play."""
     steps = [(k, step) for step in range(1, args.steps[k - 1] + 1)]
-    loss = "spin" if args.loss == "all" else args.loss
-    name = f"{report.player_name(loss)}-{k}"
-    return Stage(name, loss, steps, args.lr[k - 1], args.beta[k - 1])
+    return Stage(f"{PLAYERS[loss]}-{k}", loss, steps, args.lr[k - 1], args.beta[k - 1])
 
 
 def unfinished_baselines(args: argparse.Namespace, run: Run) -> list[Stage]:
     """Return the baselines still to train. Each takes the steps of all iterations together."""
     steps = []
     for k in range(1, args.iterations + 1):
-        steps += self_play_stage(args, k).steps
+        steps += self_play_stage(args, "spin", k).steps
     stages = []
     if args.loss in ("all", "sft") and not run.has("sft"):
         stages.append(Stage("sft", "sft", steps, args.sft_lr, beta=0.0))
@@ -882,7 +902,7 @@ def unfinished_baselines(args: argparse.Namespace, run: Run) -> list[Stage]:
 
 def announce(args: argparse.Namespace, run: Run, images: CaptionedImages) -> None:
     """Print what is left to do, in at most five lines."""
-    iterations = [self_play_stage(args, k) for k in unfinished_iterations(args, run)]
+    iterations = unfinished_self_play(args, run)
     baselines = unfinished_baselines(args, run)
     if not iterations and not baselines:
         return
@@ -1045,7 +1065,7 @@ def dry_run(
     preferences: dict[str, Tensor] | None,
 ) -> dict:
     """Time a little of each kind of work that is left, and print how long all of it will take."""
-    iterations = [self_play_stage(args, k) for k in unfinished_iterations(args, run)]
+    iterations = unfinished_self_play(args, run)
     stages = iterations + unfinished_baselines(args, run)
     options = sampling_options(args)
     estimates = []

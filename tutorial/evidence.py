@@ -43,7 +43,6 @@ from tutorial.variants import VARIANTS, denoising_error  # noqa: E402
 POINTS = {
     "claims": {
         "story": "--loss all",
-        "bounded": "--loss spin-bounded",
     },
     # Baselines at the cost of self-play. Counted in passes of a network over an image, a backward
     # pass as two, an iteration draws 1600 images with 20 steps of two passes each, and trains on
@@ -182,7 +181,7 @@ def train_run(args: argparse.Namespace, folder: Path, name: str, flags: str) -> 
         position = own.index("--variant")
         variant = VARIANTS[own[position + 1]]
         own = own[:position] + own[position + 2 :]
-        if run.latest_iteration() < TOY["iterations"]:  # interrupted: a variant cannot go on
+        if len(models_of(run, "", args.base)) < TOY["iterations"]:  # a variant cannot go on
             shutil.rmtree(run.folder, ignore_errors=True)
     job = ["--model", args.base, "--seed", str(args.seed)]
     with variant():
@@ -192,7 +191,7 @@ def train_run(args: argparse.Namespace, folder: Path, name: str, flags: str) -> 
 
 def models_of(run: Run, seed: str, base: str) -> list[Model]:
     """Return the trained models of a run."""
-    sources = models_of_run(run, ModelSource(base), run.latest_iteration())
+    sources = models_of_run(run, ModelSource(base), TOY["iterations"])
     del sources["base"]
     models = []
     for name, source in sources.items():

@@ -35,6 +35,7 @@ from spin.scheduler import add_noise, ddim_step, x0_and_eps  # noqa: E402
 from spin.toy.pictures import curated_image, curated_row, web_image  # noqa: E402
 from spin.unet import UNet  # noqa: E402
 from tutorial.charts import Color, arrow_chart, bar_chart, line_chart  # noqa: E402
+from tutorial.findings import Comparison, Scores, pooled  # noqa: E402
 from tutorial.pretrain_toy import to_tensor  # noqa: E402
 
 FOLDER = ROOT / "tutorial" / "figures"
@@ -1043,6 +1044,70 @@ def draw_spot(sheet: Drawing, x: float, y: float, name: str, color: Color) -> No
     sheet.text(x + 8, y + 13, name, color, 14, "lm")
 
 
+# ---- The evidence --------------------------------------------------------------------------------
+
+# A model has the same color everywhere; a later iteration is darker.
+METHOD_COLORS = {"sft": COLORS[0], "dpo": COLORS[4], "spin": COLORS[1], "bounded": BOUNDED_COLOR}
+MODELS = [
+    *("sft", "dpo", "spin-1", "spin-2", "spin-3"),
+    *("bounded-1", "bounded-2", "bounded-3"),
+]
+
+
+def model_color(name: str) -> Color:
+    """Return the color of a model, "sft" or "spin-2"."""
+    method, _, iteration = name.partition("-")
+    shares = {"": 1.0, "1": 0.65, "2": 0.82, "3": 1.0}
+    return mix(METHOD_COLORS[method], PAPER, shares[iteration])
+
+
+def gains() -> Image.Image:
+    """Plot each model's reward minus theta_0's over the bases of tutorial/evidence/results.csv."""
+    scores = Scores(ROOT / "tutorial" / "evidence" / "results.csv")
+    sheet = Drawing(900, 316)
+    titles = {"7.5": "at guidance 7.5", "best reward": "each model at its best guidance"}
+    for left, (setting, title) in zip((96, 548), titles.items()):
+        place = ("reward", setting, "mean of 5")
+        differences = {}
+        for name in MODELS:
+            compared = Comparison(f"story/{name}", "theta_0", *place)
+            differences[name] = scores.differences(compared)
+        draw_intervals(sheet, left, f"Reward minus theta_0's, {title}", differences)
+    sheet.text(450, 302, "a dot: a base; a line: 95% over bases and prompts", INK, 13)
+    return sheet.finish()
+
+
+def draw_intervals(
+    sheet: Drawing, left: int, title: str, differences: dict[str, np.ndarray]
+) -> None:
+    """Draw a line for the interval of each model's difference, and a dot for each base.
+
+    differences: {model: [bases,seeds,folds]}.
+    """
+    right, top, row_height = left + 270, 46, 28
+    low, high = -0.4, 1.2
+
+    def column(value: float) -> float:
+        return left + (value - low) / (high - low) * (right - left)
+
+    sheet.text(left - 80, 20, title, INK, 15, "lm")
+    bottom = top + row_height * len(differences)
+    for tick in (-0.4, 0.0, 0.4, 0.8, 1.2):
+        x = 2 * column(tick)
+        sheet.draw.line([(x, 2 * top), (x, 2 * bottom)], INK if tick == 0 else PALE, 2)
+        sheet.text(column(tick), bottom + 12, f"{tick:+.1f}" if tick else "0", INK, 13)
+    for i, (name, values) in enumerate(differences.items()):
+        y = top + (i + 0.5) * row_height
+        color = model_color(name)
+        interval = pooled(values)
+        sheet.text(left - 8, y, name, color, 14, "rm")
+        ends = [(2 * column(interval.low), 2 * y), (2 * column(interval.high), 2 * y)]
+        sheet.draw.line(ends, color, 10)
+        for value in interval.by_base:
+            sheet.draw.circle((2 * column(value), 2 * y), 7, PAPER, color, 3)
+        sheet.text(right + 44, y, f"{interval.mean:+.2f}", color, 14, "rm")
+
+
 # ---- The script ----------------------------------------------------------------------------------
 
 FIGURES = {
@@ -1063,12 +1128,12 @@ FIGURES = {
     "cost": cost,
     "push_line": push_line,
     "mirror": mirror,
+    "gains": gains,
 }
 # {name: file of the run folder}
 STORY = {
     "story_grid": "samples/grid.png",
     "story_curves": "curves.png",
-    "story_results": "results.png",
 }
 
 

@@ -52,14 +52,14 @@ CLAIMS = [
     ("story/spin-2", "story/spin-1"),
     ("story/spin-3", "story/spin-2"),
     ("story/spin-2", "story/sft"),
-    ("bounded/bounded-1", "story/sft"),
-    ("bounded/bounded-2", "story/dpo"),
-    ("bounded/bounded-2", "bounded/bounded-1"),
-    ("bounded/bounded-3", "bounded/bounded-2"),
-    ("bounded/bounded-2", "story/sft"),
-    ("bounded/bounded-3", "story/sft"),
-    ("bounded/bounded-2", "story/spin-2"),
-    ("bounded/bounded-3", "story/spin-3"),
+    ("story/bounded-1", "story/sft"),
+    ("story/bounded-2", "story/dpo"),
+    ("story/bounded-2", "story/bounded-1"),
+    ("story/bounded-3", "story/bounded-2"),
+    ("story/bounded-2", "story/sft"),
+    ("story/bounded-3", "story/sft"),
+    ("story/bounded-2", "story/spin-2"),
+    ("story/bounded-3", "story/spin-3"),
 ]
 
 # Where a claim is tested: (metric, setting, images). Energy is of all five images of a prompt.
@@ -73,7 +73,7 @@ PLACES = [
 
 # What the runs of the other points are compared with.
 SPIN = "story/spin-3"
-BOUNDED = "bounded/bounded-3"
+BOUNDED = "story/bounded-3"
 POINTS = {
     "At equal cost, drawing counted": [
         (SPIN, "sft-16x/sft"),

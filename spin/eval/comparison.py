@@ -337,6 +337,7 @@ def compare(
 def judge_claims(differences: dict[str, dict], metric: str) -> list[dict]:
     """Return verdicts on those of the paper's claims that these models can test.
 
+    Where bounded self-play was trained beside SPIN, the claim that it beats SPIN is another one.
     Each is {"claim", "verdict", "difference"}. The claim that one model beats another holds if the
     whole interval of their difference is above 0, and fails if it is below 0.
     """
@@ -347,6 +348,9 @@ def judge_claims(differences: dict[str, dict], metric: str) -> list[dict]:
         iterations = re.fullmatch(r"spin-(\d+) - spin-(\d+)", pair)
         if iterations and int(iterations[1]) == int(iterations[2]) + 1:
             claims[pair] = f"SPIN-{iterations[1]} beats SPIN-{iterations[2]}"
+        iteration = re.fullmatch(r"bounded-(\d+) - spin-\1", pair)
+        if iteration:
+            claims[pair] = f"bounded-{iteration[1]} beats SPIN-{iteration[1]}"
 
     judged = []
     for pair, claim in claims.items():

@@ -13,7 +13,7 @@ from spin.eval.comparison import Evaluation, ImageRequest, ModelSource
 from spin.eval.scorers import load_scorer
 from spin.infra.files import remove
 from spin.infra.images import read_image, save_png
-from spin.infra.run import Run
+from spin.infra.run import PLAYERS, Run
 from spin.sampler import SamplingOptions
 
 # How grid.png shows what an image differs from the ideal one by.
@@ -32,22 +32,23 @@ CURVES = {
 
 
 def models_of_run(run: Run, base: ModelSource, iterations: int) -> dict[str, ModelSource]:
-    """Return the models of a run that are there: "base", then "sft", "dpo", "spin-1", ...
+    """Return the models of a run that are there: "base", "sft", "dpo", "spin-1", ..., "bounded-1", ...
 
     base: theta_0. Every other model has theta_0's parts and its own UNet.
     """
     models = {"base": base}
-    player = player_name(run.read_config().get("loss", "spin"))
-    names = ["sft", "dpo", *(f"{player}-{k}" for k in range(1, iterations + 1))]
+    names = ["sft", "dpo"]
+    for loss in losses_of_self_play(run.read_config().get("loss", "spin")):
+        names += [f"{PLAYERS[loss]}-{k}" for k in range(1, iterations + 1)]
     for name in names:
         if run.has(name):
             models[name] = replace(base, unet=str(run.checkpoint(name)))
     return models
 
 
-def player_name(loss: str) -> str:
-    """Return what the players of self-play are called: "spin", or "bounded" with that loss."""
-    return "bounded" if loss == "spin-bounded" else "spin"
+def losses_of_self_play(loss: str) -> list[str]:
+    """Return the losses with which a run of --loss `loss` plays: none with a baseline's."""
+    return [each for each in PLAYERS if loss in ("all", each)]
 
 
 def forget_model(run: Run, name: str) -> None:
@@ -181,12 +182,12 @@ def draw_curves(run: Run) -> None:
     """
     log = run.read_log()
     charts = []
-    for method in ("spin", "bounded", "sft", "dpo"):
+    for method in (*PLAYERS.values(), "sft", "dpo"):
         lines = [line for line in log if line["model"].startswith(method)]
         if not lines:
             continue
         ends = []  # of iterations, which a baseline's training runs through
-        if method in ("spin", "bounded"):
+        if method in PLAYERS.values():
             ends = [i for i in range(1, len(lines)) if lines[i]["step"] == 1]
         for title, keys in CURVES.items():
             if keys[0] in lines[0]:  # SFT has only a loss

@@ -19,11 +19,14 @@ from spin.infra.files import atomic_write, read_json, write_json
 SUMMARIZED = ("loss", "margin", "implicit_accuracy", "delta_data", "delta_gen", "grad_norm")
 
 
+#: The losses of self-play, and how the models are called that they train.
+PLAYERS = {"spin": "spin", "spin-bounded": "bounded"}
+
+
 class Run:
     """The folder runs/<name>. Hold `run.lock()` while you write to it.
 
-    Models are called "spin-1", "spin-2", ..., "sft" and "dpo". Bounded self-play has runs of its
-    own, whose models are "bounded-1", "bounded-2", ....
+    Models are called "spin-1", "spin-2", ..., "bounded-1", "bounded-2", ..., "sft" and "dpo".
     """
 
     def __init__(self, folder: str | Path):
@@ -108,7 +111,13 @@ class Run:
     # ---- Models ----------------------------------------------------------------------------------
 
     def model_folder(self, name: str) -> Path:
-        """Return a model's folder: iter2/ for "spin-2" or "bounded-2"; sft/ and dpo/."""
+        """Return a model's folder: iter2/ for "spin-2" or "bounded-2"; sft/ and dpo/.
+
+        With --loss all, iter2/ is that of "spin-2", and "bounded-2" has bounded-2/.
+        """
+        plays_beside_spin = self.read_config().get("loss") == "all"
+        if name.startswith("bounded-") and plays_beside_spin:
+            return self.folder / name
         return self.folder / re.sub("^(spin|bounded)-", "iter", name)
 
     def checkpoint(self, name: str) -> Path:
@@ -118,17 +127,17 @@ class Run:
         """Return whether a model is trained and saved."""
         return self.checkpoint(name).exists()
 
-    def latest_iteration(self) -> int:
-        """Return the last iteration of self-play whose model is saved; 0 for none.
+    def latest_iteration(self, player: str) -> int:
+        """Return the last iteration whose model is saved; 0 for none.
 
-        The models of earlier iterations may have been deleted.
+        player: "spin" or "bounded". The models of its earlier iterations may have been deleted.
         """
-        checkpoints = self.folder.glob("iter*/checkpoint")
-        return max_iteration(path.parent for path in checkpoints)
+        folders = self.folder.glob(self.model_folder(f"{player}-*").name)
+        return max_iteration(folder for folder in folders if (folder / "checkpoint").exists())
 
-    def begun_iterations(self) -> int:
-        """Return the last iteration of self-play of which anything is saved; 0 for none."""
-        return max_iteration(self.folder.glob("iter*"))
+    def begun_iterations(self, player: str) -> int:
+        """Return the last iteration of a player of which anything is saved; 0 for none."""
+        return max_iteration(self.folder.glob(self.model_folder(f"{player}-*").name))
 
     # ---- States to resume from -------------------------------------------------------------------
 
@@ -243,12 +252,12 @@ def dtype_of_checkpoint(source: str) -> str | None:
 
 
 def max_iteration(folders: Iterable[Path]) -> int:
-    """Return the largest k of folders iter<k>; 0 for none."""
+    """Return the largest k of folders iter<k> or bounded-<k>; 0 for none."""
     numbers = [0]
     for folder in folders:
-        number = folder.name.removeprefix("iter")
-        if number.isdecimal():
-            numbers.append(int(number))
+        number = re.fullmatch(r"(?:iter|bounded-)(\d+)", folder.name)
+        if number:
+            numbers.append(int(number[1]))
     return max(numbers)
 
 

@@ -56,6 +56,17 @@ def test_a_claim_needs_its_models():
     assert claim["difference"]["mean"] == pytest.approx(-0.5, abs=0.01)
 
 
+def test_a_bounded_player_is_compared_with_the_spin_player_of_its_iteration():
+    means = {"spin-1": 7.0, "spin-2": 7.2, "bounded-1": 7.1, "bounded-2": 7.1}
+    claims = judge_claims(differences(means), "reward")
+    verdicts = {claim["claim"]: claim["verdict"] for claim in claims}
+    assert verdicts == {
+        "SPIN-2 beats SPIN-1": "holds",
+        "bounded-1 beats SPIN-1": "holds",
+        "bounded-2 beats SPIN-2": "fails",
+    }
+
+
 def test_a_plateau_is_of_the_reward_alone():
     ones = {"hps": np.ones(20)}
     compared = stats.compare({"base": ones, "sft": ones})

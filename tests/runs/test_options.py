@@ -491,7 +491,7 @@ def test_a_run_says_in_five_lines_what_it_will_do(tmp_path, capsys):
     lines = announcement(tmp_path, "", capsys)
     assert len(lines) == 5
     assert "3000 real images" in lines[0]
-    assert "spin-1, spin-2, spin-3" in lines[1]
+    assert "spin-1, spin-2, spin-3, bounded-1, bounded-2, bounded-3" in lines[1]
     assert "sft, dpo" in lines[2]
     assert "200 test prompts" in lines[3]
     assert STORY_TIME in lines[4]

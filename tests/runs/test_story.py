@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ STORY = """
     --iterations 1 --steps 3 --sampler-steps 5 --score validation --score-images 1 --device cpu
     --out
 """
-MODELS = ["base", "sft", "dpo", "spin-1"]
+MODELS = ["base", "sft", "dpo", "spin-1", "bounded-1"]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,9 @@ def test_every_file_of_the_story(story):
     out, _ = story
     files = ["config.json", "log.jsonl", "lock", "curves.png", "samples/grid.png"]
     files += ["results.json", "results.md", "results.png"]
-    files += ["iter1/generated/shard-00000.safetensors"]
-    for model in ("iter1", "sft", "dpo"):
+    for player in ("iter1", "bounded-1"):
+        files += [f"{player}/generated/shard-00000.safetensors"]
+    for model in ("iter1", "bounded-1", "sft", "dpo"):
         files += [f"{model}/checkpoint/model_index.json", f"{model}/state/state.pt"]
     for name in files:
         assert (out / name).is_file(), name
@@ -73,7 +75,7 @@ def test_the_results_are_of_every_model_and_metric(story):
 
 def test_the_results_are_of_every_difference(story):
     results = story[1]["results"]
-    assert len(results["differences"]) == 6
+    assert len(results["differences"]) == 10
     for pair, metrics in results["differences"].items():
         first, second = pair.split(" - ")
         means = results["models"]
@@ -103,11 +105,14 @@ def test_the_base_samples_what_the_prompts_say_and_guidance_is_needed_for_that()
 def test_the_log_of_the_story(story):
     out, returned = story
     log = Run(out).read_log()
-    assert [line["model"] for line in log] == ["spin-1"] * 3 + ["sft"] * 3 + ["dpo"] * 3
-    assert [line["step"] for line in log] == [1, 2, 3] * 3
-    assert [row["model"] for row in returned["models"]] == ["spin-1", "sft", "dpo"]
-    spin, sft, dpo = log[0], log[3], log[6]
+    trained = ["spin-1", "bounded-1", "sft", "dpo"]
+    assert [line["model"] for line in log] == list(np.repeat(trained, 3))
+    assert [line["step"] for line in log] == [1, 2, 3] * 4
+    assert [row["model"] for row in returned["models"]] == trained
+    spin, bounded, sft, dpo = log[::3]
     assert spin["loss"] == dpo["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert bounded["loss"] == pytest.approx(0, abs=1e-6)
+    assert list(bounded) == list(spin)
     assert 0 < sft["loss"] < 1
     assert "margin" not in sft
 
@@ -140,7 +145,7 @@ def cell_of_grid(out: Path, row: int, column: int) -> np.ndarray:
 def test_the_grid_shows_every_model_and_the_ideal_image_last(story):
     out, _ = story
     width, height = Image.open(out / "samples/grid.png").size
-    assert width == 190 + 5 * 102  # the prompts, and five columns of 96 pixels and a gap
+    assert width == 190 + 6 * 102  # the prompts, and six columns of 96 pixels and a gap
     assert height == 25 + 6 * 102  # the titles, and two rows for each of three prompts
     for i, row in enumerate(rows_at_quartiles(out)):
         for column, model in enumerate(MODELS):
@@ -234,7 +239,7 @@ SHORT = """
 def test_the_baselines_train_on_the_batches_of_self_play(tmp_path, monkeypatch):
     """Prompts, noise and timesteps are the same; so are SFT's real images. DPO has none."""
     load = PairLoader.load
-    batches: dict[str, dict] = {"spin": {}, "sft": {}, "dpo": {}}
+    batches: dict[str, dict] = {"spin": {}, "spin-bounded": {}, "sft": {}, "dpo": {}}
 
     def recording(loader, iteration, step, start, end):
         batch = load(loader, iteration, step, start, end)
@@ -245,7 +250,7 @@ def test_the_baselines_train_on_the_batches_of_self_play(tmp_path, monkeypatch):
     train.main([*SHORT.split(), "--iterations", "2", "--out", str(tmp_path / "run")])
     preferences = load_file(toy.BASE / toy.PREFERENCES)
     steps = [(1, 1), (1, 2), (2, 1), (2, 2)]
-    assert list(batches["spin"]) == list(batches["sft"]) == list(batches["dpo"]) == steps
+    assert all(list(of_loss) == steps for of_loss in batches.values())
     for step in steps:
         spin = batches["spin"][step]
         sft = batches["sft"][step]
@@ -263,6 +268,25 @@ def test_the_baselines_train_on_the_batches_of_self_play(tmp_path, monkeypatch):
         torch.testing.assert_close(dpo["x0_gen"], rejected.float(), rtol=0, atol=0)
         for real in spin["x0_data"]:
             assert not any(torch.allclose(real, image, atol=0.1) for image in preferred.float())
+
+
+def test_the_players_of_a_run_with_all_losses_are_those_of_runs_with_one(tmp_path):
+    """To the bit, and also after the bounded player's second iteration was lost."""
+    weights = "checkpoint/unet/diffusion_pytorch_model.safetensors"
+    short = [*SHORT.split(), "--iterations", "2"]
+    together = tmp_path / "together"
+    train.main([*short, "--out", str(together)])
+    shutil.rmtree(together / "bounded-2")
+    train.main([*short, "--out", str(together)])
+    for loss, player in (("spin", "iter"), ("spin-bounded", "bounded-")):
+        alone = tmp_path / loss
+        train.main([*short, "--loss", loss, "--out", str(alone)])
+        for k in (1, 2):
+            expected = (alone / f"iter{k}" / weights).read_bytes()
+            assert (together / f"{player}{k}" / weights).read_bytes() == expected
+    models = report.models_of_run(Run(together), comparison.ModelSource(str(toy.BASE)), 2)
+    assert list(models) == ["base", "sft", "dpo", "spin-1", "spin-2", "bounded-1", "bounded-2"]
+    assert Path(models["bounded-2"].unet) == together / "bounded-2/checkpoint"
 
 
 def test_a_baseline_alone_is_scored_and_sampled_from(tmp_path):

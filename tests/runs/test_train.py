@@ -469,9 +469,9 @@ def test_a_model_that_was_deleted_is_trained_again(finished, flags, tmp_path):
 def test_a_copy_of_an_iterations_folder_is_no_iteration(finished, flags, tmp_path):
     out = copy_run(finished, tmp_path)
     shutil.copytree(out / "iter1", out / "iter7-old")
-    assert Run(out).latest_iteration() == 2
+    assert Run(out).latest_iteration("spin") == 2
     train.main(flags(out))
-    assert Run(out).latest_iteration() == 2
+    assert Run(out).latest_iteration("spin") == 2
 
 
 def test_bounded_self_play_resumes_and_goes_on_for_more_iterations(flags, tmp_path, monkeypatch):
