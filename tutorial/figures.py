@@ -632,7 +632,7 @@ def resting() -> Image.Image:
     return density_chart(title, plotted, range(-2, 4), [0, 1, 2, 3, 4, 5])
 
 
-# ---- Chapter 5 -----------------------------------------------------------------------------------
+# ---- Chapter 6 -----------------------------------------------------------------------------------
 
 
 def links() -> Image.Image:
@@ -698,7 +698,7 @@ def error_gradient(pipe, x0: Tensor, eps: Tensor, captions: list[str]) -> Tensor
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-# ---- Chapter 7 -----------------------------------------------------------------------------------
+# ---- Chapter 9 -----------------------------------------------------------------------------------
 
 DOWN_COLOR = (214, 228, 244)
 MIDDLE_COLOR = (232, 232, 236)
@@ -844,7 +844,7 @@ def draw_vertical_arrow(draw: ImageDraw.ImageDraw, x: float, start: float, end: 
     draw.polygon([(x - 5, back), (x + 5, back), (x, end + forward / 2)], INK)
 
 
-# ---- Chapter 8 -----------------------------------------------------------------------------------
+# ---- Chapter 11 -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -865,7 +865,7 @@ def latents() -> Image.Image:
     return grid(rows, ["image", *channels, "decoded"], captions, 128)
 
 
-# ---- Chapter 9 -----------------------------------------------------------------------------------
+# ---- Chapter 12 -----------------------------------------------------------------------------------
 
 
 def cost() -> Image.Image:
@@ -886,7 +886,7 @@ def cost() -> Image.Image:
     return bar_chart("One pair of SD-1.5 at 512 px", values, "TFLOP")
 
 
-# ---- Chapter 12 ----------------------------------------------------------------------------------
+# ---- Chapter 18 ----------------------------------------------------------------------------------
 
 BOUNDED_COLOR = COLORS[3]
 
@@ -894,7 +894,7 @@ BOUNDED_COLOR = COLORS[3]
 def push_line() -> Image.Image:
     """Plot two losses, and the two deltas, of an opponent whose weights go along the push.
 
-    The pair is that of chapter 5, and beta is 2000.
+    The pair is that of chapter 6, and beta is 2000.
     """
     lengths = torch.linspace(0, 0.02, 41).tolist()
     losses, bounded_losses, metrics = losses_along_the_push(lengths)

@@ -33,13 +33,13 @@ TRACELESS = "ending/gains/SPIN-1 whose opponents drew so"
 
 # {page: [(words, results by their place in evidence.json)]}
 CLAIMS = {
-    "tutorial/06_self_play.md": [
+    "tutorial/08_self_play.md": [
         ("three hundred", [f"{RENEWED}/single"]),
     ],
-    "tutorial/08_stable_diffusion.md": [
+    "tutorial/11_stable_diffusion.md": [
         ("theta_0", ["ending/alone/at_3/clean"]),
     ],
-    "tutorial/10_judging.md": [
+    "tutorial/14_judging.md": [
         ("SPIN-1", [f"{SPIN_1_SFT}/five"]),
         ("its own best", [f"{SPIN_1_SFT}/best_guidance"]),
         ("SPIN-1's gain over theta_0", [f"{AT_3}/at_3/clean"]),
