@@ -33,26 +33,11 @@ TRACELESS = "ending/gains/SPIN-1 whose opponents drew so"
 
 # {page: [(words, results by their place in evidence.json)]}
 CLAIMS = {
-    "tutorial/06_self_play.md": [
+    "tutorial/08_self_play.md": [
         ("three hundred", [f"{RENEWED}/single"]),
     ],
-    "tutorial/08_stable_diffusion.md": [
+    "tutorial/11_stable_diffusion.md": [
         ("theta_0", ["ending/alone/at_3/clean"]),
-    ],
-    "tutorial/10_judging.md": [
-        ("SPIN-1", [f"{SPIN_1_SFT}/five"]),
-        ("its own best", [f"{SPIN_1_SFT}/best_guidance"]),
-        ("SPIN-1's gain over theta_0", [f"{AT_3}/at_3/clean"]),
-        ("if both take the better last step", ["ending/change/at_3/clean"]),
-        ("what the control loses", ["ending/change_traceless/at_3/clean"]),
-        ("what SPIN-1 learned to make up for", ["ending/made_up/at_3/clean"]),
-        ("scheduler config", ["ending/alone/at_3/clean"]),
-        ("Nine hundred steps", [f"{SFT_900}/single"]),
-        ("in one iteration", ["learned/gains/at 3, (C.5) on the path/at_3/reward"]),
-        ("Correlation as the link", ["choices/rows/correlation/reward"]),
-        ("A small beta", ["failure/failure/reward"]),
-        ("SPIN-3 minus SPIN-2", ["claims/claims/SPIN-3 beats SPIN-2/five"]),
-        ("guidance 2 instead of 3", ["claims/theta_0/guidance/at_2"]),
     ],
     "tutorial/evidence/earlier_world.md": [
         # 1. The four claims
