@@ -348,6 +348,7 @@ def judge_claims(differences: dict[str, dict], metric: str) -> list[dict]:
         iterations = re.fullmatch(r"spin-(\d+) - spin-(\d+)", pair)
         if iterations and int(iterations[1]) == int(iterations[2]) + 1:
             claims[pair] = f"SPIN-{iterations[1]} beats SPIN-{iterations[2]}"
+    for pair in differences:
         iteration = re.fullmatch(r"bounded-(\d+) - spin-\1", pair)
         if iteration:
             claims[pair] = f"bounded-{iteration[1]} beats SPIN-{iteration[1]}"
