@@ -1,13 +1,87 @@
-"""The charts that only the tutorial needs, drawn with Pillow: lines over numbers, bars, arrows."""
+"""What the tutorial's figures are drawn with, by Pillow: a sheet, and charts on it."""
 
 import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from spin.eval.plots import COLORS, INK, PAPER, TOP, make_axes
+from spin.eval.plots import COLORS, INK, PALE, PAPER, TOP, make_axes
 
 Color = tuple[int, int, int]
+Curve = list[tuple[float, float]]  # points (x, y)
+
+
+class Drawing:
+    """A sheet that is drawn at twice its size and scaled down, so that its lines are smooth."""
+
+    def __init__(self, width: int, height: int):
+        self.size = (width, height)
+        self.sheet = Image.new("RGB", (2 * width, 2 * height), PAPER)
+        self.draw = ImageDraw.Draw(self.sheet)
+
+    def text(
+        self, x: float, y: float, text: str, color: Color = INK, size: int = 14, anchor: str = "mm"
+    ) -> None:
+        font = ImageFont.load_default(2 * size)
+        align = "left" if anchor[0] == "l" else "center"
+        self.draw.multiline_text(
+            (2 * x, 2 * y), text, color, font, anchor, spacing=size / 2, align=align
+        )
+
+    def box(
+        self,
+        left: int,
+        top: int,
+        right: int,
+        bottom: int,
+        text: str,
+        color: Color = INK,
+        size: int = 14,
+    ) -> None:
+        """Draw a box with a colored frame, tinted inside, and text in its middle."""
+        corners = (2 * left, 2 * top, 2 * right, 2 * bottom)
+        self.draw.rounded_rectangle(corners, 12, tint(color), color, 4)
+        self.text((left + right) / 2, (top + bottom) / 2, text, INK, size)
+
+    def picture(self, image: Image.Image, left: int, top: int, side: int, color: Color) -> None:
+        """Draw an image, enlarged to side x side pixels, in a colored frame."""
+        frame = (2 * left - 5, 2 * top - 5, 2 * (left + side) + 4, 2 * (top + side) + 4)
+        self.draw.rectangle(frame, color)
+        enlarged = image.resize((2 * side, 2 * side), Image.Resampling.NEAREST)
+        self.sheet.paste(enlarged, (2 * left, 2 * top))
+
+    def arrow(self, *points: tuple[float, float], color: Color = INK) -> None:
+        """Draw straight lines from point to point, with a head at the last one."""
+        (x_before, y_before), (x, y) = points[-2:]
+        length = math.hypot(x - x_before, y - y_before)
+        along_x = (x - x_before) / length
+        along_y = (y - y_before) / length
+        back_x = x - 9 * along_x
+        back_y = y - 9 * along_y
+        path = [(2 * a, 2 * b) for a, b in (*points[:-1], (back_x, back_y))]
+        self.draw.line(path, color, 4, joint="curve")
+        left_wing = (2 * (back_x - 5 * along_y), 2 * (back_y + 5 * along_x))
+        right_wing = (2 * (back_x + 5 * along_y), 2 * (back_y - 5 * along_x))
+        self.draw.polygon([(2 * x, 2 * y), left_wing, right_wing], color)
+
+    def step(self, number: int, x: int, y: int, text: str) -> None:
+        """Write a heading with its left end at x, after its number in a dark disk."""
+        self.draw.circle((2 * (x + 10), 2 * y), 20, INK)
+        self.text(x + 10, y, str(number), PAPER, 13)
+        self.text(x + 26, y, text, INK, 15, "lm")
+
+    def finish(self) -> Image.Image:
+        return self.sheet.resize(self.size, Image.Resampling.LANCZOS)
+
+
+def tint(color: Color) -> Color:
+    """Return a color mixed with white, one part to nine."""
+    return tuple((channel + 9 * 255) // 10 for channel in color)
+
+
+def mix(color: Color, other: Color, share: float) -> Color:
+    """Return `share` of a color, the rest being another."""
+    return tuple(round(share * a + (1 - share) * b) for a, b in zip(color, other))
 
 
 def line_chart(
@@ -133,3 +207,32 @@ def draw_arrow(
     left_wing = (back[0] - 6 * along[1], back[1] + 6 * along[0])
     right_wing = (back[0] + 6 * along[1], back[1] - 6 * along[0])
     draw.polygon([tip, left_wing, right_wing], color)
+
+
+def density_chart(
+    title: str, curves: dict[str, tuple[Curve, Color]], x_ticks: range, y_ticks: list[float]
+) -> Image.Image:
+    """Plot curves {name: (points, color)} above a common axis, with a legend below it."""
+    sheet = Drawing(700, 340)
+    left, right, top, bottom = 60, 685, 40, 275
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        column = left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left)
+        return 2 * column, 2 * (bottom - y / y_ticks[-1] * (bottom - top))
+
+    sheet.text(left, 18, title, INK, 14, "lm")
+    for y in y_ticks:
+        sheet.draw.line([place(x_ticks[0], y), place(x_ticks[-1], y)], PALE, 2)
+        sheet.text(left - 8, place(0, y)[1] / 2, f"{y:g}", INK, 14, "rm")
+    for x in x_ticks:
+        sheet.text(place(x, 0)[0] / 2, bottom + 16, f"{x}", INK, 14)
+    for points, color in curves.values():
+        sheet.draw.line([place(x, y) for x, y in points], color, 5, joint="curve")
+
+    font = ImageFont.load_default(14)
+    x = left
+    for name, (_, color) in curves.items():
+        sheet.draw.line([(2 * x, 2 * 318), (2 * (x + 22), 2 * 318)], color, 7)
+        sheet.text(x + 28, 318, name, INK, 14, "lm")
+        x += 28 + font.getlength(name) + 22
+    return sheet.finish()

@@ -34,7 +34,17 @@ from spin.sampler import decode_latents, sample  # noqa: E402
 from spin.scheduler import add_noise, ddim_step, x0_and_eps  # noqa: E402
 from spin.toy.pictures import curated_image, curated_row, web_image  # noqa: E402
 from spin.unet import UNet  # noqa: E402
-from tutorial.charts import Color, arrow_chart, bar_chart, line_chart  # noqa: E402
+from tutorial.charts import (  # noqa: E402
+    Color,
+    Curve,
+    Drawing,
+    arrow_chart,
+    bar_chart,
+    density_chart,
+    line_chart,
+    mix,
+    tint,
+)
 from tutorial.findings import Comparison, Scores, pooled  # noqa: E402
 from tutorial.pretrain_toy import to_tensor  # noqa: E402
 
@@ -61,74 +71,6 @@ REAL_COLOR = COLORS[0]  # as delta_data in the log's charts
 GENERATED_COLOR = COLORS[1]  # as delta_gen
 POLICY_COLOR = COLORS[2]
 FROZEN_COLOR = (110, 110, 118)
-
-
-class Drawing:
-    """A sheet that is drawn at twice its size and scaled down, so that its lines are smooth."""
-
-    def __init__(self, width: int, height: int):
-        self.size = (width, height)
-        self.sheet = Image.new("RGB", (2 * width, 2 * height), PAPER)
-        self.draw = ImageDraw.Draw(self.sheet)
-
-    def text(
-        self, x: float, y: float, text: str, color: Color = INK, size: int = 14, anchor: str = "mm"
-    ) -> None:
-        font = ImageFont.load_default(2 * size)
-        align = "left" if anchor[0] == "l" else "center"
-        self.draw.multiline_text(
-            (2 * x, 2 * y), text, color, font, anchor, spacing=size / 2, align=align
-        )
-
-    def box(
-        self,
-        left: int,
-        top: int,
-        right: int,
-        bottom: int,
-        text: str,
-        color: Color = INK,
-        size: int = 14,
-    ) -> None:
-        """Draw a box with a colored frame, tinted inside, and text in its middle."""
-        corners = (2 * left, 2 * top, 2 * right, 2 * bottom)
-        self.draw.rounded_rectangle(corners, 12, tint(color), color, 4)
-        self.text((left + right) / 2, (top + bottom) / 2, text, INK, size)
-
-    def picture(self, image: Image.Image, left: int, top: int, side: int, color: Color) -> None:
-        """Draw an image, enlarged to side x side pixels, in a colored frame."""
-        frame = (2 * left - 5, 2 * top - 5, 2 * (left + side) + 4, 2 * (top + side) + 4)
-        self.draw.rectangle(frame, color)
-        enlarged = image.resize((2 * side, 2 * side), Image.Resampling.NEAREST)
-        self.sheet.paste(enlarged, (2 * left, 2 * top))
-
-    def arrow(self, *points: tuple[float, float], color: Color = INK) -> None:
-        """Draw straight lines from point to point, with a head at the last one."""
-        (x_before, y_before), (x, y) = points[-2:]
-        length = math.hypot(x - x_before, y - y_before)
-        along_x = (x - x_before) / length
-        along_y = (y - y_before) / length
-        back_x = x - 9 * along_x
-        back_y = y - 9 * along_y
-        path = [(2 * a, 2 * b) for a, b in (*points[:-1], (back_x, back_y))]
-        self.draw.line(path, color, 4, joint="curve")
-        left_wing = (2 * (back_x - 5 * along_y), 2 * (back_y + 5 * along_x))
-        right_wing = (2 * (back_x + 5 * along_y), 2 * (back_y - 5 * along_x))
-        self.draw.polygon([(2 * x, 2 * y), left_wing, right_wing], color)
-
-    def step(self, number: int, x: int, y: int, text: str) -> None:
-        """Write a heading with its left end at x, after its number in a dark disk."""
-        self.draw.circle((2 * (x + 10), 2 * y), 20, INK)
-        self.text(x + 10, y, str(number), PAPER, 13)
-        self.text(x + 26, y, text, INK, 15, "lm")
-
-    def finish(self) -> Image.Image:
-        return self.sheet.resize(self.size, Image.Resampling.LANCZOS)
-
-
-def tint(color: Color) -> Color:
-    """Return a color mixed with white, one part to nine."""
-    return tuple((channel + 9 * 255) // 10 for channel in color)
 
 
 def one_pair() -> Image.Image:
@@ -464,8 +406,6 @@ def error_by_timestep(
 
 # ---- Chapters 4, 5 and 7 -------------------------------------------------------------------------
 
-Curve = list[tuple[float, float]]
-
 
 def game() -> Image.Image:
     """Plot the ideal game of one number with lambda = 2.
@@ -498,40 +438,6 @@ def normalized(x: Tensor, density: Tensor) -> Tensor:
 
 def curve(x: Tensor, y: Tensor) -> Curve:
     return list(zip(x.tolist(), y.tolist()))
-
-
-def mix(color: Color, other: Color, share: float) -> Color:
-    """Return `share` of a color, the rest being another."""
-    return tuple(round(share * a + (1 - share) * b) for a, b in zip(color, other))
-
-
-def density_chart(
-    title: str, curves: dict[str, tuple[Curve, Color]], x_ticks: range, y_ticks: list[float]
-) -> Image.Image:
-    """Plot curves {name: (points, color)} above a common axis, with a legend below it."""
-    sheet = Drawing(700, 340)
-    left, right, top, bottom = 60, 685, 40, 275
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        column = left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left)
-        return 2 * column, 2 * (bottom - y / y_ticks[-1] * (bottom - top))
-
-    sheet.text(left, 18, title, INK, 14, "lm")
-    for y in y_ticks:
-        sheet.draw.line([place(x_ticks[0], y), place(x_ticks[-1], y)], PALE, 2)
-        sheet.text(left - 8, place(0, y)[1] / 2, f"{y:g}", INK, 14, "rm")
-    for x in x_ticks:
-        sheet.text(place(x, 0)[0] / 2, bottom + 16, f"{x}", INK, 14)
-    for points, color in curves.values():
-        sheet.draw.line([place(x, y) for x, y in points], color, 5, joint="curve")
-
-    font = ImageFont.load_default(14)
-    x = left
-    for name, (_, color) in curves.items():
-        sheet.draw.line([(2 * x, 2 * 318), (2 * (x + 22), 2 * 318)], color, 7)
-        sheet.text(x + 28, 318, name, INK, 14, "lm")
-        x += 28 + font.getlength(name) + 22
-    return sheet.finish()
 
 
 def paths() -> Image.Image:
@@ -761,6 +667,9 @@ def unet() -> Image.Image:
     return sheet
 
 
+# ---- Chapter 10 ----------------------------------------------------------------------------------
+
+
 def attention() -> Image.Image:
     """Show an image that the miniature base generates, and where it looks at which word."""
     pipe = load_pipeline(toy.BASE).freeze()
@@ -853,7 +762,7 @@ def draw_vertical_arrow(draw: ImageDraw.ImageDraw, x: float, start: float, end: 
     draw.polygon([(x - 5, back), (x + 5, back), (x, end + forward / 2)], INK)
 
 
-# ---- Chapter 11 -----------------------------------------------------------------------------------
+# ---- Chapter 11 ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -874,7 +783,7 @@ def latents() -> Image.Image:
     return grid(rows, ["image", *channels, "decoded"], captions, 128)
 
 
-# ---- Chapter 12 -----------------------------------------------------------------------------------
+# ---- Chapter 12 ----------------------------------------------------------------------------------
 
 
 def cost() -> Image.Image:
@@ -935,41 +844,6 @@ def push_line() -> Image.Image:
     return sheet.finish()
 
 
-@torch.no_grad()
-def losses_along_the_push(lengths: list[float]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the losses of (C.6), the bounded losses and the metrics, [N] each."""
-    pipe = load_pipeline(toy.BASE)
-    image, captions = curated(SHOWN[:1])
-    mean, _ = pipe.vae.encode(image)
-    real = mean * pipe.vae.scaling_factor
-    generated = sample(pipe, captions, steps=STEPS, guidance=GUIDANCE)
-    eps = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
-    with torch.enable_grad():
-        push = error_gradient(pipe, generated, eps, captions)
-    push = push / push.norm()
-
-    t = torch.tensor([400])
-    context = pipe.encode_prompts(captions).expand(2, -1, -1)
-    x_t = add_noise(torch.cat([real, generated]), eps, pipe.scheduler.alphas_cumprod[t])
-    parameters = list(pipe.unet.parameters())
-    start = torch.nn.utils.parameters_to_vector(parameters)
-    opponent_guess = pipe.unet(x_t, t.expand(2), context)
-    opponent_errors = per_image_error(opponent_guess, eps)
-    errors = []
-    gaps = []
-    for length in lengths:
-        torch.nn.utils.vector_to_parameters(start + length * push, parameters)
-        guess = pipe.unet(x_t, t.expand(2), context)
-        errors.append(per_image_error(guess, eps))
-        gaps.append(per_image_error(guess, opponent_guess)[1])
-    err_data, err_gen = torch.stack(errors).T
-    losses, metrics = spin_loss(err_data, err_gen, *opponent_errors, beta=2000.0)
-    bounded_losses, _ = spin_bounded_loss(
-        err_data, err_gen, *opponent_errors, torch.stack(gaps), beta=2000.0
-    )
-    return losses, bounded_losses, metrics
-
-
 def draw_lines(
     sheet: Drawing,
     left: int,
@@ -1008,6 +882,41 @@ def draw_lines(
         sheet.draw.line([(2 * legend_x, 2 * 326), (2 * (legend_x + 22), 2 * 326)], color, 7)
         sheet.text(legend_x + 28, 326, name, INK, 14, "lm")
         legend_x += 28 + font.getlength(name) + 22
+
+
+@torch.no_grad()
+def losses_along_the_push(lengths: list[float]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return the losses of (C.6), the bounded losses and the metrics, [N] each."""
+    pipe = load_pipeline(toy.BASE)
+    image, captions = curated(SHOWN[:1])
+    mean, _ = pipe.vae.encode(image)
+    real = mean * pipe.vae.scaling_factor
+    generated = sample(pipe, captions, steps=STEPS, guidance=GUIDANCE)
+    eps = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        push = error_gradient(pipe, generated, eps, captions)
+    push = push / push.norm()
+
+    t = torch.tensor([400])
+    context = pipe.encode_prompts(captions).expand(2, -1, -1)
+    x_t = add_noise(torch.cat([real, generated]), eps, pipe.scheduler.alphas_cumprod[t])
+    parameters = list(pipe.unet.parameters())
+    start = torch.nn.utils.parameters_to_vector(parameters)
+    opponent_guess = pipe.unet(x_t, t.expand(2), context)
+    opponent_errors = per_image_error(opponent_guess, eps)
+    errors = []
+    gaps = []
+    for length in lengths:
+        torch.nn.utils.vector_to_parameters(start + length * push, parameters)
+        guess = pipe.unet(x_t, t.expand(2), context)
+        errors.append(per_image_error(guess, eps))
+        gaps.append(per_image_error(guess, opponent_guess)[1])
+    err_data, err_gen = torch.stack(errors).T
+    losses, metrics = spin_loss(err_data, err_gen, *opponent_errors, beta=2000.0)
+    bounded_losses, _ = spin_bounded_loss(
+        err_data, err_gen, *opponent_errors, torch.stack(gaps), beta=2000.0
+    )
+    return losses, bounded_losses, metrics
 
 
 def mirror() -> Image.Image:
@@ -1161,8 +1070,8 @@ def main(argv: list[str] | None = None) -> None:
             train.main(["--out", str(run_folder)])
             image = Image.open(run_folder / STORY[name]).convert("RGB")
         else:
-            image = FIGURES[name]()
-        save_png(image.quantize(256), Path(args.out) / f"{name}.png")
+            image = FIGURES[name]().quantize(256)
+        save_png(image, Path(args.out) / f"{name}.png")
 
 
 if __name__ == "__main__":

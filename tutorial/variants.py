@@ -83,15 +83,20 @@ def pixels() -> Iterator[None]:
     """Take the opponents' images through files: decoded, rounded to 8 bits, encoded again."""
     sample = pairs.sample
 
-    @torch.no_grad()
     def sample_through_pixels(pipe: Pipeline, prompts: Sequence[str], **options) -> Tensor:
-        images = decode_latents(pipe, sample(pipe, prompts, **options))
-        rounded = (images * 255).round() / 255
-        mean, _ = pipe.vae.encode(2 * rounded - 1)
-        return mean * pipe.vae.scaling_factor
+        return through_pixels(pipe, sample(pipe, prompts, **options))
 
     with patch.object(pairs, "sample", sample_through_pixels):
         yield
+
+
+@torch.no_grad()
+def through_pixels(pipe: Pipeline, latents: Tensor) -> Tensor:
+    """Return scaled latents [B,4,h,w] after they were decoded, rounded to 8 bits, and encoded."""
+    images = decode_latents(pipe, latents)
+    rounded = (images * 255).round() / 255
+    mean, _ = pipe.vae.encode(2 * rounded - 1)
+    return mean * pipe.vae.scaling_factor
 
 
 class RecordingUNet(GuidedUNet):

@@ -33,11 +33,11 @@ TRACELESS = "ending/gains/SPIN-1 whose opponents drew so"
 
 # {page: [(words, results by their place in evidence.json)]}
 CLAIMS = {
-    "tutorial/08_self_play.md": [
-        ("three hundred", [f"{RENEWED}/single"]),
-    ],
     "tutorial/11_stable_diffusion.md": [
         ("theta_0", ["ending/alone/at_3/clean"]),
+    ],
+    "tutorial/20_appendix.md": [
+        ("SPIN-3 minus SPIN-2", ["claims/claims/SPIN-3 beats SPIN-2/five"]),
     ],
     "tutorial/evidence/earlier_world.md": [
         # 1. The four claims

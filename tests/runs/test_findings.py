@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from spin import toy
 from spin.checkpoint import load_pipeline
 from spin.eval import world
-from tutorial import evidence, findings
+from tutorial import evidence, findings, marks
 from tutorial.findings import Comparison, Scores, holm, pooled
 
 # ---- A job ---------------------------------------------------------------------------------------
@@ -77,8 +78,6 @@ def test_a_row_is_the_mean_over_groups_of_prompts(job):
     rewards = toy.score(images, prompts)["reward"].reshape(20, 2)
     expected = rewards.mean(axis=1).reshape(2, 10).mean(axis=0)
     assert [float(row[f"fold {i}"]) for i in range(10)] == pytest.approx(expected, rel=1e-3)
-
-
 
 
 def test_the_best_guidance_is_that_of_each_metric(job):
@@ -327,3 +326,32 @@ def test_the_committed_tables_are_those_of_the_committed_scores():
     folder = Path(findings.__file__).parent / "evidence"
     text = findings.format_tables(Scores(folder / "results.csv"))
     assert (folder / "results.md").read_text() == text
+
+
+# ---- Marks in latents ----------------------------------------------------------------------------
+
+
+def test_a_detector_finds_an_offset_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(600, 4, 8, 8, generator=generator)
+    others = torch.randn(600, 4, 8, 8, generator=generator)
+    assert marks.detect(real, others) == pytest.approx(0.5, abs=0.06)
+    others[:, 0] += 0.5
+    assert marks.detect(real, others) > 0.9
+
+
+def test_every_opponent_of_a_job_is_compared_with_the_real_images(job, tmp_path):
+    folder, _ = job
+    argv = ["--runs", str(folder / "runs"), "--out", str(tmp_path / "marks.csv")]
+    rows = marks.main(argv)
+    assert [(row["of"], row["opponent"]) for row in rows] == [
+        ("spin-1", "theta_0"),
+        ("spin-2", "spin-1"),
+        ("bounded-1", "theta_0"),
+        ("bounded-2", "bounded-1"),
+    ]
+    with open(tmp_path / "marks.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == rows
+    for key in ("latents", "pixels", "offset 0", "offset 3"):
+        assert rows[0][key] == rows[2][key], "both losses began with the same opponent"
+    assert rows[0]["base"] == "4" and rows[0]["seed"] == "1"
