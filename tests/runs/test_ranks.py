@@ -196,7 +196,15 @@ def test_so_are_those_of_the_compiled_step(more, processes, alone, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model, lr, steps", [("iter1", 2e-5, 2), ("iter2", 2e-5, 4), ("sft", 3e-5, 4), ("dpo", 1e-6, 4)]
+    "model, lr, steps",
+    [
+        ("iter1", 2e-5, 2),
+        ("iter2", 2e-5, 4),
+        ("bounded-1", 2e-5, 2),
+        ("bounded-2", 2e-5, 4),
+        ("sft", 3e-5, 4),
+        ("dpo", 1e-6, 4),
+    ],
 )
 def test_trained_weights_are_those_of_one_process(model, lr, steps, alone, together):
     assert_close_weights(alone / model, together / model, lr, steps)
@@ -224,7 +232,7 @@ def test_latents_do_not_depend_on_the_number_of_ranks(pattern, tolerance, alone,
 def test_the_log_is_written_once_and_is_that_of_the_whole_batch(alone, together):
     expected = Run(alone).read_log()
     log = Run(together).read_log()
-    assert len(log) == 3 * 4  # spin, sft and dpo have four steps each
+    assert len(log) == 4 * 4  # spin, bounded, sft and dpo have four steps each
     for line, expected_line in zip(log, expected, strict=True):
         assert line.keys() == expected_line.keys()
         for name in ("model", "iteration", "step", "lr"):
