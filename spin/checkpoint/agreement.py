@@ -290,11 +290,28 @@ def check_same_vocabulary(text_encoder: TextEncoder, source: Path) -> None:
 
 
 def check_same_width(
-    unet: UNet, text_encoder: TextEncoder, source: str | Path, unet_source: str | Path
+    unet: UNet,
+    text_encoder: TextEncoder,
+    text_encoder_2: TextEncoder | None,
+    source: str | Path,
+    unet_source: str | Path,
 ) -> None:
-    """Raise InputError unless the UNet reads contexts of the width that the text encoder makes."""
+    """Raise InputError unless the UNet reads contexts like those that the text encoders make."""
     read = unet.config["cross_attention_dim"]
     made = text_encoder.config["hidden_size"]
+    pooled_read = 0
+    if unet.add_embedding is not None:
+        pooled_read = unet.add_embedding.pooled_channels
+    pooled_made = 0
+    if text_encoder_2 is not None:
+        made += text_encoder_2.config["hidden_size"]
+        pooled_made = text_encoder_2.config["projection_dim"]
+    if pooled_read != pooled_made:
+        message = f"the UNet of {unet_source} reads pooled text of {pooled_read} channels"
+        raise InputError(
+            f"{message}, but {source} makes {pooled_made} (projection_dim): they do not belong "
+            "together"
+        )
     if read != made:
         message = f"the UNet of {unet_source} reads text of {read} channels (cross_attention_dim)"
         raise InputError(

@@ -348,7 +348,7 @@ BUILT_IN = {
         "center_input_sample": False,  # would map latents from [0,1] to [-1,1]
         "mid_block_scale_factor": 1,  # would divide the sums in the middle block
         "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "transformer_layers_per_block": 1,  # several in SDXL
+        "reverse_transformer_layers_per_block": None,  # the way up mirrors the way down
         "dual_cross_attention": False,  # Versatile Diffusion
         "only_cross_attention": False,  # no self-attention, as in the SD x4 upscaler
         "resnet_time_scale_shift": "default",  # the timestep would scale, too
@@ -362,7 +362,6 @@ BUILT_IN = {
         "num_attention_heads": None,  # diffusers refuses it; attention_head_dim means the heads
         "class_embed_type": None,  # class labels as an input
         "num_class_embeds": None,  # class labels as an input, as in the SD x4 upscaler
-        "addition_embed_type": None,  # sizes and pooled text as inputs: SDXL
         "encoder_hid_dim": None,  # the context projected first, as in DeepFloyd
         "attention_type": "default",  # "gated" in GLIGEN
         "conv_in_kernel": 3,
@@ -395,13 +394,23 @@ BUILT_IN = {
     },
 }
 
+BUILT_IN["text_encoder_2"] = BUILT_IN["text_encoder"]
+
+# in_channels of other UNets -> what they are
+OTHER_INPUTS = {
+    8: "an edit model (InstructPix2Pix), which reads an image, too",
+    9: "an inpainting model, which reads an image and a mask, too",
+}
+
 # What model_index.json may say: the classes of the parts that are read (a scheduler's are below),
 # and the names of parts that change no image.
 PART_CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 UNUSED_PARTS = ("safety_checker", "feature_extractor")
 
@@ -411,6 +420,9 @@ FOREIGN_PIPELINES = {
     "LatentConsistency": "its UNet is distilled, and images are made without classifier-free "
     "guidance",
     "GLIGEN": "its UNet has boxes as an input",
+    "XLImg2Img": "an image-to-image model such as SDXL's refiner, which starts from images",
+    "XLInpaint": "an inpainting model",
+    "XLInstructPix2Pix": "an edit model",
 }
 
 # files in a folder that is taken for a model by mistake -> what the folder really holds

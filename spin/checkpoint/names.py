@@ -31,6 +31,11 @@ TEXT_NAMES = {
     "final_layer_norm.{p}": "ln_final.{p}",
 }
 
+# beside them in CLIPTextModelWithProjection, SDXL's second tower
+PROJECTION_NAMES = {
+    "text_projection.weight": "text_projection",  # transposed, too
+}
+
 # transformers' CLIPModel, but for its text tower -> open_clip's CLIP
 CLIP_NAMES = {
     "logit_scale": "logit_scale",
@@ -161,6 +166,33 @@ def replace_parts(name: str, table: dict[str, str]) -> str:
     for part, replacement in table.items():
         name = name.replace(part, replacement)
     return name
+
+
+def text_names(config: dict, projects: bool = False) -> NameMap:
+    """Return the names of a text tower's tensors.
+
+    config:   the contents of its config.json
+    projects: whether it has a projection
+    """
+    table = {**TEXT_NAMES, **PROJECTION_NAMES} if projects else TEXT_NAMES
+    return expand_names(table, i=config["num_hidden_layers"])
+
+
+def transpose_projection(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a text tower's tensors by transformers' names, with the projection transposed.
+
+    It multiplies from the left in transformers, and from the right in open_clip.
+    """
+    transposed = dict(tensors)
+    for name in PROJECTION_NAMES:
+        if name in tensors:
+            transposed[name] = tensors[name].T
+    return transposed
+
+
+def add_text_prefix(name: str) -> str:
+    """Return the name that transformers stores a tensor of a text tower under."""
+    return name if name in PROJECTION_NAMES else f"text_model.{name}"
 
 
 def expand_names(table: dict[str, str], **layers: int) -> NameMap:
