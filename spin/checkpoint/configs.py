@@ -1,8 +1,8 @@
 """Facts about published checkpoints that the checkpoints do not state themselves."""
 
 # ---- Single files --------------------------------------------------------------------------------
-# A file in the original layout holds no config. SD_1 and SD_2 hold the config.json contents of the
-# same models' diffusers folders, one entry per part.
+# A file in the original layout holds no config. SD_1, SD_2 and SDXL hold the config.json contents
+# of the same models' diffusers folders, one entry per part.
 
 # Stable Diffusion 1.1 to 1.5
 SD_1 = {
@@ -146,6 +146,51 @@ SD_2 = {
     },
 }
 
+# Stable Diffusion XL base
+SDXL = {
+    "unet": {
+        "sample_size": 128,  # latents of 1024 px
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280],
+        "layers_per_block": 2,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "cross_attention_dim": 2048,  # both text towers' hidden_size
+        "attention_head_dim": [5, 10, 20],  # heads of each block
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 32,
+        "act_fn": "silu",
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,  # 1280 + 6 * 256
+    },
+    "vae": {**SD_1["vae"], "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    "text_encoder": SD_1["text_encoder"],
+    # OpenCLIP's ViT-bigG/14
+    "text_encoder_2": {
+        "vocab_size": 49408,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "max_position_embeddings": 77,
+        "hidden_act": "gelu",
+        "projection_dim": 1280,
+    },
+    "scheduler": {
+        **SD_1["scheduler"],
+        "_class_name": "EulerDiscreteScheduler",
+        "timestep_spacing": "leading",
+    },
+}
+
+# family of models -> what a file may say of the layers that its text towers return
+TEXT_LAYERS = {"1.x": ("last",), "2.x": ("penultimate",), "XL": ("hidden", "penultimate")}
+# family of models -> scaling_factor of the VAE in every such file
+SCALING_FACTORS = {"1.x": 0.18215, "2.x": 0.18215, "XL": 0.13025}
+
 # Settings that networks use -> the value of a config without them. A single file states none of
 # them. Left out are those that BUILT_IN below fixes, sample_size (a default, not a fact about the
 # weights) and force_upcast (how exactly a VAE computes).
@@ -163,6 +208,10 @@ SETTINGS = {
         "downsample_padding": 1,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
+        "transformer_layers_per_block": 1,
+        "addition_embed_type": None,
+        "addition_time_embed_dim": None,
+        "projection_class_embeddings_input_dim": None,
     },
     "vae": {
         "block_out_channels": None,
@@ -178,6 +227,8 @@ SETTINGS = {
         "hidden_act": "quick_gelu",
     },
 }
+
+SETTINGS["text_encoder_2"] = {**SETTINGS["text_encoder"], "projection_dim": None}
 
 # Where the metadata of a .safetensors file may say what its UNet predicts, and in which words, in
 # lower case. None says nothing.
@@ -218,7 +269,8 @@ PREDICTION_KEYS = (
 # Where the metadata may say that the model is another one, and substrings of the words that do.
 ARCHITECTURE_KEYS = ("modelspec.architecture", "ss_base_model_version")
 FOREIGN_ARCHITECTURES = (
-    "xl",
+    "xl",  # but of an SDXL
+    "refiner",
     "v3",
     "sd3",
     "flux",
@@ -273,13 +325,13 @@ YAML_BUILT_IN = {
     "timesteps": 1000,
     "num_timesteps": 1000,
     "num_idx": 1000,
-    "scale_factor": 0.18215,  # the VAE's scaling_factor
+    "layer_idx": 11,  # which "layer: hidden" SDXL's first text tower returns
 }
 DISCRETIZATION = "LegacyDDPMDiscretization"  # the class of the noise levels in later files
 
 # substrings of tensor names -> what a file with such names really is
 FOREIGN = {
-    "conditioner.embedders.": "SDXL or SD-Turbo",
+    "conditioner.embedders.0.model.": "SDXL's refiner, or SD-Turbo",
     "joint_blocks.": "SD-3",
     "double_blocks.": "FLUX",
     "lora_": "LoRA weights: merge them into a model first",  # kohya's names
@@ -312,6 +364,9 @@ LEFTOVERS = (
     "cond_stage_model.model.attn_mask",
     "cond_stage_model.model.visual.",
     "cond_stage_model.model.transformer.resblocks.23.",
+    "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
+    "conditioner.embedders.1.model.logit_scale",
+    "conditioner.embedders.1.model.attn_mask",
     # steps of the training
     "global_step",
     "step",

@@ -127,6 +127,8 @@ ORIGINAL_UNET_NAMES = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",  # 1 is an activation
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",  # 1 is an activation
     "mid_block.resnets.0": "middle_block.0",
     "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
@@ -186,7 +188,7 @@ def transpose_projection(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     transposed = dict(tensors)
     for name in PROJECTION_NAMES:
         if name in tensors:
-            transposed[name] = tensors[name].T
+            transposed[name] = tensors[name].T.contiguous()  # equal bits from either layout
     return transposed
 
 

@@ -27,7 +27,7 @@ from spin.checkpoint.folder import (
 )
 from spin.checkpoint.hub import locate
 from spin.checkpoint.names import add_text_prefix, text_names, transpose_projection, unfuse
-from spin.checkpoint.single_file import SCALING_FACTOR, SingleFile, write_single_file
+from spin.checkpoint.single_file import SingleFile, write_single_file
 from spin.checkpoint.tensors import config_errors, fill
 from spin.checkpoint.tokenizer import FILES, write_tokenizer
 from spin.checkpoint.weights import WEIGHT_FILES, list_weight_files
@@ -160,9 +160,7 @@ def check_same_scaling(
 
     source, unet_source: the names of the model and of the other checkpoint, for messages
     """
-    scaling_factor = SCALING_FACTOR
-    if isinstance(unet_checkpoint, Folder):
-        scaling_factor = unet_checkpoint.read_scaling_factor_of_unet()
+    scaling_factor = unet_checkpoint.read_scaling_factor_of_unet()
     if scaling_factor not in (None, vae.scaling_factor):
         message = f"the UNet of {unet_source} is for latents times {scaling_factor}"
         raise InputError(
