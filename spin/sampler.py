@@ -40,6 +40,7 @@ def sample(
     sampler: str = "ddim",
     height: int | None = None,
     width: int | None = None,
+    sizes: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return a scaled latent x0 for each prompt, [B,4,h,w] float32. `decode_latents` makes images.
@@ -56,6 +57,8 @@ def sample(
         no prompt, see `spin.checkpoint.Pipeline.encode_prompts`.
     sampler: a key of SAMPLERS.
     height, width: pixels, multiples of the VAE's factor. None: the size the UNet was trained at.
+    sizes: [B,6], what SDXL is told of each image: see `spin.unet.AddedEmbedding`. None: that it is
+        whole. Other models read none.
     dtype: compute dtype of the UNet and the text encoder, by autocast.
 
     Raises InputError if an argument is out of range, or if a latent is not finite.
@@ -71,8 +74,9 @@ def sample(
 
     factor = pipe.vae.downscale
     shape = (pipe.unet.conv_in.in_channels, height // factor, width // factor)
-    size = (height, width, 0, 0, height, width)  # a whole image, from which nothing is cut
-    model = GuidedUNet(pipe, prompts, negative_prompts, size, guidance, dtype)
+    if sizes is None:
+        sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts))
+    model = GuidedUNet(pipe, prompts, negative_prompts, sizes, guidance, dtype)
     x_t = draw_noise(generators, shape, model.device)
     earlier = None
     for t in pipe.scheduler.timesteps(steps).tolist():
@@ -102,7 +106,7 @@ class GuidedUNet:
     """The UNet with prompts and guidance: the one place where sampling evaluates the network."""
 
     def __init__(
-        self, pipe, prompts, negative_prompts, size, guidance: float, dtype: torch.dtype
+        self, pipe, prompts, negative_prompts, sizes, guidance: float, dtype: torch.dtype
     ):
         self.unet = pipe.unet
         self.scheduler = pipe.scheduler
@@ -111,13 +115,17 @@ class GuidedUNet:
         self.device = pipe.unet.conv_in.weight.device
         self.weight_dtype = pipe.unet.conv_in.weight.dtype
         all_prompts = list(prompts)
+        all_sizes = sizes.tolist()
         if guidance != 1:
             all_prompts = [*negative_prompts, *prompts]
-        unique_prompts = list(dict.fromkeys(all_prompts))  # most of the negative ones are the same
-        positions = [unique_prompts.index(prompt) for prompt in all_prompts]
-        sizes = torch.tensor([size] * len(unique_prompts))
+            all_sizes = all_sizes * 2
+        inputs = [(prompt, *numbers) for prompt, numbers in zip(all_prompts, all_sizes)]
+        unique = list(dict.fromkeys(inputs))  # most of the negative ones are the same
+        positions = [unique.index(each) for each in inputs]
+        unique_prompts = [prompt for prompt, *_ in unique]
+        unique_sizes = torch.tensor([numbers for _, *numbers in unique])
         with mixed_precision(self.device, dtype):
-            unique_contexts = pipe.encode_prompts(unique_prompts, sizes)
+            unique_contexts = pipe.encode_prompts(unique_prompts, unique_sizes)
         positions_on_device = copy_to_device(torch.tensor(positions), self.device)
         self.context = unique_contexts[positions_on_device].to(self.weight_dtype)
 

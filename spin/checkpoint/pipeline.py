@@ -65,6 +65,11 @@ class Pipeline:
             sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts))
         return encode_for_sdxl(self.text_encoder, self.text_encoder_2, prompts, sizes)
 
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether contexts depend on sizes, as they do for SDXL."""
+        return self.text_encoder_2 is not None
+
     def freeze(self) -> "Pipeline":
         """Switch gradients off for all weights, and return the pipeline itself."""
         for network in (self.unet, self.vae, self.text_encoder, self.text_encoder_2):
