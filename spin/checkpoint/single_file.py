@@ -4,8 +4,8 @@
     first_stage_model.*       VAE
     cond_stage_model.*        text tower; conditioner.* in SDXL, which has two
 
-Such a file holds no config: that of SD_1, SD_2 or SDXL in configs.py is assumed. Other tensors must agree
-with it (alphas_cumprod, ...) or be LEFTOVERS, which are not read (model_ema.*, ...).
+Such a file holds no config: that of SD_1, SD_2 or SDXL in configs.py is assumed. Other tensors must
+agree with it (alphas_cumprod, ...) or be LEFTOVERS, which are not read (model_ema.*, ...).
 """
 
 from pathlib import Path

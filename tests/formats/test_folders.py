@@ -268,7 +268,7 @@ def test_the_index_of_a_stable_diffusion_changes_nothing(
         ({"controlnet": ["diffusers", "ControlNetModel"]}, "a part controlnet (ControlNetModel)"),
         ({"controlnet": ["diffusers", ["ControlNetModel"] * 2]}, "a part controlnet (['Control"),
         ({"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}, "image_encoder"),
-        ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "it is CLIPTextModelWithProjection"),
+        ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "CLIPTextModelWithProjection"),
         ({"text_encoder_3": ["transformers", "T5EncoderModel"]}, "a part text_encoder_3"),
         ({"motion_adapter": ["diffusers", "MotionAdapter"]}, "a part motion_adapter"),
         ({"unet": ["diffusers", "UNetMotionModel"]}, "its unet is UNetMotionModel"),

@@ -212,7 +212,7 @@ def test_leftovers_and_statements_of_published_files_are_read_past(file_xl, pipe
 @pytest.mark.parametrize(
     "metadata, yaml, message",
     [
-        ({"modelspec.architecture": "stable-diffusion-xl-v1-refiner"}, "", "not Stable Diffusion XL"),
+        ({"modelspec.architecture": "stable-diffusion-xl-v1-refiner"}, "", "refiner: not"),
         ({"modelspec.architecture": "stable-diffusion-xl-v1-inpainting"}, "", "inpainting: not"),
         ({}, "scale_factor: 0.18215", "in Stable Diffusion XL it is 0.13025"),
         ({}, "layer: last", "in Stable Diffusion XL it is hidden or penultimate"),
