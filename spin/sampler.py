@@ -115,17 +115,16 @@ class GuidedUNet:
         self.device = pipe.unet.conv_in.weight.device
         self.weight_dtype = pipe.unet.conv_in.weight.dtype
         all_prompts = list(prompts)
-        all_sizes = sizes.tolist()
+        all_sizes = [tuple(numbers) for numbers in sizes.tolist()]
         if guidance != 1:
             all_prompts = [*negative_prompts, *prompts]
             all_sizes = all_sizes * 2
-        inputs = [(prompt, *numbers) for prompt, numbers in zip(all_prompts, all_sizes)]
-        unique = list(dict.fromkeys(inputs))  # most of the negative ones are the same
-        positions = [unique.index(each) for each in inputs]
-        unique_prompts = [prompt for prompt, *_ in unique]
-        unique_sizes = torch.tensor([numbers for _, *numbers in unique])
+        inputs = list(zip(all_prompts, all_sizes))
+        unique_inputs = list(dict.fromkeys(inputs))  # most of the negative ones are the same
+        positions = [unique_inputs.index(each) for each in inputs]
+        unique_prompts, unique_sizes = zip(*unique_inputs)
         with mixed_precision(self.device, dtype):
-            unique_contexts = pipe.encode_prompts(unique_prompts, unique_sizes)
+            unique_contexts = pipe.encode_prompts(unique_prompts, torch.tensor(unique_sizes))
         positions_on_device = copy_to_device(torch.tensor(positions), self.device)
         self.context = unique_contexts[positions_on_device].to(self.weight_dtype)
 

@@ -203,6 +203,7 @@ def encode_for_sdxl(
     is_prompt = copy_to_device(is_prompt, ids.device)[:, None]
     pooled = pooled.where(is_prompt, 0)
     tokens = tokens.where(is_prompt[:, :, None], 0)
-    row = torch.cat([pooled.to(tokens.dtype), sizes.to(tokens)], dim=1)  # [B,1286]
+    sizes = copy_to_device(sizes, ids.device)
+    row = torch.cat([pooled.to(tokens.dtype), sizes.to(tokens.dtype)], dim=1)  # [B,1286]
     row = F.pad(row, (0, tokens.shape[2] - row.shape[1]))  # [B,2048]
     return torch.cat([tokens, row[:, None]], dim=1)

@@ -317,17 +317,21 @@ def write_model_index(folder: Path, scheduler_class: str, is_xl: bool) -> None:
         "requires_safety_checker": False,
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
+    }
+    if is_xl:
+        index = {
+            "_class_name": "StableDiffusionXLPipeline",
+            "force_zeros_for_empty_prompt": True,
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
+    parts = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", scheduler_class],
     }
-    if is_xl:
-        index["_class_name"] = "StableDiffusionXLPipeline"
-        index["force_zeros_for_empty_prompt"] = True
-        index["image_encoder"] = [None, None]
-        index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
-        index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
-        del index["requires_safety_checker"], index["safety_checker"]
-    write_json(folder / MODEL_INDEX, index)
+    write_json(folder / MODEL_INDEX, {**index, **parts})

@@ -367,7 +367,7 @@ def test_a_unet_of_latents_of_another_scale_is_refused(tiny_folder, model_copy):
 
 
 def test_a_unet_of_a_single_file_is_of_latents_of_the_usual_scale(model_copy):
-    file = Mock(spec=SingleFile)
+    file = Mock(spec=SingleFile, read_scaling_factor_of_unet=lambda: 0.18215)
     check_same_scaling(load_pipeline(model_copy).vae, file, "model", "file.ckpt")
     edit_json(model_copy / "vae/config.json", scaling_factor=0.5)
     with pytest.raises(InputError, match="of file.ckpt is for latents times 0.18215 .*states 0.5:"):
