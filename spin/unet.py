@@ -148,7 +148,7 @@ class TransformerBlock(nn.Module):
 class Transformer2D(nn.Module):
     """Transformer blocks whose tokens are the pixels of a feature map. [B,C,H,W] -> [B,C,H,W].
 
-    depth: of them in a row: 1 but in SDXL
+    depth: blocks in a row; 1 except in SDXL
     use_linear: the projections are stored as linear layers (SD-2.x), not as 1x1 convolutions
     (SD-1.x). They compute the same.
     """
@@ -470,7 +470,10 @@ def heads_per_block(config: dict) -> list[int]:
 
 
 def depth_per_block(config: dict) -> list[int]:
-    """Return the transformer blocks in each attention of each down block: all 1 but in SDXL."""
+    """Return how many transformer blocks follow each other in each down block's attentions.
+
+    That is 1 except in SDXL, which lists the numbers.
+    """
     depths = config.get("transformer_layers_per_block", 1)
     if isinstance(depths, int):
         return [depths] * len(config["block_out_channels"])
@@ -486,7 +489,10 @@ def check_sample_size(size) -> None:
 
 
 def check_lists(config: dict) -> None:
-    """Raise ValueError unless config.json's lists have one entry per block, and known ones."""
+    """Raise ValueError unless config.json's lists have one entry per block, and known ones.
+
+    So must be the kind of inputs beside the text.
+    """
     lists = {
         "down_block_types": config["down_block_types"],
         "up_block_types": config["up_block_types"],
@@ -501,7 +507,7 @@ def check_lists(config: dict) -> None:
         if len(entries) != num_blocks:
             raise ValueError(f"{key} has {len(entries)} entries for {num_blocks} blocks")
     for depth in lists["transformer_layers_per_block"]:
-        if not isinstance(depth, int) or depth < 1:  # lists in SSD-1B, whose ways differ
+        if not isinstance(depth, int) or depth < 1:  # lists and 0 in SDXLs that were cut down
             raise ValueError(f"transformer_layers_per_block has {depth!r}: must be 1 or more")
     check_block_types(config["down_block_types"], DOWN_BLOCK_TYPES)
     check_block_types(config["up_block_types"], UP_BLOCK_TYPES)

@@ -160,6 +160,19 @@ def test_guided_steps_of_sdxl(pipe_sdxl, name, negative):
     assert_close(latents, GOLDEN_SDXL[f"tinyxl.sample.{name}"], atol=1e-4)
 
 
+def test_each_image_is_sampled_with_its_own_sizes(pipe_sdxl):
+    def sample_sizes(sizes: Tensor) -> Tensor:
+        generators = [torch.Generator().manual_seed(3) for _ in sizes]
+        prompts = ["a red circle"] * len(sizes)
+        options = {"steps": 2, "guidance": 2.0, "height": 32, "width": 32}
+        return sample_latents(pipe_sdxl, prompts, generators=generators, sizes=sizes, **options)
+
+    both = sample_sizes(SIZES_SDXL)
+    assert (both[0] - both[1]).abs().max() > 1e-2
+    for i in (0, 1):
+        assert_close(both[i : i + 1], sample_sizes(SIZES_SDXL[i : i + 1]), atol=1e-4)
+
+
 def test_a_missing_prompt_is_the_empty_one_in_sd_1(pipe):
     assert torch.equal(pipe.encode_prompts([None]), pipe.encode_prompts([""]))
 

@@ -53,6 +53,14 @@ def test_every_iteration_starts_at_log_2_to_the_bit(finished_xl):
         assert line["grad_norm"] > 0
 
 
+def test_so_does_one_in_bfloat16_that_recomputes_activations(flags_xl, tmp_path):
+    more = "--dtype bfloat16 --checkpoint-activations --iterations 1 --steps 1 --grid-prompts 0"
+    train.main(flags_xl(tmp_path / "run", more))
+    [line] = Run(tmp_path / "run").read_log()
+    assert line["margin"] == line["delta_data"] == line["delta_gen"] == 0
+    assert line["grad_norm"] > 0
+
+
 def test_every_tensor_learns(finished_xl, tinyxl_folder):
     """So does the added embedding, though no layer of the loop knows of it."""
     before = load_pipeline(tinyxl_folder).unet.state_dict()
