@@ -60,8 +60,8 @@ PAPER = {
     "deterministic": False,  # a tenth slower, uncompiled; the paper does not say
 }
 
-#: For SDXL, which SPIN's authors did not train: PAPER, but for what Diffusion-DPO's public code sets
-#: for SDXL (github.com/SalesforceAIResearch/DiffusionDPO: launchers/sdxl.sh, train.py and
+#: For SDXL, which SPIN's authors did not train: PAPER, but for what Diffusion-DPO's public code
+#: sets for SDXL (github.com/SalesforceAIResearch/DiffusionDPO: launchers/sdxl.sh, train.py and
 #: quick_samples.ipynb). That code has Adafactor, and no decay after the warmup.
 PAPER_SDXL = {
     **PAPER,

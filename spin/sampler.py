@@ -105,9 +105,7 @@ def sample(
 class GuidedUNet:
     """The UNet with prompts and guidance: the one place where sampling evaluates the network."""
 
-    def __init__(
-        self, pipe, prompts, negative_prompts, sizes, guidance: float, dtype: torch.dtype
-    ):
+    def __init__(self, pipe, prompts, negative_prompts, sizes, guidance: float, dtype: torch.dtype):
         self.unet = pipe.unet
         self.scheduler = pipe.scheduler
         self.guidance = guidance

@@ -378,9 +378,7 @@ class UNet(nn.Module):
         for i, block_type in enumerate(config["down_block_types"]):
             layer_channels = [in_channels] + [channels[i]] * (num_layers - 1)
             attends = DOWN_BLOCK_TYPES[block_type]
-            block = DownBlock(
-                layer_channels, channels[i], heads[i], depths[i], attends, sizes
-            )
+            block = DownBlock(layer_channels, channels[i], heads[i], depths[i], attends, sizes)
             skip_channels += [channels[i]] * num_layers
             if i < last:
                 block.add_downsampler(config.get("downsample_padding", 1))

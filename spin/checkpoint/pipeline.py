@@ -49,9 +49,7 @@ class Pipeline:
     scheduler: Scheduler
     text_encoder_2: TextEncoder | None = None  # SDXL's
 
-    def encode_prompts(
-        self, prompts: list[str | None], sizes: Tensor | None = None
-    ) -> Tensor:
+    def encode_prompts(self, prompts: list[str | None], sizes: Tensor | None = None) -> Tensor:
         """Return the context of prompts, [B,77,D], or [B,78,D] for SDXL.
 
         prompts: None is no prompt: for SDXL all zeros, for others the empty prompt.

@@ -204,10 +204,9 @@ def refuse_other_models(tensors: dict[str, Tensor], path: Path) -> None:
     for part_of_name, model in FOREIGN.items():
         if any(part_of_name in name for name in tensors):
             raise InputError(f"{path}: not Stable Diffusion 1.x, 2.x or XL base, but {model}")
-    if INPUT_WEIGHT in tensors:
-        channels = tensors[INPUT_WEIGHT].shape[1]
-        if channels in OTHER_INPUTS:
-            raise InputError(f"{path}: {OTHER_INPUTS[channels]}")
+    for channels, model in OTHER_INPUTS.items():
+        if INPUT_WEIGHT in tensors and tensors[INPUT_WEIGHT].shape[1:2] == (channels,):
+            raise InputError(f"{path}: {model}")
     prefixes = (UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX, XL_TEXT_PREFIX)
     if not any(name.startswith(prefixes) for name in tensors):
         if any(name.startswith(AVERAGE_PREFIX) for name in tensors):
