@@ -78,8 +78,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--negative-prompt",
         type=utf8_text,
-        default="",
-        help="what guidance steers away from (default: the empty prompt)",
+        help='what guidance steers away from (default: no prompt, which for SDXL is not "")',
     )
     parser.add_argument(
         "--num-images", type=number(int, 1), default=1, help="images per prompt (default: 1)"
@@ -169,7 +168,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
         print(f"the model is in {args.save_single}")
     if not prompts:
         return []
-    all_prompts = [*prompts, args.negative_prompt]
+    all_prompts = [*prompts, args.negative_prompt or ""]
     warn_of_cut_prompts(pipe.text_encoder.tokenizer, all_prompts)
 
     # ---- an image for each prompt and seed

@@ -404,7 +404,8 @@ def save_model(run: Run, name: str, num_steps: int, pipe: Pipeline) -> None:
 
 SOURCES = """In parentheses: the default, or its value in each preset. toy: chosen so that the run
 takes minutes on a CPU; tuned: chosen by tutorial/tune_toy.py on validation prompts; paper: from its
-appendix A; assumed: not stated in the paper."""
+appendix A; assumed: not stated in the paper. paper-sdxl: paper, but for what Diffusion-DPO's public
+code has for SDXL (PAPER_SDXL in spin/config.py). It is not SPIN's."""
 
 COUNT = number(int, 1)
 COUNT_OR_0 = number(int, 0)
@@ -488,7 +489,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = FlagGroup(parser, "data")
     group.setting("--resolution", COUNT, "height and width of the images, in pixels")
     group.setting("--flip", PROBABILITY, "probability of mirroring a real image; 0: never")
-    group.setting("--prompt-dropout", PROBABILITY, "probability of an empty prompt; 0: never")
+    group.setting("--prompt-dropout", PROBABILITY, "probability of no prompt; 0: never")
     group.flag("--num-prompts", COUNT, "use only the first N rows of the data (all)")
     group.switch("--skip-bad", "skip data rows that cannot be used, instead of stopping")
     group.switch("--follow-links", "read images through links that leave the data folder")
@@ -571,8 +572,9 @@ def check_flags(parser: argparse.ArgumentParser, args, given) -> None:
 
     given: the flags before defaults were filled in: None where one was not given.
     """
-    if args.preset == "paper" and (args.model is None or args.data is None):
-        parser.error("--preset paper, the default with --model, needs both --model and --data")
+    if args.preset != "toy" and (args.model is None or args.data is None):
+        default = ", the default with --model," if args.preset == "paper" else ""
+        parser.error(f"--preset {args.preset}{default} needs both --model and --data")
     for name in all_loss_settings():
         if getattr(given, name) is not None and name not in settings_of_loss(args.loss):
             own = " and ".join(flag_name(other) for other in settings_of_loss(args.loss))

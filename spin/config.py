@@ -1,4 +1,4 @@
-"""The settings of the miniature world and of the paper, and where each comes from.
+"""The settings of the miniature world, of the paper and for SDXL, and where each comes from.
 
 Keys are flags of train.py: `batch_size` is --batch-size. The paper is arXiv 2402.10210; its
 settings are in appendix A. Two of them look odd but are the paper's: the 50 steps of iteration 1
@@ -60,7 +60,24 @@ PAPER = {
     "deterministic": False,  # a tenth slower, uncompiled; the paper does not say
 }
 
-PRESETS = {"toy": TOY, "paper": PAPER}
+#: For SDXL, which SPIN's authors did not train: PAPER, but for what Diffusion-DPO's public code
+#: sets for SDXL (github.com/SalesforceAIResearch/DiffusionDPO: launchers/sdxl.sh, train.py and
+#: quick_samples.ipynb). That code has Adafactor, and no decay after the warmup.
+PAPER_SDXL = {
+    **PAPER,
+    "lr": [2.048e-5],  # 1e-8 times its batch of 2048
+    "beta": [5000.0],
+    "dpo_lr": 2.048e-5,
+    "dpo_beta": 5000.0,
+    "micro_batch": 1,
+    "resolution": 1024,
+    "prompt_dropout": 0.2,  # there, the empty prompt is encoded; here, no prompt is zeros
+    "guidance": 5.0,
+    "generation_batch": 4,  # assumed: it changes no more than rounding
+}
+
+#: The defaults that --preset chooses from.
+PRESETS = {"toy": TOY, "paper": PAPER, "paper-sdxl": PAPER_SDXL}
 
 #: how long `python train.py` took when it was last measured
 STORY_TIME = "5 minutes on two idle CPU cores"
@@ -88,9 +105,12 @@ LOSS_SETTINGS = {
 
 
 def describe_default(name: str) -> str:
-    """Return a setting's values and their sources, for --help: "toy: 16; paper: 2048"."""
+    """Return a setting's values and their sources, for --help: "toy: 16; paper: 2048".
+
+    PAPER_SDXL is left out, where few values are others.
+    """
     descriptions = []
-    for preset, values in PRESETS.items():
+    for preset, values in (("toy", TOY), ("paper", PAPER)):
         source = ""
         if preset == "toy" and any(name in names for names in LOSS_SETTINGS.values()):
             source = ", tuned"

@@ -144,7 +144,15 @@ class CaptionedImages:
 
     def image(self, index: int) -> Tensor:
         """Return a row's image, [3,resolution,resolution] in [-1,1]."""
-        return center_square(read_image(self.read_row(index).image), self.resolution)
+        return center_square(self.whole_image(index), self.resolution)
+
+    def whole_image(self, index: int) -> Image.Image:
+        """Return a row's image as it is in its file."""
+        return read_image(self.read_row(index).image)
+
+    def sizes(self, index: int) -> list[int]:
+        """Return the sizes of a row's image, see `sizes_of_square`."""
+        return sizes_of_square(self.whole_image(index), self.resolution)
 
     def rejected_image(self, index: int) -> Tensor:
         """Return a row's rejected image, [3,resolution,resolution] in [-1,1]."""
@@ -175,3 +183,17 @@ def center_square(image: Image.Image, resolution: int) -> Tensor:
     square = image.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box)
     pixels = np.asarray(square, dtype=np.float32) / 127.5 - 1  # [H,W,3]
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def sizes_of_square(image: Image.Image, resolution: int) -> list[int]:
+    """Return what SDXL is told of an image that `center_square` cuts: six sizes in pixels.
+
+    They are height and width of the image; how much is cut off at the top and at the left once its
+    square is resized; height and width of the result. Since the square is in the middle, they are
+    those of the mirrored image, too.
+    """
+    width, height = image.size
+    scale = resolution / min(width, height)
+    top = round((height * scale - resolution) / 2)
+    left = round((width * scale - resolution) / 2)
+    return [height, width, top, left, resolution, resolution]

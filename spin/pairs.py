@@ -14,7 +14,14 @@ from torch import Tensor
 
 from spin.checkpoint import Pipeline
 from spin.checkpoint.tensors import read_tensors
-from spin.data import CaptionedImages, batch_rows, noise_generator, random_draws
+from spin.data import (
+    CaptionedImages,
+    batch_rows,
+    center_square,
+    noise_generator,
+    random_draws,
+    sizes_of_square,
+)
 from spin.infra import distributed
 from spin.infra.devices import copy_to_device
 from spin.infra.errors import InputError
@@ -33,7 +40,7 @@ ENCODE_BATCH = 4  # images in a forward pass of the VAE's encoder
 def encode_images(
     vae, images: CaptionedImages, latents: LatentShards, mirrored: bool, device: str
 ) -> None:
-    """Store mean and log-variance of every image's latent, where they are missing.
+    """Store mean and log-variance of every image's latent, and its sizes, where they are missing.
 
     mirrored: whether to store those of the mirrored images, too.
 
@@ -43,13 +50,17 @@ def encode_images(
     for shard, batches in missing_batches(latents, ENCODE_BATCH, "encoding real images"):
         encoded = []
         for rows in batches:
-            pixels = torch.stack([images.image(row) for row in rows]).to(device)
+            whole = [images.whole_image(row) for row in rows]
+            squares = [center_square(image, images.resolution) for image in whole]
+            pixels = torch.stack(squares).to(device)
             tensors = encode(vae, pixels, "", mirrored)
             if images.with_rejected:
                 pixels = torch.stack([images.rejected_image(row) for row in rows]).to(device)
                 tensors.update(encode(vae, pixels, "rejected_", mirrored))
             check_unchanged(images, rows)
             check_storable(tensors, rows, images)
+            sizes = [sizes_of_square(image, images.resolution) for image in whole]
+            tensors["sizes"] = torch.tensor(sizes)
             encoded.append(tensors)
         latents.write(shard, encoded)
     distributed.barrier()
@@ -82,7 +93,7 @@ def generate_images(
     """Generate and store a latent for every row of `latents` that has none yet.
 
     opponent: a pipeline whose UNet is theta_{k-1}, in iteration k.
-    images: their captions are the prompts.
+    images: their captions are the prompts. Their sizes belong to the prompts, for SDXL.
     batch_size: images generated at once. An image's noise depends on (seed, iteration, row) alone.
     compiled: whether to compile the UNet for batches of `batch_size`. A smaller one, at the end of
         a file, runs uncompiled, since to compile for its shape would take minutes.
@@ -97,7 +108,10 @@ def generate_images(
             prompts = [images.caption(row) for row in rows]
             generators = [noise_generator(seed, iteration, row) for row in rows]
             pipe = compiled_opponent if len(rows) == batch_size else opponent
-            x0 = sample(pipe, prompts, generators=generators, **vars(options))
+            sizes = None
+            if opponent.reads_sizes:  # part of what the opponent's image is conditioned on
+                sizes = torch.tensor([images.sizes(row) for row in rows])
+            x0 = sample(pipe, prompts, generators=generators, sizes=sizes, **vars(options))
             check_storable({"x0": x0}, rows, images)
             generated.append({"x0": x0})
         latents.write(shard, generated)
@@ -197,7 +211,7 @@ class PairLoader:
         are never mirrored. None: the pairs are of the real images and of the data's rejected ones.
     batch_size: pairs of a step, over all ranks.
     flip: probability of mirroring a real image.
-    prompt_dropout: probability of training a pair with the empty prompt.
+    prompt_dropout: probability of training a pair without its prompt.
     independent_noise: whether each image of a pair gets noise of its own.
     dtype: compute dtype of the text encoder.
     """
@@ -286,16 +300,17 @@ class PairLoader:
         return (mean + (0.5 * logvar).exp() * noise) * self.pipe.vae.scaling_factor
 
     def encode_prompts(self, rows: Sequence[int], dropped: Tensor) -> Tensor:
-        """Return the context [B,77,D] of the rows' captions.
+        """Return the context of the rows' captions, and of their images' sizes.
 
-        dropped: [B], which captions to replace by the empty prompt.
+        dropped: [B], which to replace by no prompt, the one that guidance leads away from.
         """
+        sizes = self.real.read("sizes", rows) if self.pipe.reads_sizes else None
         prompts = [self.images.caption(row) for row in rows]
         for i, drop in enumerate(dropped.tolist()):
             if drop:
-                prompts[i] = ""
+                prompts[i] = None
         with mixed_precision(torch.device(self.device), self.dtype):
-            return self.pipe.encode_prompts(prompts)
+            return self.pipe.encode_prompts(prompts, sizes)
 
 
 def rows_of_steps(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spin.checkpoint.pipeline import default_size
 from spin.infra.devices import copy_to_device
 from spin.infra.errors import InputError
 from spin.scheduler import ddim_step, ddpm_step, dpmpp_step, x0_and_eps
@@ -35,10 +36,11 @@ def sample(
     eta: float = 0.0,
     generators: Sequence[torch.Generator] | None = None,
     *,
-    negative_prompts: str | Sequence[str] = "",
+    negative_prompts: str | Sequence[str | None] | None = None,
     sampler: str = "ddim",
     height: int | None = None,
     width: int | None = None,
+    sizes: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return a scaled latent x0 for each prompt, [B,4,h,w] float32. `decode_latents` makes images.
@@ -51,16 +53,19 @@ def sample(
     eta: DDIM's noise as a multiple of DDPM's, 0 to 1. The other samplers ignore it.
     generators: CPU generators, one per prompt, that draw all of its noise, so that no image depends
         on the rest of its batch. None: seeds 0, 1, 2, ...
-    negative_prompts: what guidance steers away from, one for all prompts or one for each.
+    negative_prompts: what guidance steers away from, one for all prompts or one for each. None is
+        no prompt, see `spin.checkpoint.Pipeline.encode_prompts`.
     sampler: a key of SAMPLERS.
     height, width: pixels, multiples of the VAE's factor. None: the size the UNet was trained at.
+    sizes: [B,6], what SDXL is told of each image: see `spin.unet.AddedEmbedding`. None: that it is
+        whole. Other models read none.
     dtype: compute dtype of the UNet and the text encoder, by autocast.
 
     Raises InputError if an argument is out of range, or if a latent is not finite.
     """
     if generators is None:
         generators = [torch.Generator("cpu").manual_seed(i) for i in range(len(prompts))]
-    if isinstance(negative_prompts, str):
+    if negative_prompts is None or isinstance(negative_prompts, str):
         negative_prompts = [negative_prompts] * len(prompts)
     default_height, default_width = default_size(pipe)
     height = height or default_height
@@ -69,7 +74,9 @@ def sample(
 
     factor = pipe.vae.downscale
     shape = (pipe.unet.conv_in.in_channels, height // factor, width // factor)
-    model = GuidedUNet(pipe, prompts, negative_prompts, guidance, dtype)
+    if sizes is None:
+        sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts))
+    model = GuidedUNet(pipe, prompts, negative_prompts, sizes, guidance, dtype)
     x_t = draw_noise(generators, shape, model.device)
     earlier = None
     for t in pipe.scheduler.timesteps(steps).tolist():
@@ -95,17 +102,10 @@ def sample(
     return x_t
 
 
-def default_size(pipe) -> tuple[int, int]:
-    """Return the height and width, in pixels, of the images that the UNet was trained on."""
-    size = pipe.unet.sample_size
-    height, width = size if isinstance(size, list) else (size, size)
-    return height * pipe.vae.downscale, width * pipe.vae.downscale
-
-
 class GuidedUNet:
     """The UNet with prompts and guidance: the one place where sampling evaluates the network."""
 
-    def __init__(self, pipe, prompts, negative_prompts, guidance: float, dtype: torch.dtype):
+    def __init__(self, pipe, prompts, negative_prompts, sizes, guidance: float, dtype: torch.dtype):
         self.unet = pipe.unet
         self.scheduler = pipe.scheduler
         self.guidance = guidance
@@ -113,12 +113,16 @@ class GuidedUNet:
         self.device = pipe.unet.conv_in.weight.device
         self.weight_dtype = pipe.unet.conv_in.weight.dtype
         all_prompts = list(prompts)
+        all_sizes = [tuple(numbers) for numbers in sizes.tolist()]
         if guidance != 1:
             all_prompts = [*negative_prompts, *prompts]
-        unique_prompts = list(dict.fromkeys(all_prompts))  # most of the negative ones are the same
-        positions = [unique_prompts.index(prompt) for prompt in all_prompts]
+            all_sizes = all_sizes * 2
+        inputs = list(zip(all_prompts, all_sizes))
+        unique_inputs = list(dict.fromkeys(inputs))  # most of the negative ones are the same
+        positions = [unique_inputs.index(each) for each in inputs]
+        unique_prompts, unique_sizes = zip(*unique_inputs)
         with mixed_precision(self.device, dtype):
-            unique_contexts = pipe.encode_prompts(unique_prompts)
+            unique_contexts = pipe.encode_prompts(unique_prompts, torch.tensor(unique_sizes))
         positions_on_device = copy_to_device(torch.tensor(positions), self.device)
         self.context = unique_contexts[positions_on_device].to(self.weight_dtype)
 
@@ -245,7 +249,7 @@ def sample_images(
     seeds: Sequence[int],
     options: SamplingOptions,
     batch_size: int = 1,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
 ) -> Iterator[Tensor]:
     """Yield an image [3,H,W] in [0,1] for each prompt and the seed of its noise, in order.
 

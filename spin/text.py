@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spin.infra.devices import copy_to_device
@@ -114,10 +115,11 @@ class TextEncoder(nn.Module):
     """CLIP's text tower up to its final norm. text_encoder(prompts) -> context [B,77,D].
 
     config: the contents of transformers' text_encoder/config.json, which fixes every size.
+    projects: whether the tower has a projection of the whole prompt, as SDXL's second has.
     Raises ValueError for an unknown activation.
     """
 
-    def __init__(self, config: dict, tokenizer: Tokenizer):
+    def __init__(self, config: dict, tokenizer: Tokenizer, projects: bool = False):
         super().__init__()
         from open_clip.transformer import QuickGELU, TextTransformer
 
@@ -141,18 +143,26 @@ class TextEncoder(nn.Module):
             layers=config["num_hidden_layers"],
             mlp_ratio=config["intermediate_size"] / config["hidden_size"],
             act_layer=activations[activation],
-            output_dim=None,  # no projection: the UNet reads the tokens themselves
+            # without a projection, the UNet reads the tokens alone
+            output_dim=config["projection_dim"] if projects else None,
         )
         # Made in encode_ids instead: no checkpoint holds this buffer, so it cannot be loaded.
         self.tower.attn_mask = None
 
     def forward(self, prompts: list[str]) -> Tensor:
-        ids = self.tokenizer(prompts)
-        device = self.tower.positional_embedding.device
-        return self.encode_ids(copy_to_device(ids, device))
+        return self.encode_ids(self.tokenize(prompts))
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Return token ids [B,77] on the tower's device."""
+        return copy_to_device(self.tokenizer(prompts), self.tower.positional_embedding.device)
 
     def encode_ids(self, ids: Tensor) -> Tensor:
-        """Return the context [B,77,D] of token ids [B,77].
+        """Return the context [B,77,D] of token ids [B,77]."""
+        _, last = self.hidden_states(ids)
+        return self.tower.ln_final(last)
+
+    def hidden_states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the last layer reads and what it returns, [B,77,D] each, without final norm.
 
         Attention is causal, so that padding, which comes last, affects no real token.
         """
@@ -161,4 +171,39 @@ class TextEncoder(nn.Module):
         x = tower.token_embedding(ids) + tower.positional_embedding[:length]
         mask = torch.full((length, length), float("-inf"), device=ids.device)
         mask = mask.triu(1).to(x.dtype)  # -inf above the diagonal, else 0
-        return tower.ln_final(tower.transformer(x, attn_mask=mask))
+        before_last = x
+        for layer in tower.transformer.resblocks:
+            before_last = x
+            x = layer(x, attn_mask=mask)
+        return before_last, x
+
+
+def encode_for_sdxl(
+    first: TextEncoder, second: TextEncoder, prompts: list[str | None], sizes: Tensor
+) -> Tensor:
+    """Return SDXL's context [B,78,2048]: the tokens of two towers, and the row of other inputs.
+
+    first, second: CLIP ViT-L (768 channels) and OpenCLIP ViT-bigG (1280)
+    prompts: None is no prompt, whose text is all zeros; "" is encoded like any other
+    sizes: [B,6], see `spin.unet.AddedEmbedding`, which reads the last row
+
+    A context of lower precision rounds the sizes, as in diffusers. In bfloat16, multiples of 8 up
+    to 2048 are exact.
+    """
+    texts = [prompt or "" for prompt in prompts]
+    tokens, _ = first.hidden_states(first.tokenize(texts))
+    ids = second.tokenize(texts)
+    more_tokens, last = second.hidden_states(ids)
+    # the end token, whose id is the largest, has seen the whole prompt
+    end = last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
+    pooled = second.tower.ln_final(end) @ second.tower.text_projection
+
+    tokens = torch.cat([tokens, more_tokens], dim=2)  # [B,77,2048]
+    is_prompt = torch.tensor([prompt is not None for prompt in prompts])
+    is_prompt = copy_to_device(is_prompt, ids.device)[:, None]
+    pooled = pooled.where(is_prompt, 0)
+    tokens = tokens.where(is_prompt[:, :, None], 0)
+    sizes = copy_to_device(sizes, ids.device)
+    row = torch.cat([pooled.to(tokens.dtype), sizes.to(tokens.dtype)], dim=1)  # [B,1286]
+    row = F.pad(row, (0, tokens.shape[2] - row.shape[1]))  # [B,2048]
+    return torch.cat([tokens, row[:, None]], dim=1)

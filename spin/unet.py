@@ -1,9 +1,10 @@
-"""The UNet of Stable Diffusion 1.x and 2.x: noised latents, timesteps, text context -> prediction.
+"""The UNet of Stable Diffusion 1.x, 2.x and XL: noised latents, timesteps, context -> prediction.
 
 The prediction is the noise eps, or the velocity v, as the checkpoint's scheduler says. Attribute
 names are those of diffusers' UNet2DConditionModel, so checkpoints load without renaming a tensor.
 Shapes in comments are SD-1.5's at 512 px: latents [B,4,64,64], context [B,77,768], and blocks of
-320, 640, 1280 and 1280 channels.
+320, 640, 1280 and 1280 channels. SDXL has the same layers, but several transformer blocks in a row,
+and a context with one more row, which joins the timestep: see `AddedEmbedding`.
 """
 
 import math
@@ -47,6 +48,12 @@ def timestep_embedding(
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def sinusoids(t: Tensor, channels: int, config: dict) -> Tensor:
+    """Return `timestep_embedding` with the settings of a UNet's config."""
+    flip_sin_to_cos = config.get("flip_sin_to_cos", True)
+    return timestep_embedding(t, channels, flip_sin_to_cos, config.get("freq_shift", 0))
+
+
 class TimestepEmbedding(nn.Module):
     """Sinusoids -> the embedding that every residual block adds. [B,320] -> [B,1280]."""
 
@@ -55,8 +62,41 @@ class TimestepEmbedding(nn.Module):
         self.linear_1 = nn.Linear(channels, temb_channels)
         self.linear_2 = nn.Linear(temb_channels, temb_channels)
 
-    def forward(self, sinusoids: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(inputs)))
+
+
+class AddedEmbedding(TimestepEmbedding):
+    """SDXL's other inputs -> what is added to the timestep's embedding. [B,2048] -> [B,1280].
+
+    They are the last row of the context, so that whatever handles contexts handles them, too:
+    1280 numbers of pooled text, then NUM_SIZES sizes in pixels, then zeros. The sizes are height
+    and width of the original image, top and left of what was cut from it, and height and width of
+    the image to be made.
+    """
+
+    NUM_SIZES = 6
+
+    def __init__(self, config: dict, temb_channels: int):
+        in_channels = config["projection_class_embeddings_input_dim"]
+        super().__init__(in_channels, temb_channels)
+        self.config = config
+        self.size_channels = config["addition_time_embed_dim"]  # sinusoids of each size
+        self.pooled_channels = in_channels - self.NUM_SIZES * self.size_channels
+        used = self.pooled_channels + self.NUM_SIZES
+        if not self.NUM_SIZES < used <= config["cross_attention_dim"]:
+            raise ValueError(
+                f"projection_class_embeddings_input_dim is {in_channels}: pooled text of "
+                f"{self.pooled_channels} channels and {self.NUM_SIZES} sizes must fit into a row "
+                "of the context"
+            )
+
+    def forward(self, row: Tensor) -> Tensor:
+        pooled = row[:, : self.pooled_channels]
+        sizes = row[:, self.pooled_channels :][:, : self.NUM_SIZES]
+        waves = sinusoids(sizes.flatten(), self.size_channels, self.config)  # [6B,256]
+        waves = waves.view(len(row), -1).to(row.dtype)  # [B,1536]
+        return super().forward(torch.cat([pooled, waves], dim=1))
 
 
 # ---- Attention to the text -----------------------------------------------------------------------
@@ -106,20 +146,28 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer2D(nn.Module):
-    """A transformer block whose tokens are the pixels of a feature map. [B,C,H,W] -> [B,C,H,W].
+    """Transformer blocks whose tokens are the pixels of a feature map. [B,C,H,W] -> [B,C,H,W].
 
+    depth: blocks in a row; 1 except in SDXL
     use_linear: the projections are stored as linear layers (SD-2.x), not as 1x1 convolutions
     (SD-1.x). They compute the same.
     """
 
     def __init__(
-        self, channels: int, heads: int, context_channels: int, groups: int, use_linear: bool
+        self,
+        channels: int,
+        heads: int,
+        depth: int,
+        context_channels: int,
+        groups: int,
+        use_linear: bool,
     ):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # the residual blocks have 1e-5
         self.proj_in = self.make_projection(channels, use_linear)
-        block = TransformerBlock(channels, heads, context_channels)
-        self.transformer_blocks = nn.ModuleList([block])
+        self.transformer_blocks = nn.ModuleList()
+        for _ in range(depth):
+            self.transformer_blocks.append(TransformerBlock(channels, heads, context_channels))
         self.proj_out = self.make_projection(channels, use_linear)
 
     @staticmethod
@@ -134,7 +182,8 @@ class Transformer2D(nn.Module):
         # the policy's tokens would be rounded differently from the opponent's.
         tokens = tokens.contiguous()
         tokens = self.project(self.proj_in, tokens)
-        tokens = self.transformer_blocks[0](tokens, context)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
         tokens = self.project(self.proj_out, tokens)
         return x + tokens.transpose(1, 2).reshape(x.shape)  # [B,4096,320] -> [B,320,64,64]
 
@@ -159,8 +208,10 @@ class BlockSizes:
     def resnet(self, in_channels: int, channels: int) -> ResnetBlock2D:
         return ResnetBlock2D(in_channels, channels, self.groups, self.eps, self.temb_channels)
 
-    def transformer(self, channels: int, heads: int) -> Transformer2D:
-        return Transformer2D(channels, heads, self.context_channels, self.groups, self.use_linear)
+    def transformer(self, channels: int, heads: int, depth: int) -> Transformer2D:
+        return Transformer2D(
+            channels, heads, depth, self.context_channels, self.groups, self.use_linear
+        )
 
 
 class Layers(nn.Module):
@@ -185,10 +236,17 @@ class Block(Layers):
 
     in_channels: channels that each layer reads, one entry per layer
     channels:    channels that every layer returns
+    depth:       transformer blocks of each attention
     """
 
     def __init__(
-        self, in_channels: list[int], channels: int, heads: int, attends: bool, sizes: BlockSizes
+        self,
+        in_channels: list[int],
+        channels: int,
+        heads: int,
+        depth: int,
+        attends: bool,
+        sizes: BlockSizes,
     ):
         super().__init__()
         self.channels = channels
@@ -199,7 +257,7 @@ class Block(Layers):
         if attends:
             self.attentions = nn.ModuleList()
             for _ in in_channels:
-                self.attentions.append(sizes.transformer(channels, heads))
+                self.attentions.append(sizes.transformer(channels, heads, depth))
         self.downsamplers = nn.ModuleList()  # one or none
         self.upsamplers = nn.ModuleList()  # one or none
 
@@ -233,12 +291,12 @@ class DownBlock(Block):
 class MidBlock(Layers):
     """Two residual blocks with attention between them, at the lowest resolution."""
 
-    def __init__(self, channels: int, heads: int, sizes: BlockSizes):
+    def __init__(self, channels: int, heads: int, depth: int, sizes: BlockSizes):
         super().__init__()
         self.resnets = nn.ModuleList()
         for _ in range(2):
             self.resnets.append(sizes.resnet(channels, channels))
-        self.attentions = nn.ModuleList([sizes.transformer(channels, heads)])
+        self.attentions = nn.ModuleList([sizes.transformer(channels, heads, depth)])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
         x = self.run(self.resnets[0], x, temb)
@@ -280,10 +338,11 @@ class UpBlock(Block):
 
 # ---- The network ---------------------------------------------------------------------------------
 class UNet(nn.Module):
-    """UNet2DConditionModel of SD-1.x and SD-2.x.
+    """UNet2DConditionModel of SD-1.x, SD-2.x and SDXL.
 
     config: the contents of diffusers' unet/config.json, which fixes every size.
-    Raises ValueError for an unknown block type and for lists of different lengths.
+    Raises ValueError for an unknown block type, for lists of different lengths, and for inputs
+    beside the text that are not SDXL's.
     """
 
     def __init__(self, config: dict):
@@ -294,8 +353,9 @@ class UNet(nn.Module):
         check_sample_size(self.sample_size)
 
         channels = config["block_out_channels"]
-        depth = config.get("layers_per_block", 2)  # layers of a down block
+        num_layers = config.get("layers_per_block", 2)  # of a down block
         heads = heads_per_block(config)
+        depths = depth_per_block(config)
         check_lists(config)
         last = len(channels) - 1
         sizes = BlockSizes(
@@ -308,34 +368,40 @@ class UNet(nn.Module):
 
         self.conv_in = Conv2d(config.get("in_channels", 4), channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], sizes.temb_channels)
+        self.add_embedding: AddedEmbedding | None = None
+        if config.get("addition_embed_type") is not None:
+            self.add_embedding = AddedEmbedding(config, sizes.temb_channels)
 
         self.down_blocks = nn.ModuleList()
         skip_channels = [channels[0]]  # of each skip connection in order; the first is conv_in's
         in_channels = channels[0]
         for i, block_type in enumerate(config["down_block_types"]):
-            layer_channels = [in_channels] + [channels[i]] * (depth - 1)
+            layer_channels = [in_channels] + [channels[i]] * (num_layers - 1)
             attends = DOWN_BLOCK_TYPES[block_type]
-            block = DownBlock(layer_channels, channels[i], heads[i], attends, sizes)
-            skip_channels += [channels[i]] * depth
+            block = DownBlock(layer_channels, channels[i], heads[i], depths[i], attends, sizes)
+            skip_channels += [channels[i]] * num_layers
             if i < last:
                 block.add_downsampler(config.get("downsample_padding", 1))
                 skip_channels.append(channels[i])
             self.down_blocks.append(block)
             in_channels = channels[i]
 
-        self.mid_block = MidBlock(channels[-1], heads[-1], sizes)
+        self.mid_block = MidBlock(channels[-1], heads[-1], depths[-1], sizes)
 
         # The up blocks mirror the down blocks, with one more layer each, because conv_in and the
         # downsamplers left skip connections, too.
         self.up_blocks = nn.ModuleList()
         up_channels = channels[::-1]
         up_heads = heads[::-1]
+        up_depths = depths[::-1]
         in_channels = up_channels[0]
         for i, block_type in enumerate(config["up_block_types"]):
-            x_channels = [in_channels] + [up_channels[i]] * depth
+            x_channels = [in_channels] + [up_channels[i]] * num_layers
             layer_channels = [width + skip_channels.pop() for width in x_channels]
             attends = UP_BLOCK_TYPES[block_type]
-            block = UpBlock(layer_channels, up_channels[i], up_heads[i], attends, sizes)
+            block = UpBlock(
+                layer_channels, up_channels[i], up_heads[i], up_depths[i], attends, sizes
+            )
             if i < last:
                 block.add_upsampler()
             self.up_blocks.append(block)
@@ -347,15 +413,14 @@ class UNet(nn.Module):
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """Return the prediction [B,4,h,w] at noised latents [B,4,h,w].
 
-        timesteps: [B] or 0-d. context: [B,77,D].
+        timesteps: [B] or 0-d. context: [B,77,D], or [B,78,D] with SDXL's added row.
         """
-        sinusoids = timestep_embedding(
-            timesteps.expand(len(latents)),
-            self.conv_in.out_channels,
-            self.config.get("flip_sin_to_cos", True),
-            self.config.get("freq_shift", 0),
-        )
-        temb = self.time_embedding(sinusoids.to(latents.dtype))  # [B,1280]
+        t = timesteps.expand(len(latents))
+        waves = sinusoids(t, self.conv_in.out_channels, self.config)
+        temb = self.time_embedding(waves.to(latents.dtype))  # [B,1280]
+        if self.add_embedding is not None:
+            temb = temb + self.add_embedding(context[:, -1])
+            context = context[:, :-1].contiguous()  # as in Transformer2D
 
         x = self.conv_in(latents)  # [B,320,64,64]
         skips = [x]
@@ -402,6 +467,17 @@ def heads_per_block(config: dict) -> list[int]:
     return heads
 
 
+def depth_per_block(config: dict) -> list[int]:
+    """Return how many transformer blocks follow each other in each down block's attentions.
+
+    That is 1 except in SDXL, which lists the numbers.
+    """
+    depths = config.get("transformer_layers_per_block", 1)
+    if isinstance(depths, int):
+        return [depths] * len(config["block_out_channels"])
+    return depths
+
+
 def check_sample_size(size) -> None:
     """Raise ValueError unless `size` is a positive integer or two of them."""
     numbers = size if isinstance(size, list) and len(size) == 2 else [size]
@@ -411,15 +487,25 @@ def check_sample_size(size) -> None:
 
 
 def check_lists(config: dict) -> None:
-    """Raise ValueError unless config.json's lists have one entry per block, and known ones."""
+    """Raise ValueError unless config.json's lists have one entry per block, and known ones.
+
+    So must be the kind of inputs beside the text.
+    """
     lists = {
         "down_block_types": config["down_block_types"],
         "up_block_types": config["up_block_types"],
         "attention_head_dim": heads_per_block(config),
+        "transformer_layers_per_block": depth_per_block(config),
     }
+    added = config.get("addition_embed_type")
+    if added not in (None, "text_time"):
+        raise ValueError(f"addition_embed_type is {added!r}: must be None, or text_time as in SDXL")
     num_blocks = len(config["block_out_channels"])
     for key, entries in lists.items():
         if len(entries) != num_blocks:
             raise ValueError(f"{key} has {len(entries)} entries for {num_blocks} blocks")
+    for depth in lists["transformer_layers_per_block"]:
+        if not isinstance(depth, int) or depth < 1:  # lists and 0 in SDXLs that were cut down
+            raise ValueError(f"transformer_layers_per_block has {depth!r}: must be 1 or more")
     check_block_types(config["down_block_types"], DOWN_BLOCK_TYPES)
     check_block_types(config["up_block_types"], UP_BLOCK_TYPES)

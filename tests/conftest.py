@@ -34,6 +34,12 @@ def tiny2_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tinyxl_folder(tmp_path_factory) -> Path:
+    """A checkpoint like SDXL in miniature: two text encoders, sizes and pooled text as inputs."""
+    return helpers.write_checkpoint(tmp_path_factory.mktemp("tinyxl") / "model", "tinyxl")
+
+
+@pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
     """Twelve captioned images. All tests share them: copy the folder before you change it."""
     return helpers.write_images(tmp_path_factory.mktemp("data") / "images")

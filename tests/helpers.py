@@ -16,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 DATA = Path(__file__).parent / "data"
-MANIFEST = json.loads((DATA / "manifest.json").read_text())
+MANIFEST = {
+    **json.loads((DATA / "manifest.json").read_text()),
+    **json.loads((DATA / "manifest_sdxl.json").read_text()),
+}
 GOLDEN = load_file(DATA / "golden.safetensors")
 REWARDS = json.loads((DATA / "rewards_manifest.json").read_text())  # the scorers' tensors, configs
 WORDS = json.loads((DATA / "wordpiece.json").read_text())
@@ -36,11 +39,31 @@ SCHEDULER = {
     "clip_sample": False,
 }
 
+# scheduler/scheduler_config.json of SDXL's checkpoint
+SCHEDULER_SDXL = {
+    "_class_name": "EulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+    "clip_sample": False,
+}
+
 # the weights' file of each part
 FILES = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
+    "text_encoder_2": "model",  # of SDXL alone
 }
 
 
@@ -84,15 +107,16 @@ def write_json(path: Path, value) -> None:
 def write_checkpoint(folder: Path, tag: str = "tiny") -> Path:
     """Write a diffusers folder and return it.
 
-    tag: "tiny" (like SD-1.x), "tiny2" (like SD-2.x) or "sd15" (full size, 4 GB).
+    tag: "tiny" (like SD-1.x), "tiny2" (like SD-2.x), "tinyxl" (like SDXL) or "sd15" (full size,
+         4 GB).
     There is no tokenizer in it, which means CLIP's own.
     """
-    for part, stem in FILES.items():
+    for part, shapes in MANIFEST[tag].items():
+        stem = FILES[part]
         write_json(folder / part / "config.json", MANIFEST[f"{tag}.config"][part])
-        shapes = MANIFEST[tag][part]
         tensors = {name: oracle_tensor(name, shape) for name, shape in shapes.items()}
         save_file(tensors, folder / part / f"{stem}.safetensors")
-    scheduler = dict(SCHEDULER)
+    scheduler = dict(SCHEDULER_SDXL if tag == "tinyxl" else SCHEDULER)
     if tag == "tiny2":
         scheduler["prediction_type"] = "v_prediction"
         write_json(folder / "tokenizer" / "tokenizer_config.json", {"pad_token": "!"})

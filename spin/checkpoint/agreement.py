@@ -26,8 +26,10 @@ from spin.checkpoint.configs import (
     PREDICTION_YAML,
     PREDICTION_YAML_KEYS,
     SCALE_TENSOR,
+    SCALING_FACTORS,
     SCHEDULE_TENSORS,
     SD_1,
+    TEXT_LAYERS,
     V_MARKER,
     YAML_BUILT_IN,
     ZERO_SNR_KEYS,
@@ -43,26 +45,28 @@ ASK = "say which with --prediction-type"
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-OTHER_MODEL = "not Stable Diffusion 1.x or 2.x"
-
 
 # ---- Single files --------------------------------------------------------------------------------
-def refuse_other_statements(path: Path, tensors: dict[str, Tensor], is_sd_2: bool) -> None:
+def refuse_other_statements(path: Path, tensors: dict[str, Tensor], family: str) -> None:
     """Raise InputError if a single file, or the .yaml beside it, states what is not assumed of it.
+
+    family: "1.x", "2.x" or "XL"
 
     That is: another noise schedule, scale of the latents, layer of the text tower, or architecture.
     What the UNet predicts, and whether the schedule ends at pure noise, may be stated.
     """
-    refuse_other_tensors(path, tensors)
-    refuse_other_yaml(path, is_sd_2)
+    refuse_other_tensors(path, tensors, family)
+    refuse_other_yaml(path, family)
     metadata = read_metadata(path)
     for key in ARCHITECTURE_KEYS:
         word = metadata.get(key, "")
-        if any(part in word.lower() for part in FOREIGN_ARCHITECTURES):
-            raise InputError(f"{path}: its metadata {key} says {word}: {OTHER_MODEL}")
+        foreign = [part for part in FOREIGN_ARCHITECTURES if part in word.lower()]
+        if foreign and foreign != [family.lower()]:
+            message = f"its metadata {key} says {word}: not Stable Diffusion {family}"
+            raise InputError(f"{path}: {message}")
 
 
-def refuse_other_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def refuse_other_tensors(path: Path, tensors: dict[str, Tensor], family: str) -> None:
     """Raise InputError if a single file holds the tensors of another noise schedule or scale."""
     for name in tensors:
         if name.startswith("edm_"):  # as ComfyUI marks them
@@ -73,11 +77,12 @@ def refuse_other_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         if not is_close(alphas_cumprod, plain) and not is_close(alphas_cumprod, rescaled):
             message = f"its tensor {name} is of another noise schedule than Stable Diffusion's"
             raise InputError(f"{path}: {message}")
-    expected = YAML_BUILT_IN[SCALE_TENSOR]
+    expected = SCALING_FACTORS[family]
     scale = tensors.get(SCALE_TENSOR, torch.tensor(expected))
     if not is_close(scale.flatten(), torch.tensor([expected])):
         message = f"its tensor {SCALE_TENSOR} is not {expected}"
-        raise InputError(f"{path}: {message}, which scales the latents of Stable Diffusion")
+        message += f", which scales the latents of Stable Diffusion {family}"
+        raise InputError(f"{path}: {message}")
 
 
 def stored_schedules(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -105,7 +110,7 @@ def is_close(stored: Tensor, expected: Tensor) -> bool:
     return torch.allclose(stored.double(), expected.double(), rtol=1e-2, atol=1e-4)
 
 
-def refuse_other_yaml(path: Path, is_sd_2: bool) -> None:
+def refuse_other_yaml(path: Path, family: str) -> None:
     """Raise InputError if the .yaml beside a single file states what is not assumed of the file."""
     yaml_path, text = read_yaml(path)
     scaling = re.search(r"denoiser_scaling\.(\w*EDM\w*)", text)
@@ -121,11 +126,13 @@ def refuse_other_yaml(path: Path, is_sd_2: bool) -> None:
         raise InputError(f"{yaml_path}: {message}")
 
     # Which layer of the text tower is read. Another is what "clip skip" means.
-    built_in = dict(YAML_BUILT_IN, layer="penultimate" if is_sd_2 else "last")
-    for key, expected in built_in.items():
+    built_in = {key: (value,) for key, value in YAML_BUILT_IN.items()}
+    built_in["layer"] = TEXT_LAYERS[family]
+    built_in[SCALE_TENSOR] = (SCALING_FACTORS[family],)
+    for key, allowed in built_in.items():
         for value in yaml_values(text, key):
-            if to_number(value) != expected:
-                family = "2.x" if is_sd_2 else "1.x"
+            if to_number(value) not in allowed:
+                expected = " or ".join(map(str, allowed))
                 message = f"{key} is {value}, in Stable Diffusion {family} it is {expected}"
                 raise InputError(f"{yaml_path}: {message}")
 
@@ -290,11 +297,28 @@ def check_same_vocabulary(text_encoder: TextEncoder, source: Path) -> None:
 
 
 def check_same_width(
-    unet: UNet, text_encoder: TextEncoder, source: str | Path, unet_source: str | Path
+    unet: UNet,
+    text_encoder: TextEncoder,
+    text_encoder_2: TextEncoder | None,
+    source: str | Path,
+    unet_source: str | Path,
 ) -> None:
-    """Raise InputError unless the UNet reads contexts of the width that the text encoder makes."""
+    """Raise InputError unless the UNet reads contexts like those that the text encoders make."""
     read = unet.config["cross_attention_dim"]
     made = text_encoder.config["hidden_size"]
+    pooled_read = 0
+    if unet.add_embedding is not None:
+        pooled_read = unet.add_embedding.pooled_channels
+    pooled_made = 0
+    if text_encoder_2 is not None:
+        made += text_encoder_2.config["hidden_size"]
+        pooled_made = text_encoder_2.config["projection_dim"]
+    if pooled_read != pooled_made:
+        message = f"the UNet of {unet_source} reads pooled text of {pooled_read} channels"
+        raise InputError(
+            f"{message}, but {source} makes {pooled_made} (projection_dim): they do not belong "
+            "together"
+        )
     if read != made:
         message = f"the UNet of {unet_source} reads text of {read} channels (cross_attention_dim)"
         raise InputError(

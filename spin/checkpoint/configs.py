@@ -1,8 +1,8 @@
 """Facts about published checkpoints that the checkpoints do not state themselves."""
 
 # ---- Single files --------------------------------------------------------------------------------
-# A file in the original layout holds no config. SD_1 and SD_2 hold the config.json contents of the
-# same models' diffusers folders, one entry per part.
+# A file in the original layout holds no config. SD_1, SD_2 and SDXL hold the config.json contents
+# of the same models' diffusers folders, one entry per part.
 
 # Stable Diffusion 1.1 to 1.5
 SD_1 = {
@@ -146,6 +146,51 @@ SD_2 = {
     },
 }
 
+# Stable Diffusion XL base
+SDXL = {
+    "unet": {
+        "sample_size": 128,  # latents of 1024 px
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280],
+        "layers_per_block": 2,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "cross_attention_dim": 2048,  # both text towers' hidden_size
+        "attention_head_dim": [5, 10, 20],  # heads of each block
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 32,
+        "act_fn": "silu",
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,  # 1280 + 6 * 256
+    },
+    "vae": {**SD_1["vae"], "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    "text_encoder": SD_1["text_encoder"],
+    # OpenCLIP's ViT-bigG/14
+    "text_encoder_2": {
+        "vocab_size": 49408,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "max_position_embeddings": 77,
+        "hidden_act": "gelu",
+        "projection_dim": 1280,
+    },
+    "scheduler": {
+        **SD_1["scheduler"],
+        "_class_name": "EulerDiscreteScheduler",
+        "timestep_spacing": "leading",
+    },
+}
+
+# family of models -> what a file may say of the layers that its text towers return
+TEXT_LAYERS = {"1.x": ("last",), "2.x": ("penultimate",), "XL": ("hidden", "penultimate")}
+# family of models -> scaling_factor of the VAE in every such file
+SCALING_FACTORS = {"1.x": 0.18215, "2.x": 0.18215, "XL": 0.13025}
+
 # Settings that networks use -> the value of a config without them. A single file states none of
 # them. Left out are those that BUILT_IN below fixes, sample_size (a default, not a fact about the
 # weights) and force_upcast (how exactly a VAE computes).
@@ -163,6 +208,10 @@ SETTINGS = {
         "downsample_padding": 1,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
+        "transformer_layers_per_block": 1,
+        "addition_embed_type": None,
+        "addition_time_embed_dim": None,
+        "projection_class_embeddings_input_dim": None,
     },
     "vae": {
         "block_out_channels": None,
@@ -178,6 +227,8 @@ SETTINGS = {
         "hidden_act": "quick_gelu",
     },
 }
+
+SETTINGS["text_encoder_2"] = {**SETTINGS["text_encoder"], "projection_dim": None}
 
 # Where the metadata of a .safetensors file may say what its UNet predicts, and in which words, in
 # lower case. None says nothing.
@@ -218,7 +269,8 @@ PREDICTION_KEYS = (
 # Where the metadata may say that the model is another one, and substrings of the words that do.
 ARCHITECTURE_KEYS = ("modelspec.architecture", "ss_base_model_version")
 FOREIGN_ARCHITECTURES = (
-    "xl",
+    "xl",  # which an SDXL may say
+    "refiner",
     "v3",
     "sd3",
     "flux",
@@ -273,13 +325,13 @@ YAML_BUILT_IN = {
     "timesteps": 1000,
     "num_timesteps": 1000,
     "num_idx": 1000,
-    "scale_factor": 0.18215,  # the VAE's scaling_factor
+    "layer_idx": 11,  # which "layer: hidden" SDXL's first text tower returns
 }
 DISCRETIZATION = "LegacyDDPMDiscretization"  # the class of the noise levels in later files
 
 # substrings of tensor names -> what a file with such names really is
 FOREIGN = {
-    "conditioner.embedders.": "SDXL or SD-Turbo",
+    "conditioner.embedders.0.model.": "SDXL's refiner, or SD-Turbo",
     "joint_blocks.": "SD-3",
     "double_blocks.": "FLUX",
     "lora_": "LoRA weights: merge them into a model first",  # kohya's names
@@ -312,6 +364,9 @@ LEFTOVERS = (
     "cond_stage_model.model.attn_mask",
     "cond_stage_model.model.visual.",
     "cond_stage_model.model.transformer.resblocks.23.",
+    "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
+    "conditioner.embedders.1.model.logit_scale",
+    "conditioner.embedders.1.model.attn_mask",
     # steps of the training
     "global_step",
     "step",
@@ -348,7 +403,7 @@ BUILT_IN = {
         "center_input_sample": False,  # would map latents from [0,1] to [-1,1]
         "mid_block_scale_factor": 1,  # would divide the sums in the middle block
         "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "transformer_layers_per_block": 1,  # several in SDXL
+        "reverse_transformer_layers_per_block": None,  # the way up mirrors the way down
         "dual_cross_attention": False,  # Versatile Diffusion
         "only_cross_attention": False,  # no self-attention, as in the SD x4 upscaler
         "resnet_time_scale_shift": "default",  # the timestep would scale, too
@@ -362,7 +417,6 @@ BUILT_IN = {
         "num_attention_heads": None,  # diffusers refuses it; attention_head_dim means the heads
         "class_embed_type": None,  # class labels as an input
         "num_class_embeds": None,  # class labels as an input, as in the SD x4 upscaler
-        "addition_embed_type": None,  # sizes and pooled text as inputs: SDXL
         "encoder_hid_dim": None,  # the context projected first, as in DeepFloyd
         "attention_type": "default",  # "gated" in GLIGEN
         "conv_in_kernel": 3,
@@ -395,13 +449,23 @@ BUILT_IN = {
     },
 }
 
+BUILT_IN["text_encoder_2"] = BUILT_IN["text_encoder"]
+
+# in_channels of other UNets -> what they are
+OTHER_INPUTS = {
+    8: "an edit model (InstructPix2Pix), which reads an image, too",
+    9: "an inpainting model, which reads an image and a mask, too",
+}
+
 # What model_index.json may say: the classes of the parts that are read (a scheduler's are below),
 # and the names of parts that change no image.
 PART_CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 UNUSED_PARTS = ("safety_checker", "feature_extractor")
 
@@ -411,6 +475,9 @@ FOREIGN_PIPELINES = {
     "LatentConsistency": "its UNet is distilled, and images are made without classifier-free "
     "guidance",
     "GLIGEN": "its UNet has boxes as an input",
+    "XLImg2Img": "an image-to-image model such as SDXL's refiner, which starts from images",
+    "XLInpaint": "an inpainting model",
+    "XLInstructPix2Pix": "an edit model",
 }
 
 # files in a folder that is taken for a model by mistake -> what the folder really holds

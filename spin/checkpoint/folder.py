@@ -2,6 +2,7 @@
 
     unet/, vae/       config.json, diffusion_pytorch_model.safetensors
     text_encoder/     config.json, model.safetensors
+    text_encoder_2/   the same, in SDXL alone; so is tokenizer_2/
     scheduler/        scheduler_config.json
     tokenizer/        vocab.json and merges.txt, or tokenizer.json alone; without either, CLIP's own
     model_index.json  the classes of the parts, which must be Stable Diffusion's if it is there
@@ -20,6 +21,7 @@ from spin.checkpoint.configs import (
     FOREIGN_PIPELINES,
     FOREIGN_SCHEDULERS,
     OTHER_FOLDERS,
+    OTHER_INPUTS,
     PART_CLASSES,
     SCHEDULERS,
     SCHEDULERS_WITH_OTHER_BETAS,
@@ -35,7 +37,8 @@ from spin.scheduler import Scheduler
 from spin.text import Tokenizer
 from spin.vae import read_scaling_factor
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+# in the order in which `hash_checkpoint` reads them
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "text_encoder_2", "tokenizer_2")
 
 SCHEDULER_CONFIG = "scheduler_config.json"
 MODEL_INDEX = "model_index.json"
@@ -73,7 +76,10 @@ class Folder:
         self.classes = read_model_index(path / MODEL_INDEX)
 
     def read_network(self, part: str) -> StoredNetwork:
-        """Read "unet", "vae" or "text_encoder". Raises InputError if it cannot be used."""
+        """Read "unet", "vae", "text_encoder" or "text_encoder_2".
+
+        Raises InputError if it cannot be used.
+        """
         where = self.path / part
         if not where.exists():
             if part == "unet" and is_unet_alone(self.path):
@@ -85,8 +91,13 @@ class Folder:
             config["sample_size"] = max(64, config.get("sample_size") or 64)
         return StoredNetwork(config, read_network_tensors(where, part), where)
 
-    def read_tokenizer(self, text_config: dict) -> Tokenizer:
-        return read_tokenizer(self.path / "tokenizer", text_config)
+    def has_two_text_encoders(self) -> bool:
+        """Return whether the model is an SDXL."""
+        return "text_encoder_2" in self.classes or (self.path / "text_encoder_2").exists()
+
+    def read_tokenizer(self, part: str, text_config: dict) -> Tokenizer:
+        """Read "tokenizer" or "tokenizer_2", which is that of the text tower with this config."""
+        return read_tokenizer(self.path / part, text_config)
 
     def read_scheduler(self, prediction_type: str | None = None) -> Scheduler:
         """Read the noise schedule and what the UNet predicts, unless `prediction_type` says so."""
@@ -129,6 +140,10 @@ def read_model_index(path: Path) -> dict[str, str]:
         pipeline = str(index.get("_class_name"))
         if part_of_name in pipeline:
             raise InputError(f"{path}: {pipeline}: {why}")
+    if not index.get("force_zeros_for_empty_prompt", True):
+        message = "force_zeros_for_empty_prompt is false, but a missing prompt is always zeros here"
+        advice = 'set it to true, and give the empty negative prompt: --negative-prompt ""'
+        raise InputError(f"{path}: {message}; {advice}")
 
     classes = {}
     for part, value in index.items():
@@ -144,7 +159,7 @@ def read_model_index(path: Path) -> dict[str, str]:
             check_scheduler_class(name, path)
         elif name not in PART_CLASSES[part]:
             expected = " or ".join(PART_CLASSES[part])
-            message = f"its {part} is {name}, in Stable Diffusion 1.x and 2.x it is {expected}"
+            message = f"its {part} is {name}, in Stable Diffusion it is {expected}"
             raise InputError(f"{path}: {message}")
         classes[part] = name
     return classes
@@ -188,7 +203,9 @@ def read_config(path: Path, part: str) -> dict:
         value = config.get(key, expected)
         per_block = value if isinstance(value, list) else [value]
         if any(entry != expected for entry in per_block):
-            message = f"{key} is {value!r}, in Stable Diffusion 1.x and 2.x it is {expected!r}"
+            message = f"{key} is {value!r}, in Stable Diffusion it is {expected!r}"
+            if key == "in_channels" and value in OTHER_INPUTS:
+                message += f": {OTHER_INPUTS[value]}"
             raise InputError(f"{path}: {message}")
     return config
 
@@ -293,17 +310,28 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         save_file(contiguous, temporary, metadata)
 
 
-def write_model_index(folder: Path, scheduler_class: str) -> None:
+def write_model_index(folder: Path, scheduler_class: str, is_xl: bool) -> None:
     """Write model_index.json, by which diffusers knows the classes of a checkpoint's parts."""
     index = {
         "_class_name": "StableDiffusionPipeline",
         "requires_safety_checker": False,
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
+    }
+    if is_xl:
+        index = {
+            "_class_name": "StableDiffusionXLPipeline",
+            "force_zeros_for_empty_prompt": True,
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
+    parts = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", scheduler_class],
     }
-    write_json(folder / MODEL_INDEX, index)
+    write_json(folder / MODEL_INDEX, {**index, **parts})

@@ -44,10 +44,12 @@ def locate(source: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
 def missing_weights(folder: Path, part: str, requested: list[str]) -> list[str]:
     """Return which files of a part's weights to download next; [] if none is needed.
 
-    folder:    what has been downloaded
+    folder:    what has been downloaded. A network without a config is one that the model lacks.
     requested: what was requested so far. The hub lacks those that are not in `folder`. All JSON
                files have been requested, and so has every index.
     """
+    if not (folder / part / "config.json").exists():
+        return []
     for name in WEIGHT_FILES.get(part, ()):
         path = folder / part / name
         if is_index(path):

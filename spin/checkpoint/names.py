@@ -31,6 +31,11 @@ TEXT_NAMES = {
     "final_layer_norm.{p}": "ln_final.{p}",
 }
 
+# beside them in CLIPTextModelWithProjection, SDXL's second tower
+PROJECTION_NAMES = {
+    "text_projection.weight": "text_projection",  # transposed, too
+}
+
 # transformers' CLIPModel, but for its text tower -> open_clip's CLIP
 CLIP_NAMES = {
     "logit_scale": "logit_scale",
@@ -122,6 +127,8 @@ ORIGINAL_UNET_NAMES = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",  # 1 is an activation
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",  # 1 is an activation
     "mid_block.resnets.0": "middle_block.0",
     "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
@@ -161,6 +168,33 @@ def replace_parts(name: str, table: dict[str, str]) -> str:
     for part, replacement in table.items():
         name = name.replace(part, replacement)
     return name
+
+
+def text_names(config: dict, projects: bool = False) -> NameMap:
+    """Return the names of a text tower's tensors.
+
+    config:   the contents of its config.json
+    projects: whether it has a projection
+    """
+    table = {**TEXT_NAMES, **PROJECTION_NAMES} if projects else TEXT_NAMES
+    return expand_names(table, i=config["num_hidden_layers"])
+
+
+def transpose_projection(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a text tower's tensors by transformers' names, with the projection transposed.
+
+    It multiplies from the left in transformers, and from the right in open_clip.
+    """
+    transposed = dict(tensors)
+    for name in PROJECTION_NAMES:
+        if name in tensors:
+            transposed[name] = tensors[name].T.contiguous()  # equal bits from either layout
+    return transposed
+
+
+def add_text_prefix(name: str) -> str:
+    """Return the name that transformers stores a tensor of a text tower under."""
+    return name if name in PROJECTION_NAMES else f"text_model.{name}"
 
 
 def expand_names(table: dict[str, str], **layers: int) -> NameMap:

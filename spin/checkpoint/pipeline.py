@@ -16,6 +16,7 @@ from spin.checkpoint.agreement import (
     check_same_vocabulary,
     check_same_width,
 )
+from spin.checkpoint.configs import PART_CLASSES
 from spin.checkpoint.folder import (
     PARTS,
     SCHEDULER_CONFIG,
@@ -25,15 +26,15 @@ from spin.checkpoint.folder import (
     write_network,
 )
 from spin.checkpoint.hub import locate
-from spin.checkpoint.names import TEXT_NAMES, expand_names, unfuse
-from spin.checkpoint.single_file import SCALING_FACTOR, SingleFile, write_single_file
+from spin.checkpoint.names import add_text_prefix, text_names, transpose_projection, unfuse
+from spin.checkpoint.single_file import SingleFile, write_single_file
 from spin.checkpoint.tensors import config_errors, fill
 from spin.checkpoint.tokenizer import FILES, write_tokenizer
 from spin.checkpoint.weights import WEIGHT_FILES, list_weight_files
 from spin.infra.errors import InputError
 from spin.infra.files import hash_files, write_json
 from spin.scheduler import Scheduler
-from spin.text import TextEncoder, Tokenizer
+from spin.text import TextEncoder, Tokenizer, encode_for_sdxl
 from spin.unet import UNet
 from spin.vae import AutoencoderKL
 
@@ -46,16 +47,40 @@ class Pipeline:
     vae: AutoencoderKL
     text_encoder: TextEncoder
     scheduler: Scheduler
+    text_encoder_2: TextEncoder | None = None  # SDXL's
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Return the context of prompts, [B,77,D]."""
-        return self.text_encoder(prompts)
+    def encode_prompts(self, prompts: list[str | None], sizes: Tensor | None = None) -> Tensor:
+        """Return the context of prompts, [B,77,D], or [B,78,D] for SDXL.
+
+        prompts: None is no prompt: for SDXL all zeros, for others the empty prompt.
+        sizes: [B,6], for SDXL alone: see `spin.unet.AddedEmbedding`. None: whole images of the size
+            that the UNet was trained at.
+        """
+        if self.text_encoder_2 is None:
+            return self.text_encoder([prompt or "" for prompt in prompts])
+        if sizes is None:
+            height, width = default_size(self)
+            sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts))
+        return encode_for_sdxl(self.text_encoder, self.text_encoder_2, prompts, sizes)
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether contexts depend on sizes, as they do for SDXL."""
+        return self.text_encoder_2 is not None
 
     def freeze(self) -> "Pipeline":
         """Switch gradients off for all weights, and return the pipeline itself."""
-        for network in (self.unet, self.vae, self.text_encoder):
-            network.requires_grad_(False)
+        for network in (self.unet, self.vae, self.text_encoder, self.text_encoder_2):
+            if network is not None:
+                network.requires_grad_(False)
         return self
+
+
+def default_size(pipe) -> tuple[int, int]:
+    """Return the height and width, in pixels, of the images that the UNet was trained on."""
+    size = pipe.unet.sample_size
+    height, width = size if isinstance(size, list) else (size, size)
+    return height * pipe.vae.downscale, width * pipe.vae.downscale
 
 
 # ---- Loading -------------------------------------------------------------------------------------
@@ -91,7 +116,7 @@ def load_pipeline(
     stored_unet = unet_checkpoint.read_network("unet")
     stored_vae = checkpoint.read_network("vae")
     stored_text = checkpoint.read_network("text_encoder")
-    tokenizer = checkpoint.read_tokenizer(stored_text.config)
+    tokenizer = checkpoint.read_tokenizer("tokenizer", stored_text.config)
     scheduler = checkpoint.read_scheduler(prediction_type)
     if unet is not None:
         unet_scheduler = unet_checkpoint.read_scheduler_of_unet(prediction_type)
@@ -104,9 +129,14 @@ def load_pipeline(
     if unet is not None:
         check_same_scaling(vae, unet_checkpoint, source, unet)
     text_encoder = make_text_encoder(stored_text, tokenizer, dtype, device)
-    check_same_width(network, text_encoder, source, unet or source)
+    text_encoder_2 = None
+    if checkpoint.has_two_text_encoders():
+        stored_text = checkpoint.read_network("text_encoder_2")
+        tokenizer = checkpoint.read_tokenizer("tokenizer_2", stored_text.config)
+        text_encoder_2 = make_text_encoder(stored_text, tokenizer, dtype, device, projects=True)
+    check_same_width(network, text_encoder, text_encoder_2, source, unet or source)
 
-    return Pipeline(network, vae, text_encoder, scheduler)
+    return Pipeline(network, vae, text_encoder, scheduler, text_encoder_2)
 
 
 def load_unet(
@@ -133,9 +163,7 @@ def check_same_scaling(
 
     source, unet_source: the names of the model and of the other checkpoint, for messages
     """
-    scaling_factor = SCALING_FACTOR
-    if isinstance(unet_checkpoint, Folder):
-        scaling_factor = unet_checkpoint.read_scaling_factor_of_unet()
+    scaling_factor = unet_checkpoint.read_scaling_factor_of_unet()
     if scaling_factor not in (None, vae.scaling_factor):
         message = f"the UNet of {unet_source} is for latents times {scaling_factor}"
         raise InputError(
@@ -154,14 +182,19 @@ def make_network(
 
 
 def make_text_encoder(
-    stored: StoredNetwork, tokenizer: Tokenizer, dtype: torch.dtype, device: str
+    stored: StoredNetwork,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+    device: str,
+    projects: bool = False,
 ) -> TextEncoder:
     """Build a text encoder from its config and tokenizer, and fill it with its tensors."""
     with config_errors(stored.where), torch.device("meta"):
-        text_encoder = TextEncoder(stored.config, tokenizer)
+        text_encoder = TextEncoder(stored.config, tokenizer, projects)
     check_same_vocabulary(text_encoder, stored.where)
-    names = expand_names(TEXT_NAMES, i=stored.config["num_hidden_layers"])
-    fill(text_encoder.tower, stored.tensors, stored.where, dtype, device, names)
+    names = text_names(stored.config, projects)
+    tensors = transpose_projection(stored.tensors)
+    fill(text_encoder.tower, tensors, stored.where, dtype, device, names)
     return text_encoder.eval()
 
 
@@ -169,7 +202,8 @@ def make_text_encoder(
 def save_pipeline(pipe: Pipeline, folder: str | Path) -> None:
     """Write a model in the layout of diffusers.
 
-    StableDiffusionPipeline.from_pretrained can load it. load_pipeline restores it bit for bit.
+    StableDiffusionPipeline.from_pretrained can load it, or StableDiffusionXLPipeline's.
+    load_pipeline restores it bit for bit.
     """
     folder = Path(folder)
     unet_config = dict(pipe.unet.config)
@@ -181,19 +215,29 @@ def save_pipeline(pipe: Pipeline, folder: str | Path) -> None:
     vae_config["scaling_factor"] = pipe.vae.scaling_factor
     write_network(folder / "vae", "vae", vae_config, pipe.vae.state_dict())
 
-    text_config = dict(pipe.text_encoder.config)
-    text_config["architectures"] = ["CLIPTextModel"]
-    text_config["model_type"] = "clip_text_model"
-    names = expand_names(TEXT_NAMES, i=text_config["num_hidden_layers"])
-    text_tensors = unfuse(pipe.text_encoder.tower.state_dict(), names)
-    text_tensors = {f"text_model.{name}": tensor for name, tensor in text_tensors.items()}
-    write_network(folder / "text_encoder", "text_encoder", text_config, text_tensors)
-    write_tokenizer(folder / "tokenizer", pipe.text_encoder.tokenizer)
+    write_text_encoder(folder, pipe.text_encoder)
+    if pipe.text_encoder_2 is not None:
+        write_text_encoder(folder, pipe.text_encoder_2, "_2", projects=True)
 
     scheduler_config = {"_class_name": "DDIMScheduler"}  # unless the config names another
     scheduler_config.update(pipe.scheduler.config)
     write_json(folder / "scheduler" / SCHEDULER_CONFIG, scheduler_config)
-    write_model_index(folder, scheduler_config["_class_name"])
+    is_xl = pipe.text_encoder_2 is not None
+    write_model_index(folder, scheduler_config["_class_name"], is_xl)
+
+
+def write_text_encoder(
+    folder: Path, text_encoder: TextEncoder, suffix: str = "", projects: bool = False
+) -> None:
+    """Write the text encoder and the tokenizer of a model, into folders whose names end alike."""
+    config = dict(text_encoder.config)
+    config["architectures"] = [PART_CLASSES[f"text_encoder{suffix}"][0]]
+    config["model_type"] = "clip_text_model"
+    tensors = unfuse(text_encoder.tower.state_dict(), text_names(config, projects))
+    tensors = transpose_projection(tensors)
+    tensors = {add_text_prefix(name): tensor for name, tensor in tensors.items()}
+    write_network(folder / f"text_encoder{suffix}", f"text_encoder{suffix}", config, tensors)
+    write_tokenizer(folder / f"tokenizer{suffix}", text_encoder.tokenizer)
 
 
 def save_single_file(pipe: Pipeline, path: str | Path) -> None:
@@ -202,7 +246,14 @@ def save_single_file(pipe: Pipeline, path: str | Path) -> None:
     load_pipeline gives back every bit. Raises InputError if a network's settings, the noise
     schedule, the latents' scale or the tokenizer are not Stable Diffusion's.
     """
-    write_single_file(Path(path), pipe.unet, pipe.vae, pipe.text_encoder, pipe.scheduler)
+    write_single_file(
+        Path(path),
+        pipe.unet,
+        pipe.vae,
+        pipe.text_encoder,
+        pipe.scheduler,
+        pipe.text_encoder_2,
+    )
 
 
 def hash_checkpoint(path: str | Path) -> str:
@@ -233,7 +284,7 @@ def files_of_part(folder: Path, part: str) -> list[Path]:
     """
     if part in WEIGHT_FILES:
         files = [folder / "config.json", *list_weight_files(folder, part)]
-    elif part == "tokenizer":
+    elif part.startswith("tokenizer"):
         files = [folder / name for name in FILES]
     else:
         files = [folder / SCHEDULER_CONFIG]

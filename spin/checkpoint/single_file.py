@@ -2,10 +2,10 @@
 
     model.diffusion_model.*   UNet
     first_stage_model.*       VAE
-    cond_stage_model.*        text tower
+    cond_stage_model.*        text tower; conditioner.* in SDXL, which has two
 
-Such a file holds no config: that of SD_1 or SD_2 in configs.py is assumed. Other tensors must agree
-with it (alphas_cumprod, ...) or be LEFTOVERS, which are not read (model_ema.*, ...).
+Such a file holds no config: that of SD_1, SD_2 or SDXL in configs.py is assumed. Other tensors must
+agree with it (alphas_cumprod, ...) or be LEFTOVERS, which are not read (model_ema.*, ...).
 """
 
 from pathlib import Path
@@ -22,10 +22,13 @@ from spin.checkpoint.agreement import (
 from spin.checkpoint.configs import (
     FOREIGN,
     LEFTOVERS,
+    OTHER_INPUTS,
     SCALE_TENSOR,
+    SCALING_FACTORS,
     SCHEDULE_TENSORS,
     SD_1,
     SD_2,
+    SDXL,
     SETTINGS,
     V_MARKER,
     ZERO_SNR_MARKER,
@@ -35,9 +38,9 @@ from spin.checkpoint.names import (
     ORIGINAL_RESNET_NAMES,
     ORIGINAL_UNET_NAMES,
     ORIGINAL_VAE_NAMES,
-    TEXT_NAMES,
-    expand_names,
     replace_parts,
+    text_names,
+    transpose_projection,
     unfuse,
 )
 from spin.checkpoint.tensors import config_errors, first_five, read_tensors
@@ -45,7 +48,7 @@ from spin.checkpoint.tokenizer import clip_tokenizer
 from spin.infra.errors import InputError
 from spin.scheduler import Scheduler
 from spin.text import TextEncoder, Tokenizer
-from spin.unet import UNet, heads_per_block
+from spin.unet import UNet, depth_per_block, heads_per_block
 from spin.vae import AutoencoderKL
 
 UNET_PREFIX = "model.diffusion_model."
@@ -53,17 +56,26 @@ VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model."  # how the next three prefixes begin
 TEXT_1_PREFIX = "cond_stage_model.transformer.text_model."  # SD-1.x; then transformers' names
 TEXT_2_PREFIX = "cond_stage_model.model."  # SD-2.x; then open_clip's names, which are ours
+# SDXL: transformers' names in the first, ours in the second
+XL_TEXT_PREFIX = "conditioner.embedders."
+TEXT_PREFIXES = {
+    "1.x": {"text_encoder": TEXT_1_PREFIX},
+    "2.x": {"text_encoder": TEXT_2_PREFIX},
+    "XL": {
+        "text_encoder": f"{XL_TEXT_PREFIX}0.transformer.text_model.",
+        "text_encoder_2": f"{XL_TEXT_PREFIX}1.model.",
+    },
+}
 OLD_TEXT_PREFIX = "cond_stage_model.transformer."  # NovelAI's SD-1.x and merges with it
 # what follows OLD_TEXT_PREFIX in the names of a text tower's tensors
 OLD_TEXT_MODULES = ("embeddings.", "encoder.", "final_layer_norm.")
 
-SCALING_FACTOR = 0.18215  # of the VAE of every such file
-
-# what each network is called in messages, and the beginning of its tensors' names
+# what each network is called in messages
 NETWORKS = {
-    "unet": ("UNet", UNET_PREFIX),
-    "vae": ("VAE", VAE_PREFIX),
-    "text_encoder": ("text tower", TEXT_PREFIX),
+    "unet": "UNet",
+    "vae": "VAE",
+    "text_encoder": "text tower",
+    "text_encoder_2": "second text tower",
 }
 
 AVERAGE_PREFIX = "model_ema."
@@ -71,6 +83,9 @@ AVERAGE = f"an average of a UNet's weights ({AVERAGE_PREFIX}*), which is not rea
 
 # a tensor whose width is that of the context: 768 in SD-1.x, 1024 in SD-2.x
 CONTEXT_WEIGHT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+# a tensor that only SDXL has, and one whose channels are those of what a UNet reads
+ADDED_WEIGHT = "model.diffusion_model.label_emb.0.0.weight"
+INPUT_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -83,24 +98,37 @@ class SingleFile:
         refuse_other_models(tensors, path)
         self.has_average = any(name.startswith(AVERAGE_PREFIX) for name in tensors)
         self.tensors = without_leftovers(tensors)
-        self.is_sd_2 = is_from_sd_2(self.tensors)
-        self.configs = SD_2 if self.is_sd_2 else SD_1
+        self.family = find_family(self.tensors)
+        self.configs = assumed_configs(self.family)
         refuse_unknown_tensors(self.tensors, path, self.text_names())
 
+    def has_two_text_encoders(self) -> bool:
+        """Return whether the model is an SDXL."""
+        return self.family == "XL"
+
     def text_names(self) -> list[str]:
-        """Return the names of the text tower's tensors, or their beginnings."""
-        if not self.is_sd_2:
-            older = [OLD_TEXT_PREFIX + module for module in OLD_TEXT_MODULES]
-            return [TEXT_1_PREFIX, *older]
-        names = expand_names(TEXT_NAMES, i=self.configs["text_encoder"]["num_hidden_layers"])
-        return [TEXT_2_PREFIX + ours for _, ours in names]
+        """Return the names of the text towers' tensors, or their beginnings."""
+        names = []
+        if self.family == "1.x":
+            names += [OLD_TEXT_PREFIX + module for module in OLD_TEXT_MODULES]
+        for part, prefix in TEXT_PREFIXES[self.family].items():
+            if not has_our_names(prefix):
+                names.append(prefix)
+                continue
+            for _, ours in text_names(self.configs[part], part == "text_encoder_2"):
+                names.append(prefix + ours)
+        return names
 
     def read_network(self, part: str) -> StoredNetwork:
-        """Return "unet", "vae" or "text_encoder", with the names that a folder has.
+        """Return "unet", "vae", "text_encoder" or "text_encoder_2", with the names in a folder.
 
         Raises InputError if it is not in the file.
         """
-        network, prefix = NETWORKS[part]
+        network = NETWORKS[part]
+        text_prefixes = {"text_encoder": TEXT_PREFIX}  # of any SD-1.x or SD-2.x
+        if self.family == "XL":
+            text_prefixes = TEXT_PREFIXES["XL"]
+        prefix = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **text_prefixes}[part]
         if not any(name.startswith(prefix) for name in self.tensors):
             message = f"holds no {network} ({prefix}*)"
             if part == "unet" and self.has_average:
@@ -113,18 +141,21 @@ class SingleFile:
             tensors = from_original(self.tensors, VAE_PREFIX, original_vae_names(config))
             tensors = convolutions_to_linear(tensors)
         else:
-            tensors = self.read_text_tensors(config["num_hidden_layers"])
+            tensors = self.read_text_tensors(part)
         return StoredNetwork(config, tensors, self.path)
 
-    def read_text_tensors(self, num_layers: int) -> dict[str, Tensor]:
-        """Return the text tower's tensors by transformers' names, without "text_model.".
+    def read_text_tensors(self, part: str) -> dict[str, Tensor]:
+        """Return a text tower's tensors by transformers' names, without "text_model.".
+
+        part: "text_encoder" or "text_encoder_2"
 
         Raises InputError if a tensor is there under an old and a new name, with other values.
         """
-        if self.is_sd_2:
-            tensors = with_prefix(self.tensors, TEXT_2_PREFIX)
-            return unfuse(tensors, expand_names(TEXT_NAMES, i=num_layers))
-        tensors = with_prefix(self.tensors, TEXT_1_PREFIX)
+        prefix = TEXT_PREFIXES[self.family][part]
+        tensors = with_prefix(self.tensors, prefix)
+        if has_our_names(prefix):
+            tensors = unfuse(tensors, text_names(self.configs[part], part == "text_encoder_2"))
+            return transpose_projection(tensors)
         older = with_prefix(self.tensors, OLD_TEXT_PREFIX)
         for name, tensor in older.items():
             if not name.startswith(OLD_TEXT_MODULES):
@@ -136,16 +167,20 @@ class SingleFile:
             tensors[name] = tensor
         return tensors
 
-    def read_tokenizer(self, text_config: dict) -> Tokenizer:
+    def read_tokenizer(self, part: str, text_config: dict) -> Tokenizer:
         return clip_tokenizer(text_config)
+
+    def read_scaling_factor_of_unet(self) -> float:
+        """Return the scale of the latents that the UNet was trained with."""
+        return SCALING_FACTORS[self.family]
 
     def read_scheduler(self, prediction_type: str | None = None) -> Scheduler:
         """Return the noise schedule and what the UNet predicts.
 
         Raises InputError if the file does not say what, and neither does `prediction_type`. An
-        SD-1.x need not say that it predicts the noise.
+        SD-1.x or SDXL need not say that it predicts the noise.
         """
-        refuse_other_statements(self.path, self.tensors, self.is_sd_2)
+        refuse_other_statements(self.path, self.tensors, self.family)
         config = dict(self.configs["scheduler"])
         if ends_at_pure_noise(self.path, self.tensors):
             config["rescale_betas_zero_snr"] = True
@@ -165,11 +200,14 @@ class SingleFile:
 
 
 def refuse_other_models(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise InputError unless the tensors' names are those of an SD-1.x or SD-2.x."""
+    """Raise InputError unless the tensors' names are those of an SD-1.x, SD-2.x or SDXL."""
     for part_of_name, model in FOREIGN.items():
         if any(part_of_name in name for name in tensors):
-            raise InputError(f"{path}: not Stable Diffusion 1.x or 2.x, but {model}")
-    prefixes = tuple(prefix for _, prefix in NETWORKS.values())
+            raise InputError(f"{path}: not Stable Diffusion 1.x, 2.x or XL base, but {model}")
+    for channels, model in OTHER_INPUTS.items():
+        if INPUT_WEIGHT in tensors and tensors[INPUT_WEIGHT].shape[1:2] == (channels,):
+            raise InputError(f"{path}: {model}")
+    prefixes = (UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX, XL_TEXT_PREFIX)
     if not any(name.startswith(prefixes) for name in tensors):
         if any(name.startswith(AVERAGE_PREFIX) for name in tensors):
             message = f"holds only {AVERAGE}; use a file with all three networks"
@@ -206,12 +244,27 @@ def refuse_unknown_tensors(tensors: dict[str, Tensor], path: Path, text_names: l
         raise InputError(f"{path}: {message}; use a file without them, since they are not read")
 
 
-def is_from_sd_2(tensors: dict[str, Tensor]) -> bool:
-    """Return whether a file is an SD-2.x, by its text tower or, without one, by its UNet."""
-    if any(name.startswith(TEXT_PREFIX) for name in tensors):
-        return any(name.startswith(TEXT_2_PREFIX) for name in tensors)
+def find_family(tensors: dict[str, Tensor]) -> str:
+    """Return "1.x", "2.x" or "XL", by a file's text towers or, without them, by its UNet."""
+    prefixes = {"XL": XL_TEXT_PREFIX, "2.x": TEXT_2_PREFIX, "1.x": TEXT_PREFIX}
+    for family, prefix in prefixes.items():
+        if any(name.startswith(prefix) for name in tensors):
+            return family
+    if ADDED_WEIGHT in tensors:
+        return "XL"
     weight = tensors.get(CONTEXT_WEIGHT)
-    return weight is not None and weight.shape[-1] == SD_2["unet"]["cross_attention_dim"]
+    is_sd_2 = weight is not None and weight.shape[-1] == SD_2["unet"]["cross_attention_dim"]
+    return "2.x" if is_sd_2 else "1.x"
+
+
+def assumed_configs(family: str) -> dict[str, dict]:
+    """Return the configs of a family's files, one per part."""
+    return {"1.x": SD_1, "2.x": SD_2, "XL": SDXL}[family]
+
+
+def has_our_names(text_prefix: str) -> bool:
+    """Return whether open_clip's names follow a text tower's prefix, and not transformers'."""
+    return text_prefix.endswith(".model.")
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -257,19 +310,27 @@ def write_single_file(
     vae: AutoencoderKL,
     text_encoder: TextEncoder,
     scheduler: Scheduler,
+    text_encoder_2: TextEncoder | None = None,
 ) -> None:
     """Write a .safetensors file in the original layout.
+
+    text_encoder_2: SDXL's
 
     Raises InputError if the networks' settings, the noise schedule, the latents' scale or the
     tokenizer are not Stable Diffusion's, since the file cannot state them.
     """
-    is_sd_2 = text_encoder.config.get("hidden_act") == "gelu"
-    configs = SD_2 if is_sd_2 else SD_1
+    text_encoders = {"text_encoder": text_encoder}
+    family = "2.x" if text_encoder.config.get("hidden_act") == "gelu" else "1.x"
+    if text_encoder_2 is not None:
+        text_encoders["text_encoder_2"] = text_encoder_2
+        family = "XL"
+    configs = assumed_configs(family)
     refuse_other_settings(path, "unet", unet.config, configs)
     refuse_other_settings(path, "vae", vae.config, configs)
-    refuse_other_settings(path, "text_encoder", text_encoder.config, configs)
-    refuse_other_scales(path, vae)
-    refuse_other_tokenizers(path, text_encoder)
+    for part, tower in text_encoders.items():
+        refuse_other_settings(path, part, tower.config, configs)
+        refuse_other_tokenizers(path, tower)
+    refuse_other_scales(path, vae, SCALING_FACTORS[family])
     refuse_other_schedules(path, scheduler)
 
     tensors = {}
@@ -281,15 +342,13 @@ def write_single_file(
     for name, original in original_vae_names(vae.config).items():
         tensors[original] = vae_state[name]
 
-    text_state = text_encoder.tower.state_dict()
-    if is_sd_2:
-        text_prefix = TEXT_2_PREFIX
-    else:
-        text_prefix = TEXT_1_PREFIX
-        num_layers = text_encoder.config["num_hidden_layers"]
-        text_state = unfuse(text_state, expand_names(TEXT_NAMES, i=num_layers))
-    for name, tensor in text_state.items():
-        tensors[text_prefix + name] = tensor
+    for part, tower in text_encoders.items():
+        prefix = TEXT_PREFIXES[family][part]
+        text_state = tower.tower.state_dict()
+        if not has_our_names(prefix):
+            text_state = unfuse(text_state, text_names(tower.config))
+        for name, tensor in text_state.items():
+            tensors[prefix + name] = tensor
 
     # where other programs look: metadata, and the names of empty tensors
     empty = torch.empty(0, dtype=unet.conv_in.weight.dtype)
@@ -304,11 +363,11 @@ def write_single_file(
 def refuse_other_settings(path: Path, part: str, config: dict, configs: dict[str, dict]) -> None:
     """Raise InputError unless a network's settings are those that a file's reader assumes.
 
-    part:    "unet", "vae" or "text_encoder"
+    part:    "unet", "vae", "text_encoder" or "text_encoder_2"
     config:  the network's
-    configs: SD_1 or SD_2
+    configs: SD_1, SD_2 or SDXL
     """
-    network, _ = NETWORKS[part]
+    network = NETWORKS[part]
     own = settings_in_use(part, config)
     assumed = settings_in_use(part, configs[part])
     for key, value in own.items():
@@ -324,13 +383,14 @@ def settings_in_use(part: str, config: dict) -> dict:
         settings[key] = config.get(key, default)
     if part == "unet":
         settings["attention_head_dim"] = heads_per_block(config)  # one number, or one per block
+        settings["transformer_layers_per_block"] = depth_per_block(config)  # likewise
     return settings
 
 
-def refuse_other_scales(path: Path, vae: AutoencoderKL) -> None:
-    """Raise InputError unless the latents' scale is Stable Diffusion's."""
-    if vae.scaling_factor != SCALING_FACTOR:
-        message = f"a single file states no scaling_factor; it would mean {SCALING_FACTOR}"
+def refuse_other_scales(path: Path, vae: AutoencoderKL, expected: float) -> None:
+    """Raise InputError unless the latents' scale is the one that a file's reader assumes."""
+    if vae.scaling_factor != expected:
+        message = f"a single file states no scaling_factor; it would mean {expected}"
         raise InputError(f"{path}: {message}, not the VAE's {vae.scaling_factor}")
 
 

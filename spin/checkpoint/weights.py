@@ -41,6 +41,7 @@ WEIGHT_FILES = {
     "unet": DIFFUSERS_FILES,
     "vae": DIFFUSERS_FILES,
     "text_encoder": TRANSFORMERS_FILES,
+    "text_encoder_2": TRANSFORMERS_FILES,
 }
 
 # the file that is written, and that most folders have
@@ -48,13 +49,14 @@ USUAL_FILE = {
     "unet": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
 }
 
 
 def find_weights(folder: Path, part: str) -> Path | None:
     """Return the file to read a network's weights from, which may be an index, or None.
 
-    part: "unet", "vae" or "text_encoder"
+    part: "unet", "vae", "text_encoder" or "text_encoder_2"
     """
     for name in WEIGHT_FILES[part]:
         if (folder / name).is_file():

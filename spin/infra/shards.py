@@ -18,7 +18,7 @@ OPEN_FILES = 64  # memory-mapped shards that are kept open
 
 
 class LatentShards:
-    """Named tensors of some data rows, kept in a folder as float16.
+    """Named tensors of some data rows, kept in a folder: integers as they are, others as float16.
 
     folder: holds shard-00000.safetensors, ...; it need not exist yet.
     rows: the data rows that are kept, ascending. Shard i holds the i-th SHARD_ROWS of them.
@@ -49,7 +49,9 @@ class LatentShards:
         tensors = {}
         for name in batches[0]:
             joined = torch.cat([batch[name] for batch in batches])
-            tensors[name] = joined.half().cpu().contiguous()
+            if joined.is_floating_point():
+                joined = joined.half()
+            tensors[name] = joined.cpu().contiguous()
         with atomic_write(self.path(shard)) as temporary:
             save_file(tensors, temporary)
 

@@ -3,6 +3,7 @@
 tests/data/README.md says how their outputs, the goldens, were made.
 """
 
+import copy
 import json
 
 import numpy as np
@@ -15,13 +16,22 @@ from torch import Tensor, nn
 
 import sample
 from spin.checkpoint import load_pipeline
-from spin.checkpoint.names import TEXT_NAMES, expand_names, unfuse
+from spin.checkpoint.names import (
+    TEXT_NAMES,
+    add_text_prefix,
+    expand_names,
+    text_names,
+    transpose_projection,
+    unfuse,
+)
+from spin.sampler import sample as sample_latents
 from spin.scheduler import Scheduler, add_noise, ddim_step, ddpm_step, velocity, x0_and_eps
 from spin.text import TextEncoder, Tokenizer
 from spin.unet import UNet
 from spin.vae import AutoencoderKL
 
 GOLDEN_SD2 = load_file(DATA / "golden_sd2.safetensors")
+GOLDEN_SDXL = load_file(DATA / "golden_sdxl.safetensors")
 
 
 def assert_close(actual: Tensor, expected: Tensor, atol: float) -> None:
@@ -74,6 +84,125 @@ def test_networks_of_sd_2(tiny2_folder):
     assert_close(encoded, GOLDEN_SD2["tiny2.text.out"], atol=1e-4)
 
 
+# -----------------------------------------------------------------------------
+# SDXL
+
+PROMPTS_SDXL = ["a red circle, café!", "a tall tower " * 40 + "and a blue square", ""]
+SIZES_SDXL = torch.tensor([[1000, 733, 0, 17, 64, 64], [64, 104, 8, 0, 64, 104]])
+
+
+@pytest.fixture(scope="module")
+def pipe_sdxl(tinyxl_folder):
+    return load_pipeline(tinyxl_folder).freeze()
+
+
+def test_context_of_sdxl(pipe_sdxl):
+    sizes = SIZES_SDXL[[0, 1, 0, 1]]
+    context = pipe_sdxl.encode_prompts([*PROMPTS_SDXL, None], sizes)
+    assert context.shape == (4, 78, 80)
+    assert_close(context[:3, :77], GOLDEN_SDXL["tinyxl.text.tokens"], atol=1e-4)
+    assert_close(context[:3, 77, :40], GOLDEN_SDXL["tinyxl.text.pooled"], atol=1e-4)
+    assert torch.equal(context[:, 77, 40:46], sizes.float())
+    assert not context[:, 77, 46:].any()
+    assert not context[3, :77].any() and not context[3, 77, :40].any()  # a missing prompt
+
+
+def test_sizes_of_sdxl_default_to_whole_images_of_the_unets_size(pipe_sdxl):
+    side = 8 * pipe_sdxl.unet.sample_size
+    sizes = torch.tensor([[side, side, 0, 0, side, side]])
+    context = pipe_sdxl.encode_prompts(["a red circle"], sizes)
+    assert torch.equal(pipe_sdxl.encode_prompts(["a red circle"]), context)
+
+
+@pytest.mark.parametrize("name, shape", [("out", (2, 4, 8, 8)), ("odd", (2, 4, 9, 13))])
+def test_unet_of_sdxl(pipe_sdxl, name, shape):
+    tokens = oracle_input("tinyxl.context", (2, 77, 80))
+    row = torch.zeros(2, 80)
+    row[:, :40] = oracle_input("tinyxl.pooled", (2, 40))
+    row[:, 40:46] = SIZES_SDXL
+    context = torch.cat([tokens, row[:, None]], dim=1)
+    latents = oracle_input(f"tinyxl.{name}", shape)
+    prediction = pipe_sdxl.unet(latents, torch.tensor([999, 20]), context)
+    assert_close(prediction, GOLDEN_SDXL[f"tinyxl.unet.{name}"], atol=1e-4)
+
+
+def test_vae_of_sdxl(pipe_sdxl):
+    assert pipe_sdxl.vae.scaling_factor == 0.13025
+    images = oracle_input("tinyxl.image", (1, 3, 64, 64)).clamp(-1, 1)
+    mean, logvar = pipe_sdxl.vae.encode(images)
+    assert_close(mean, GOLDEN_SDXL["tinyxl.vae.mean"], atol=1e-4)
+    assert_close(logvar, GOLDEN_SDXL["tinyxl.vae.logvar"], atol=1e-4)
+    decoded = pipe_sdxl.vae.decode(oracle_input("tinyxl.latent", (1, 4, 8, 8)))
+    assert_close(decoded, GOLDEN_SDXL["tinyxl.vae.decoded"], atol=1e-4)
+
+
+def test_float16_weights_of_sdxls_vae_compute_in_float32(pipe_sdxl):
+    vae = copy.deepcopy(pipe_sdxl.vae).half()
+    mean, _ = vae.encode(oracle_input("tinyxl.image", (1, 3, 64, 64)).clamp(-1, 1))
+    assert mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "name, negative", [("missing", None), ("empty", ""), ("blurry", "blurry, a blue square")]
+)
+def test_guided_steps_of_sdxl(pipe_sdxl, name, negative):
+    """A missing negative prompt is zeros, and no empty prompt."""
+    latents = sample_latents(
+        pipe_sdxl,
+        ["a red circle"],
+        steps=3,
+        guidance=5.0,
+        generators=[torch.Generator().manual_seed(3)],
+        negative_prompts=negative,
+        height=72,
+        width=104,
+    )
+    assert_close(latents, GOLDEN_SDXL[f"tinyxl.sample.{name}"], atol=1e-4)
+
+
+def test_each_image_is_sampled_with_its_own_sizes(pipe_sdxl):
+    def sample_sizes(sizes: Tensor) -> Tensor:
+        generators = [torch.Generator().manual_seed(3) for _ in sizes]
+        prompts = ["a red circle"] * len(sizes)
+        options = {"steps": 2, "guidance": 2.0, "height": 32, "width": 32}
+        return sample_latents(pipe_sdxl, prompts, generators=generators, sizes=sizes, **options)
+
+    both = sample_sizes(SIZES_SDXL)
+    assert (both[0] - both[1]).abs().max() > 1e-2
+    for i in (0, 1):
+        assert_close(both[i : i + 1], sample_sizes(SIZES_SDXL[i : i + 1]), atol=1e-4)
+
+
+def test_a_missing_prompt_is_the_empty_one_in_sd_1(pipe):
+    assert torch.equal(pipe.encode_prompts([None]), pipe.encode_prompts([""]))
+
+
+def test_every_name_and_shape_of_sdxl():
+    config = MANIFEST["sdxl.config"]
+    with torch.device("meta"):
+        unet = UNet(config["unet"])
+        vae = AutoencoderKL(config["vae"])
+        first = TextEncoder(config["text_encoder"], Tokenizer())
+        second = TextEncoder(config["text_encoder_2"], Tokenizer(), projects=True)
+    states = {"unet": unet.state_dict(), "vae": vae.state_dict()}
+    for part, text_encoder in (("text_encoder", first), ("text_encoder_2", second)):
+        names = text_names(config[part], projects=part == "text_encoder_2")
+        state = transpose_projection(unfuse(text_encoder.tower.state_dict(), names))
+        states[part] = {add_text_prefix(name): tensor for name, tensor in state.items()}
+
+    # the VAE and the first text encoder have the tensors of SD-1.5's
+    expected = {**MANIFEST["sd15"], **MANIFEST["sdxl"]}
+    for part, state in states.items():
+        shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+        assert shapes == expected[part], part
+    assert len(states["unet"]) == 1680
+    assert sum(tensor.numel() for tensor in states["unet"].values()) == 2_567_463_684
+
+
+# -----------------------------------------------------------------------------
+# settings
+
+
 def group_norm_epsilons(network: nn.Module, part_of_name: str = "") -> set[float]:
     epsilons = set()
     for name, module in network.named_modules():
@@ -123,6 +252,23 @@ def test_unknown_block_types_are_refused(key):
     vae_config[key] = ["AttnDownEncoderBlock2D"] * 4
     with torch.device("meta"), pytest.raises(ValueError, match="AttnDownEncoderBlock2D"):
         AutoencoderKL(vae_config)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("transformer_layers_per_block", [1, 2], "has 2 entries for 3 blocks"),
+        ("transformer_layers_per_block", [0, 2, 4], "has 0"),  # SSD-1B
+        ("transformer_layers_per_block", [1, [2, 2], 4], r"has \[2, 2\]"),
+        ("addition_embed_type", "text_image", "text_time"),
+        ("projection_class_embeddings_input_dim", 200, "must fit"),
+        ("projection_class_embeddings_input_dim", 48, "must fit"),
+    ],
+)
+def test_other_inputs_and_depths_than_sdxls_are_refused(key, value, message):
+    config = {**MANIFEST["tinyxl.config"]["unet"], key: value}
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        UNet(config)
 
 
 @pytest.mark.parametrize("key", ["down_block_types", "up_block_types", "attention_head_dim"])
@@ -236,6 +382,10 @@ IMAGES = {  # name of the golden, which begins with the checkpoint's -> prompt, 
         "a red circle, two blue squares",
         "--sampler dpm++ --seed 4 --height 64 --width 96",
     ),
+    "tinyxl_ddim": (
+        "a red circle",
+        "--guidance 5 --steps 3 --seed 3 --height 72 --width 104",
+    ),
     "tiny2_v_dpmpp": (
         "a tall tower",
         "--sampler dpm++ --steps 16 --guidance 4 --seed 6 --height 64 --width 64",
@@ -248,8 +398,8 @@ IMAGES = {  # name of the golden, which begins with the checkpoint's -> prompt, 
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_sample_makes_the_image_of_diffusers(name, tiny_folder, tiny2_folder, tmp_path):
-    model = tiny2_folder if name.startswith("tiny2") else tiny_folder
+def test_sample_makes_the_image_of_diffusers(name, request, tmp_path):
+    model = request.getfixturevalue(f"{name.split('_')[0]}_folder")
     prompt, flags = IMAGES[name]
     common = ["--model", str(model), "--out", str(tmp_path), "--device", "cpu", "--prompt", prompt]
     [path] = sample.main([*common, *flags.split()])

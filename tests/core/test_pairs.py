@@ -37,9 +37,10 @@ class CaptionPipe:
 
     vae = SimpleNamespace(scaling_factor=SCALING_FACTOR)
     scheduler = SimpleNamespace(num_train_timesteps=1000)
+    reads_sizes = False
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        lengths = [float(len(prompt)) for prompt in prompts]
+    def encode_prompts(self, prompts: list[str | None], sizes: Tensor | None = None) -> Tensor:
+        lengths = [float(len(prompt or "")) for prompt in prompts]
         return torch.tensor(lengths)[:, None, None]
 
 

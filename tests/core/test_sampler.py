@@ -187,7 +187,7 @@ class PromptPipe:
         self.unet = PromptUNet()
         self.vae = SimpleNamespace(downscale=1)
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
+    def encode_prompts(self, prompts: list[str], sizes: Tensor | None = None) -> Tensor:
         numbers = [float(prompt or 0) for prompt in prompts]
         return torch.tensor(numbers)[:, None, None]
 
@@ -283,7 +283,7 @@ class GaussianPipe:
         self.unet = GaussianUNet(self.scheduler)
         self.vae = SimpleNamespace(downscale=1)
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
+    def encode_prompts(self, prompts: list[str], sizes: Tensor | None = None) -> Tensor:
         return torch.zeros(len(prompts), 1, 1)
 
 

@@ -27,7 +27,10 @@ def assert_same_pipelines():
 
 def check_same_weights(a: Pipeline, b: Pipeline) -> None:
     """Assert that all weights have the same names, dtypes and bits."""
-    for part in ("unet", "vae", "text_encoder"):
+    parts = ["unet", "vae", "text_encoder"]
+    if a.text_encoder_2 is not None:
+        parts.append("text_encoder_2")
+    for part in parts:
         state_a = getattr(a, part).state_dict()
         state_b = getattr(b, part).state_dict()
         assert state_a.keys() == state_b.keys()

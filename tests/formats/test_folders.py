@@ -268,7 +268,8 @@ def test_the_index_of_a_stable_diffusion_changes_nothing(
         ({"controlnet": ["diffusers", "ControlNetModel"]}, "a part controlnet (ControlNetModel)"),
         ({"controlnet": ["diffusers", ["ControlNetModel"] * 2]}, "a part controlnet (['Control"),
         ({"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}, "image_encoder"),
-        ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "a part text_encoder_2"),
+        ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "CLIPTextModelWithProjection"),
+        ({"text_encoder_3": ["transformers", "T5EncoderModel"]}, "a part text_encoder_3"),
         ({"motion_adapter": ["diffusers", "MotionAdapter"]}, "a part motion_adapter"),
         ({"unet": ["diffusers", "UNetMotionModel"]}, "its unet is UNetMotionModel"),
         ({"vae": ["diffusers", "AsymmetricAutoencoderKL"]}, "its vae is AsymmetricAuto"),
@@ -366,7 +367,7 @@ def test_a_unet_of_latents_of_another_scale_is_refused(tiny_folder, model_copy):
 
 
 def test_a_unet_of_a_single_file_is_of_latents_of_the_usual_scale(model_copy):
-    file = Mock(spec=SingleFile)
+    file = Mock(spec=SingleFile, read_scaling_factor_of_unet=lambda: 0.18215)
     check_same_scaling(load_pipeline(model_copy).vae, file, "model", "file.ckpt")
     edit_json(model_copy / "vae/config.json", scaling_factor=0.5)
     with pytest.raises(InputError, match="of file.ckpt is for latents times 0.18215 .*states 0.5:"):
@@ -456,7 +457,7 @@ def test_a_tensor_under_two_names_is_refused(model_copy):
     "file, changes, expected",
     [
         ("unet/config.json", {"block_out_channels": [30, 64, 64, 64]}, "config"),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type"),  # SDXL
+        ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type"),
         ("unet/config.json", {"in_channels": 9}, "in_channels is 9"),  # inpainting
         ("unet/config.json", {"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),
         ("vae/config.json", {"latent_channels": 16}, "latent_channels is 16"),  # SD-3

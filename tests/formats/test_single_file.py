@@ -456,7 +456,7 @@ def test_a_file_with_a_unet_alone_is_enough_for_a_unet(tag, examples, monkeypatc
 # files that are something else
 
 FOREIGN = {  # what the message says -> the name of a tensor
-    "SDXL": "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias",
+    "SDXL's refiner": "conditioner.embedders.0.model.ln_final.bias",
     "SD-3": "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight",
     "FLUX": "double_blocks.0.img_attn.norm.key_norm.scale",
     "LoRA": "lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight",

@@ -387,6 +387,17 @@ def test_the_papers_preset_is_the_papers_table():
     assert args.dpo_beta == 2000
 
 
+def test_the_preset_for_sdxl_is_that_of_diffusion_dpos_public_code():
+    args = train.parse_args("--preset paper-sdxl --model m --data d".split())
+    assert args.lr == [2.048e-5] * 3 and args.dpo_lr == 1e-8 * args.batch_size
+    assert args.beta == [5000] * 3 and args.dpo_beta == 5000
+    assert args.batch_size == 2048 and args.micro_batch == 1
+    assert args.warmup == 200 and args.weight_decay == 1e-2 and args.clip == 1
+    assert args.resolution == 1024 and args.flip == 0.5 and args.prompt_dropout == 0.2
+    assert args.guidance == 5
+    assert args.steps == [50, 500, 200]  # SPIN's
+
+
 def test_with_a_model_the_papers_preset_is_the_default():
     args = train.parse_args("--model m --data some/images".split())
     paper = train.parse_args("--preset paper --model m --data some/images".split())

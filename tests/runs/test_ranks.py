@@ -185,6 +185,16 @@ def test_so_are_those_of_the_bounded_loss(processes, alone, tmp_path):
     assert_close_weights(tmp_path / "one/iter1", out / "iter1", lr=2e-5, steps=2)
 
 
+def test_so_are_those_of_sdxl(processes, tinyxl_folder, image_folder, tmp_path):
+    """Pooled text and sizes are a row of the context: the ranks' shares hold their own."""
+    model = f"--preset toy --loss spin --model {tinyxl_folder} --data {image_folder}"
+    more = f"{model} --resolution 32 --prompt-dropout 0.3 --iterations 1"
+    assert run_ranks(processes, 1, train_watched, tmp_path / "one", more) == [0]
+    assert run_ranks(processes, 2, train_watched, tmp_path / "two", more) == [0, 0]
+    assert_same_gradients(tmp_path / "one", tmp_path / "two", tolerance=1e-5)
+    assert_close_weights(tmp_path / "one/iter1", tmp_path / "two/iter1", lr=5e-5, steps=2)
+
+
 @pytest.mark.parametrize("more", ["", "--checkpoint-activations"], ids=["plain", "checkpointed"])
 def test_so_are_those_of_the_compiled_step(more, processes, alone, tmp_path):
     out = tmp_path / "run"
