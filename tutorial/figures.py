@@ -783,6 +783,42 @@ def latents() -> Image.Image:
     return grid(rows, ["image", *channels, "decoded"], captions, 128)
 
 
+def sdxl() -> Image.Image:
+    """Draw the two ways in which a prompt reaches SDXL's UNet."""
+    sheet = Drawing(900, 330)
+    added = COLORS[3]
+    sheet.box(14, 50, 110, 90, "prompt")
+    sheet.box(160, 24, 330, 64, "CLIP ViT-L", REAL_COLOR)
+    sheet.box(160, 88, 330, 128, "OpenCLIP ViT-bigG", REAL_COLOR)
+    sheet.arrow((110, 62), (160, 44))
+    sheet.arrow((110, 78), (160, 108))
+    sheet.box(410, 50, 560, 102, "context\n77 x (768 + 1280)", REAL_COLOR)
+    sheet.arrow((330, 44), (410, 66), color=REAL_COLOR)
+    sheet.arrow((330, 108), (410, 86), color=REAL_COLOR)
+    sheet.box(720, 50, 886, 102, "every attention", POLICY_COLOR)
+    sheet.arrow((560, 76), (720, 76), color=REAL_COLOR)
+
+    sheet.box(14, 186, 110, 226, "six sizes")
+    sheet.box(160, 186, 330, 226, "6 x 256 sinusoids", added)
+    sheet.arrow((110, 206), (160, 206))
+    sheet.box(410, 180, 560, 232, "linear, SiLU,\nlinear", added)
+    sheet.arrow((330, 206), (410, 206), color=added)
+    sheet.arrow((245, 128), (245, 156), (485, 156), (485, 180), color=added)
+    sheet.text(365, 144, "pooled: 1280", added, 13)
+
+    sheet.box(14, 270, 110, 310, "timestep")
+    sheet.box(160, 270, 330, 310, "320 sinusoids", FROZEN_COLOR)
+    sheet.arrow((110, 290), (160, 290))
+    sheet.box(410, 264, 560, 316, "linear, SiLU,\nlinear", FROZEN_COLOR)
+    sheet.arrow((330, 290), (410, 290))
+    sheet.text(630, 248, "+", INK, 26)
+    sheet.arrow((560, 206), (620, 238), color=added)
+    sheet.arrow((560, 290), (620, 258))
+    sheet.box(720, 222, 886, 274, "every residual\nblock", POLICY_COLOR)
+    sheet.arrow((642, 248), (720, 248))
+    return sheet.finish()
+
+
 # ---- Chapter 12 ----------------------------------------------------------------------------------
 
 
@@ -1042,6 +1078,7 @@ FIGURES = {
     "unet": unet,
     "attention": attention,
     "latents": latents,
+    "sdxl": sdxl,
     "cost": cost,
     "push_line": push_line,
     "mirror": mirror,
