@@ -32,7 +32,7 @@ CURVES = {
 
 
 def models_of_run(run: Run, base: ModelSource, iterations: int) -> dict[str, ModelSource]:
-    """Return the models of a run that are there: "base", "sft", "dpo", "spin-1", ..., "bounded-1", ...
+    """Return the models of a run that are there: "base", "sft", "dpo", "spin-1", "bounded-1", ...
 
     base: theta_0. Every other model has theta_0's parts and its own UNet.
     """
