@@ -80,7 +80,7 @@ PAPER_SDXL = {
 PRESETS = {"toy": TOY, "paper": PAPER, "paper-sdxl": PAPER_SDXL}
 
 #: how long `python train.py` took when it was last measured
-STORY_TIME = "5 minutes on two idle CPU cores"
+STORY_TIME = "8 minutes on two idle CPU cores"
 
 #: Settings of PAPER that the paper does not state.
 ASSUMED = (
