@@ -284,6 +284,11 @@ PAGE = [
     ("story/spin-3", "theta_0", "aligned", "7.5", "mean of 5"),
     ("story/bounded-3", "theta_0", "aligned", "7.5", "mean of 5"),
     ("story/sft", "theta_0", "aligned", "7.5", "mean of 5"),
+    ("bounded-after-sft/bounded-3", "story/sft", "reward", "7.5", "mean of 5"),
+    ("bounded-after-sft/bounded-3", "story/sft", "reward", "best reward", "mean of 5"),
+    ("bounded-after-sft/bounded-3", "story/sft", "energy", "best energy", "mean of 5"),
+    ("spin-after-sft/spin-3", "story/sft", "reward", "7.5", "mean of 5"),
+    ("spin-after-sft/spin-3", "story/sft", "reward", "best reward", "mean of 5"),
 ]
 
 
