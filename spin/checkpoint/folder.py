@@ -312,12 +312,6 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 def write_model_index(folder: Path, scheduler_class: str, is_xl: bool) -> None:
     """Write model_index.json, by which diffusers knows the classes of a checkpoint's parts."""
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "requires_safety_checker": False,
-        "feature_extractor": [None, None],
-        "safety_checker": [None, None],
-    }
     if is_xl:
         index = {
             "_class_name": "StableDiffusionXLPipeline",
@@ -326,6 +320,13 @@ def write_model_index(folder: Path, scheduler_class: str, is_xl: bool) -> None:
             "image_encoder": [None, None],
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
             "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
+    else:
+        index = {
+            "_class_name": "StableDiffusionPipeline",
+            "requires_safety_checker": False,
+            "feature_extractor": [None, None],
+            "safety_checker": [None, None],
         }
     parts = {
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -327,9 +327,9 @@ def write_single_file(
     configs = assumed_configs(family)
     refuse_other_settings(path, "unet", unet.config, configs)
     refuse_other_settings(path, "vae", vae.config, configs)
-    for part, tower in text_encoders.items():
-        refuse_other_settings(path, part, tower.config, configs)
-        refuse_other_tokenizers(path, tower)
+    for part, encoder in text_encoders.items():
+        refuse_other_settings(path, part, encoder.config, configs)
+        refuse_other_tokenizers(path, encoder)
     refuse_other_scales(path, vae, SCALING_FACTORS[family])
     refuse_other_schedules(path, scheduler)
 
@@ -342,11 +342,11 @@ def write_single_file(
     for name, original in original_vae_names(vae.config).items():
         tensors[original] = vae_state[name]
 
-    for part, tower in text_encoders.items():
+    for part, encoder in text_encoders.items():
         prefix = TEXT_PREFIXES[family][part]
-        text_state = tower.tower.state_dict()
+        text_state = encoder.tower.state_dict()
         if not has_our_names(prefix):
-            text_state = unfuse(text_state, text_names(tower.config))
+            text_state = unfuse(text_state, text_names(encoder.config))
         for name, tensor in text_state.items():
             tensors[prefix + name] = tensor
 

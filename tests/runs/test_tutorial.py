@@ -179,7 +179,7 @@ def test_figures_are_those_that_the_code_draws(name, tmp_path):
 
 def test_figures_are_small_and_used():
     paths = list(figures.FOLDER.iterdir())
-    assert max(path.stat().st_size for path in paths) <= 150_000
+    assert max(path.stat().st_size for path in paths) <= 100_000
     assert sum(path.stat().st_size for path in paths) <= 1_500_000
     text = "".join(page.read_text() for page in PAGES)
     assert [path.name for path in paths if path.name not in text] == []
