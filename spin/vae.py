@@ -139,7 +139,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The VAE of SD-1.x and SD-2.x.
+    """The VAE of SD-1.x, SD-2.x and SDXL.
 
     config: the contents of diffusers' vae/config.json, which fixes every size.
     Raises ValueError for an unknown block type, and for a `scaling_factor` that is not positive.
