@@ -387,7 +387,7 @@ def save_state(run: Run, name: str, step: int, parts: dict) -> None:
         for part, holder in parts.items():
             state[part] = holder.state_dict()
         run.save_state(name, state)
-        report.draw_curves(run)
+        report.update_curves(run)
 
 
 def save_model(run: Run, name: str, num_steps: int, pipe: Pipeline) -> None:
@@ -1026,7 +1026,7 @@ def report_results(args: argparse.Namespace, run: Run) -> dict:
     """Print a summary of the log, and score the models of the miniature world."""
     if not distributed.is_main():
         return {"out": args.out}
-    report.draw_curves(run)
+    report.update_curves(run)
     summary = run.summarize()
     print("\nthe log: at the first step, and over the last tenth")
     for row in summary:

@@ -2,9 +2,8 @@
 
     python tutorial/figures.py [NAME ...]        writes tutorial/figures/NAME.png
 
-Without a name, all but the story_ figures are drawn. Those are images that `python train.py` leaves
-in runs/toy, which takes minutes if it has not been run. The evidence_ figures are not drawn here:
-tutorial/evidence/earlier_world.md says how they were made.
+The story_ figures show a run of `python train.py`, whose log and samples are in tutorial/story. The
+evidence_ figures are not drawn here: tutorial/evidence/earlier_world.md says how they were made.
 """
 
 import argparse
@@ -21,14 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
 from spin import toy  # noqa: E402
 from spin.checkpoint import load_pipeline  # noqa: E402
 from spin.checkpoint.configs import SD_1  # noqa: E402
+from spin.eval import report  # noqa: E402
 from spin.eval.plots import COLORS, INK, PALE, PAPER, grid, two_a_row  # noqa: E402
 from spin.infra.cli import run_script  # noqa: E402
 from spin.infra.errors import InputError  # noqa: E402
-from spin.infra.images import save_png, to_pil  # noqa: E402
+from spin.infra.images import read_image, read_parameters, save_png, to_pil  # noqa: E402
+from spin.infra.run import Run  # noqa: E402
 from spin.loss import LINKS, per_image_error, spin_bounded_loss, spin_loss  # noqa: E402
 from spin.sampler import decode_latents, sample  # noqa: E402
 from spin.scheduler import add_noise, ddim_step, x0_and_eps  # noqa: E402
@@ -1061,6 +1061,29 @@ def draw_intervals(
         sheet.text(right + 44, y, f"{interval.mean:+.2f}", color, 14, "rm")
 
 
+# ---- The story -----------------------------------------------------------------------------------
+
+# The log, to four digits, and samples/ of a run of `python train.py`
+STORY = ROOT / "tutorial" / "story"
+
+
+def story_grid() -> Image.Image:
+    """Draw the run's samples/grid.png, with six bits a channel: its file is a third smaller."""
+    columns = {}
+    for name in ["base", *MODELS]:
+        paths = sorted((STORY / "samples" / name).iterdir())
+        columns[name] = [read_image(path) for path in paths]
+    prompts = [read_parameters(path).partition("\n")[0] for path in paths]
+    scenes = {scene.caption: scene for scene in toy.split()["test"]}
+    ideal_images = [toy.to_pil(toy.ideal_image(scenes[prompt])) for prompt in prompts]
+    return report.draw_grid(columns, prompts, ideal_images).point(lambda value: value // 4 * 4 + 2)
+
+
+def story_curves() -> Image.Image:
+    """Draw the run's curves.png."""
+    return report.draw_curves(Run(STORY).read_log())
+
+
 # ---- The script ----------------------------------------------------------------------------------
 
 FIGURES = {
@@ -1083,33 +1106,24 @@ FIGURES = {
     "push_line": push_line,
     "mirror": mirror,
     "gains": gains,
-}
-# {name: file of the run folder}
-STORY = {
-    "story_grid": "samples/grid.png",
-    "story_curves": "curves.png",
+    "story_grid": story_grid,
+    "story_curves": story_curves,
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    names = [*FIGURES, *STORY]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(names)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(FIGURES)}")
     parser.add_argument("--out", default=str(FOLDER), help="folder (default: tutorial/figures)")
     args = parser.parse_args(argv)
     for name in args.names:
-        if name not in names:
-            raise InputError(f"{name}: no such figure. There are {', '.join(names)}")
+        if name not in FIGURES:
+            raise InputError(f"{name}: no such figure. There are {', '.join(FIGURES)}")
 
     for name in args.names or FIGURES:
-        if name in STORY:
-            run_folder = ROOT / "runs" / "toy"
-            train.main(["--out", str(run_folder)])
-            image = Image.open(run_folder / STORY[name]).convert("RGB")
-            # six bits a channel: no eye sees it, and the file is a third smaller
-            image = image.point(lambda value: value // 4 * 4 + 2)
-        else:
-            image = FIGURES[name]().quantize(256)
+        image = FIGURES[name]()
+        if name != "story_grid":  # 256 colors would be too few for its samples
+            image = image.quantize(256)
         save_png(image, Path(args.out) / f"{name}.png")
 
 

@@ -109,27 +109,38 @@ class SampleGrid:
         if not self.prompts:
             return
         in_training = sorted(path.name for path in self.folder.glob("*-step-*"))
-        titles = [name for name in [*names, *in_training] if self.is_complete(name)]
-        columns = []
-        for title in titles:
-            columns.append([read_image(request.path) for request in self.requests(title)])
-        cell = 192
-        if self.ideal_images is not None:
-            titles.append("ideal")
-            columns.append(list(self.ideal_images))
-            cell = 96  # three times the 32 pixels of the miniature world
+        columns = {}
+        for name in [*names, *in_training]:
+            if self.is_complete(name):
+                columns[name] = [read_image(request.path) for request in self.requests(name)]
+        save_png(draw_grid(columns, self.prompts, self.ideal_images), self.folder / "grid.png")
 
-        rows = []
-        captions = []
-        for i, prompt in enumerate(self.prompts):
-            images = [column[i] for column in columns]
-            rows.append(images)
-            captions.append(prompt)
-            if self.ideal_images is not None:
-                ideal = images[-1]
-                rows.append([plots.difference(image, ideal, DIFFERENCE_GAIN) for image in images])
-                captions.append(DIFFERENCE_CAPTION)
-        save_png(plots.grid(rows, titles, captions, cell), self.folder / "grid.png")
+
+def draw_grid(
+    columns: dict[str, list[Image.Image]],
+    prompts: Sequence[str],
+    ideal_images: Sequence[Image.Image] | None = None,
+) -> Image.Image:
+    """Return the grid with a row for each prompt.
+
+    columns: {title: an image of each prompt}. For ideal_images, see `SampleGrid`.
+    """
+    cell = 192
+    if ideal_images is not None:
+        columns = {**columns, "ideal": list(ideal_images)}
+        cell = 96  # three times the 32 pixels of the miniature world
+
+    rows = []
+    captions = []
+    for i, prompt in enumerate(prompts):
+        images = [column[i] for column in columns.values()]
+        rows.append(images)
+        captions.append(prompt)
+        if ideal_images is not None:
+            ideal = ideal_images[i]
+            rows.append([plots.difference(image, ideal, DIFFERENCE_GAIN) for image in images])
+            captions.append(DIFFERENCE_CAPTION)
+    return plots.grid(rows, list(columns), captions, cell)
 
 
 def update_samples(grid: SampleGrid, models: dict[str, ModelSource], device: str) -> None:
@@ -175,12 +186,20 @@ def rows_at_quantiles(scores: np.ndarray, count: int) -> list[int]:
 # ---- Curves --------------------------------------------------------------------------------------
 
 
-def draw_curves(run: Run) -> None:
-    """Write curves.png: the log over the steps of self-play and of each baseline.
+def update_curves(run: Run) -> None:
+    """Write curves.png, if the log has a line."""
+    log = run.read_log()
+    if log:
+        save_png(draw_curves(log), run.folder / "curves.png")
+
+
+def draw_curves(log: Sequence[dict]) -> Image.Image:
+    """Plot a log over the steps of self-play with each loss, and of each baseline.
 
     A vertical line marks the end of an iteration. Over the thin single steps lies a running mean.
+
+    log: at least one line of `Run.read_log`.
     """
-    log = run.read_log()
     charts = []
     for method in (*PLAYERS.values(), "sft", "dpo"):
         lines = [line for line in log if line["model"].startswith(method)]
@@ -195,8 +214,7 @@ def draw_curves(run: Run) -> None:
                 charts.append(
                     plots.line_chart(f"{method}: {title}", curves, ends, window=CURVES_WINDOW)
                 )
-    if charts:
-        save_png(plots.two_a_row(charts), run.folder / "curves.png")
+    return plots.two_a_row(charts)
 
 
 def curves_of(lines: Sequence[dict], keys: Sequence[str]) -> plots.Lines:

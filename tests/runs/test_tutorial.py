@@ -187,8 +187,7 @@ def test_figures_are_small_and_used():
 
 def test_every_figure_is_remade_by_figures_py_or_belongs_to_the_evidence():
     for path in figures.FOLDER.iterdir():
-        known = path.stem in figures.FIGURES or path.stem in figures.STORY
-        assert known or path.stem.startswith("evidence_")
+        assert path.stem in figures.FIGURES or path.stem.startswith("evidence_")
 
 
 def test_there_is_a_tutorial():
