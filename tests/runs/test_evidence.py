@@ -36,7 +36,7 @@ CLAIMS = {
     "tutorial/11_stable_diffusion.md": [
         ("theta_0", ["ending/alone/at_3/clean"]),
     ],
-    "tutorial/20_appendix.md": [
+    "tutorial/21_appendix.md": [
         ("SPIN-3 minus SPIN-2", ["claims/claims/SPIN-3 beats SPIN-2/five"]),
     ],
     "tutorial/evidence/earlier_world.md": [
