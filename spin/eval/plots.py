@@ -206,14 +206,20 @@ def line_chart(
 def draw_line(
     axes: Axes, values: Sequence[float], last_step: int, color: tuple[int, int, int], width: int
 ) -> None:
-    """Draw values at steps 1, 2, ... as a line, and a single one as a dot."""
+    """Draw values at steps 1, 2, ... as a smooth line, and a single one as a dot."""
     points = []
     for step, value in enumerate(values, start=1):
         if math.isfinite(value):
             points.append((axes.x((step - 1) / (last_step - 1)), axes.y(value)))
-    axes.draw.line(points, color, width)
     if len(points) == 1:
         axes.draw.circle(points[0], 2, color)
+
+    # Pillow's lines have jagged edges: draw at twice the size and scale down.
+    size = axes.panel.size
+    stencil = Image.new("L", (2 * size[0], 2 * size[1]))
+    doubled = [(2 * x, 2 * y) for x, y in points]
+    ImageDraw.Draw(stencil).line(doubled, 255, 2 * width, joint="curve")
+    axes.panel.paste(color, mask=stencil.resize(size, Image.Resampling.BOX))
 
 
 def running_mean(values: Sequence[float], marks: Sequence[int], window: int) -> list[float]:
