@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from spin.eval.plots import COLORS, INK, PALE, PAPER, TOP, make_axes
+from spin.eval.plots import COLORS, INK, PALE, PAPER
 
 Color = tuple[int, int, int]
 Curve = list[tuple[float, float]]  # points (x, y)
@@ -84,80 +84,69 @@ def mix(color: Color, other: Color, share: float) -> Color:
     return tuple(round(share * a + (1 - share) * b) for a, b in zip(color, other))
 
 
-def line_chart(
+Line = tuple[Curve, Color]
+
+
+def plot(
+    sheet: Drawing,
+    frame: tuple[int, int, int, int],
     title: str,
     x_label: str,
-    lines: dict[str, list[tuple[float, float]]],
-    ticks: Sequence[float],
-    width: int,
-    height: int,
-    y_range: Sequence[float] = (),
-) -> Image.Image:
-    """Return a panel with lines through points (x, y), and a legend below it.
+    lines: dict[str, Line],
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    low: float | None = None,
+) -> None:
+    """Plot lines {name: (points, color)} in a frame (left, top, right, bottom), legend below it.
 
-    lines: {name: points}, their x from left to right.
-    ticks: the x to label.
-    y_range: numbers that the vertical axis covers; those of the points by default.
+    The axes go from the first tick to the last, or upward from `low`. Points above are left out.
     """
-    points = []
-    for line in lines.values():
-        points += line
-    y_values = y_range or [y for _, y in points]
-    axes = make_axes(title, y_values, width, height - 18)  # 18: for x_label
-    x_min = min(x for x, _ in points)
-    x_max = max(x for x, _ in points)
-    first_column = axes.left + 20
-    pixels_per_x = (axes.right - 20 - first_column) / (x_max - x_min)
+    left, top, right, bottom = frame
+    low = y_ticks[0] if low is None else low
 
-    if min(y_values) < 0 < max(y_values):
-        zero = axes.y(0)
-        axes.draw.line([(axes.left, zero), (axes.right, zero)], INK)
-    for x in ticks:
-        column = first_column + (x - x_min) * pixels_per_x
-        axes.draw.text((column, axes.bottom + 6), f"{x:g}", INK, axes.font, anchor="ma")
-    for line, color in zip(lines.values(), COLORS):
-        path = []
-        for x, y in line:
-            path.append((first_column + (x - x_min) * pixels_per_x, axes.y(y)))
-        axes.draw.line(path, color, 2)
+    def column(x: float) -> float:
+        return left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left)
 
-    sheet = Image.new("RGB", (width, height + 24), PAPER)
-    sheet.paste(axes.panel)
-    draw = ImageDraw.Draw(sheet)
-    middle = (axes.left + axes.right) / 2
-    draw.text((middle, axes.bottom + 24), x_label, INK, axes.font, anchor="ma")
-    draw_legend(draw, list(lines), axes.left, height + 4)
-    return sheet
+    def row(y: float) -> float:
+        return bottom - (y - low) / (y_ticks[-1] - low) * (bottom - top)
 
+    sheet.text(left, top - 24, title, INK, 15, "lm")
+    for y in y_ticks:
+        color = INK if y == 0 else PALE
+        sheet.draw.line([(2 * left, 2 * row(y)), (2 * right, 2 * row(y))], color, 2)
+        sheet.text(left - 8, row(y), f"{y:g}", INK, 13, "rm")
+    for x in x_ticks:
+        sheet.text(column(x), bottom + 16, f"{x:g}", INK, 13)
+    sheet.text((left + right) / 2, bottom + 36, x_label, INK, 13)
 
-def draw_legend(draw: ImageDraw.ImageDraw, names: list[str], left: float, top: float) -> None:
-    """Draw a square of each line's color with its name, in one row."""
-    font = ImageFont.load_default(13)
-    x = left
-    for name, color in zip(names, COLORS):
-        draw.rectangle([x, top + 3, x + 11, top + 12], color)
-        draw.text((x + 18, top), name, INK, font)
-        x += 18 + font.getlength(name) + 16
+    for points, color in reversed(lines.values()):  # the first one lies over the others
+        path = [(2 * column(x), 2 * row(y)) for x, y in points if y <= y_ticks[-1]]
+        sheet.draw.line(path, color, 5, joint="curve")
+
+    font = ImageFont.load_default(14)
+    legend_x = left
+    legend_y = bottom + 62
+    for name, (_, color) in lines.items():
+        key = [(2 * legend_x, 2 * legend_y), (2 * (legend_x + 22), 2 * legend_y)]
+        sheet.draw.line(key, color, 7)
+        sheet.text(legend_x + 28, legend_y, name, INK, 14, "lm")
+        legend_x += 28 + font.getlength(name) + 22
 
 
 def bar_chart(title: str, values: dict[str, float], unit: str) -> Image.Image:
     """Return a horizontal bar for each name, from 0, with its number at the end."""
-    bar_height = 26
     left = 250
     width = 640
-    font = ImageFont.load_default(13)
-    sheet = Image.new("RGB", (width, TOP + bar_height * len(values) + 8), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((10, 8), title, INK, font)
-
+    sheet = Drawing(width, 42 + 26 * len(values))
+    sheet.text(10, 15, title, INK, 14, "lm")
     pixels_per_unit = (width - left - 90) / max(values.values())
     for i, (name, value) in enumerate(values.items()):
-        middle = TOP + (i + 0.5) * bar_height
-        length = value * pixels_per_unit
-        draw.text((left - 8, middle), name, INK, font, anchor="rm")
-        draw.rectangle([left, middle - 8, left + max(1, length), middle + 8], COLORS[0])
-        draw.text((left + length + 8, middle), f"{value:.3g} {unit}", INK, font, anchor="lm")
-    return sheet
+        y = 47 + 26 * i
+        right = left + value * pixels_per_unit
+        sheet.text(left - 8, y, name, INK, 13, "rm")
+        sheet.draw.rectangle([2 * left, 2 * (y - 8), 2 * right, 2 * (y + 8)], COLORS[0])
+        sheet.text(right + 8, y, f"{value:.3g} {unit}", INK, 13, "lm")
+    return sheet.finish()
 
 
 def arrow_chart(title: str, arrows: dict[str, tuple[float, float]], note: str) -> Image.Image:
@@ -167,11 +156,9 @@ def arrow_chart(title: str, arrows: dict[str, tuple[float, float]], note: str) -
     """
     width = 620
     height = 310
-    font = ImageFont.load_default(13)
-    sheet = Image.new("RGB", (width, TOP + height + 30), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((10, 8), title, INK, font)
-    draw.text((10, TOP + height), note, INK, font)
+    sheet = Drawing(width, height + 64)
+    sheet.text(10, 15, title, INK, 14, "lm")
+    sheet.text(10, height + 46, note, INK, 14, "lm")
 
     # The scale and the origin that center everything, with room for the names.
     xs = [0.0] + [x for x, _ in arrows.values()]
@@ -180,59 +167,13 @@ def arrow_chart(title: str, arrows: dict[str, tuple[float, float]], note: str) -
     y_span = max(ys) - min(ys)
     scale = min((width - 280) / x_span, (height - 60) / y_span)
     origin_x = (width - scale * x_span) / 2 - scale * min(xs)
-    origin_y = TOP + height - 30 + scale * min(ys)
+    origin_y = height + scale * min(ys)
 
     for (name, (x, y)), color in zip(arrows.items(), COLORS):
-        tip = (origin_x + scale * x, origin_y - scale * y)
-        length = math.hypot(x, y)
-        along = (x / length, -y / length)  # the arrow's direction on the sheet, y down
-        draw_arrow(draw, (origin_x, origin_y), tip, along, color)
-        anchor = "lm" if x >= 0 else "rm"
-        draw.text((tip[0] + 12 * along[0], tip[1] + 12 * along[1]), name, color, font, anchor)
-    draw.circle((origin_x, origin_y), 4, INK)
-    return sheet
-
-
-def draw_arrow(
-    draw: ImageDraw.ImageDraw,
-    start: tuple[float, float],
-    tip: tuple[float, float],
-    along: tuple[float, float],
-    color: Color,
-) -> None:
-    """Draw an arrow whose head is 13 pixels long and 12 wide. along: its direction, of length 1."""
-    shaft_end = (tip[0] - 6 * along[0], tip[1] - 6 * along[1])
-    draw.line([start, shaft_end], color, 3)
-    back = (tip[0] - 13 * along[0], tip[1] - 13 * along[1])
-    left_wing = (back[0] - 6 * along[1], back[1] + 6 * along[0])
-    right_wing = (back[0] + 6 * along[1], back[1] - 6 * along[0])
-    draw.polygon([tip, left_wing, right_wing], color)
-
-
-def density_chart(
-    title: str, curves: dict[str, tuple[Curve, Color]], x_ticks: range, y_ticks: list[float]
-) -> Image.Image:
-    """Plot curves {name: (points, color)} above a common axis, with a legend below it."""
-    sheet = Drawing(700, 340)
-    left, right, top, bottom = 60, 685, 40, 275
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        column = left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left)
-        return 2 * column, 2 * (bottom - y / y_ticks[-1] * (bottom - top))
-
-    sheet.text(left, 18, title, INK, 14, "lm")
-    for y in y_ticks:
-        sheet.draw.line([place(x_ticks[0], y), place(x_ticks[-1], y)], PALE, 2)
-        sheet.text(left - 8, place(0, y)[1] / 2, f"{y:g}", INK, 14, "rm")
-    for x in x_ticks:
-        sheet.text(place(x, 0)[0] / 2, bottom + 16, f"{x}", INK, 14)
-    for points, color in curves.values():
-        sheet.draw.line([place(x, y) for x, y in points], color, 5, joint="curve")
-
-    font = ImageFont.load_default(14)
-    x = left
-    for name, (_, color) in curves.items():
-        sheet.draw.line([(2 * x, 2 * 318), (2 * (x + 22), 2 * 318)], color, 7)
-        sheet.text(x + 28, 318, name, INK, 14, "lm")
-        x += 28 + font.getlength(name) + 22
+        tip_x = origin_x + scale * x
+        tip_y = origin_y - scale * y
+        sheet.arrow((origin_x, origin_y), (tip_x, tip_y), color=color)
+        room = 12 / math.hypot(x, y)
+        sheet.text(tip_x + room * x, tip_y - room * y, name, color, 14, "lm" if x >= 0 else "rm")
+    sheet.draw.circle((2 * origin_x, 2 * origin_y), 8, INK)
     return sheet.finish()

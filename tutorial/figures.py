@@ -9,6 +9,7 @@ evidence_ figures are not drawn here: tutorial/evidence/earlier_world.md says ho
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from spin import toy  # noqa: E402
 from spin.checkpoint import load_pipeline  # noqa: E402
 from spin.checkpoint.configs import SD_1  # noqa: E402
 from spin.eval import report  # noqa: E402
-from spin.eval.plots import COLORS, INK, PALE, PAPER, grid, two_a_row  # noqa: E402
+from spin.eval.plots import COLORS, GAP, INK, LINE, MARGIN, PALE, PAPER, grid  # noqa: E402
 from spin.infra.cli import run_script  # noqa: E402
 from spin.infra.errors import InputError  # noqa: E402
 from spin.infra.images import read_image, read_parameters, save_png, to_pil  # noqa: E402
@@ -38,11 +39,11 @@ from tutorial.charts import (  # noqa: E402
     Color,
     Curve,
     Drawing,
+    Line,
     arrow_chart,
     bar_chart,
-    density_chart,
-    line_chart,
     mix,
+    plot,
     tint,
 )
 from tutorial.findings import Comparison, Scores, pooled  # noqa: E402
@@ -71,6 +72,9 @@ REAL_COLOR = COLORS[0]  # as delta_data in the log's charts
 GENERATED_COLOR = COLORS[1]  # as delta_gen
 POLICY_COLOR = COLORS[2]
 FROZEN_COLOR = (110, 110, 118)
+BOUNDED_COLOR = COLORS[3]
+SPIN_COLOR = INK
+OCHRE = (158, 112, 24)
 
 
 def one_pair() -> Image.Image:
@@ -302,7 +306,7 @@ def sampling_path() -> Image.Image:
 
 
 def guidance() -> Image.Image:
-    """Plot guidance in one dimension: all images, the prompt's, and those drawn with guidance 3.
+    """Plot guidance in one dimension: all images, the prompt's, and those sampled at guidance 3.
 
     "Images" are numbers with normal densities, for which the best prediction is known.
     """
@@ -311,33 +315,18 @@ def guidance() -> Image.Image:
     prompt = normal_density(x, 1.0, 0.5)
     often_said = prompt**3 / everything**2
     often_said = often_said / often_said.sum() / 0.01  # 0.01: from one x to the next
-    drawn = normal_density(x, *guided_mean_and_sd(3.0, steps=50))
+    sampled = normal_density(x, *guided_mean_and_sd(3.0, steps=50))
 
-    sheet = Drawing(760, 340)
-    left, right, bottom, top = 50, 740, 292, 30
-    columns = left + (x + 3) / 6 * (right - left)
-    pixels_per_density = (bottom - top) / 3.8
-    for density in (0, 1, 2, 3):
-        y = bottom - density * pixels_per_density
-        sheet.draw.line([(2 * left, 2 * y), (2 * right, 2 * y)], PALE, 2)
-        sheet.text(left - 8, y, str(density), INK, 13, "rm")
-    for number in range(-3, 4):
-        sheet.text(left + (number + 3) / 6 * (right - left), bottom + 14, str(number), INK, 13)
-    sheet.text((left + right) / 2, bottom + 34, "the number that is drawn", INK, 13)
-    sheet.text(left, 14, "probability density", INK, 13, "lm")
-
-    curves = [
-        (everything, COLORS[4], "all images", -1.3, 0.55),
-        (prompt, REAL_COLOR, "images of the prompt", 0.28, 0.78),
-        (often_said, COLORS[3], "what is often said:\np(x|c)^3 / p(x)^2", 0.72, 1.75),
-        (drawn, GENERATED_COLOR, "drawn with\nguidance 3", 1.3, 3.4),
-    ]
-    for density, color, name, name_x, name_density in curves:
-        rows = bottom - density * pixels_per_density
-        path = [(2 * a, 2 * b) for a, b in zip(columns.tolist(), rows.tolist())]
-        sheet.draw.line(path, color, 5, joint="curve")
-        name_column = left + (name_x + 3) / 6 * (right - left)
-        sheet.text(name_column, bottom - name_density * pixels_per_density, name, color, 14, "rm")
+    lines = {
+        "all images": (curve(x, everything), COLORS[4]),
+        "images of the prompt": (curve(x, prompt), REAL_COLOR),
+        "what is often said: p(x|c)^3 / p(x)^2": (curve(x, often_said), INK),
+        "sampled with guidance 3": (curve(x, sampled), GENERATED_COLOR),
+    }
+    sheet = Drawing(820, 380)
+    frame = (50, 40, 800, 300)
+    x_label = "the number that stands for an image"
+    plot(sheet, frame, "Probability density", x_label, lines, range(-3, 4), [0, 1, 2, 3, 4])
     return sheet.finish()
 
 
@@ -345,11 +334,13 @@ def normal_density(x: Tensor, mean: float, sd: float) -> Tensor:
     return torch.exp(-0.5 * ((x - mean) / sd) ** 2) / (sd * math.sqrt(2 * math.pi))
 
 
-def guided_mean_and_sd(scale: float, steps: int) -> tuple[float, float]:
+def guided_mean_and_sd(
+    scale: float, steps: int, mean: float = 1.0, sd: float = 0.5
+) -> tuple[float, float]:
     """Return mean and standard deviation of what the guided sampler makes of pure noise.
 
-    All images are N(0, 1), those of the prompt N(1, 1/4). Every step is linear in x_t, and so are
-    all steps together: two inputs give both numbers.
+    All images are N(0, 1), those of the prompt N(mean, sd^2). Every step is linear in x_t, and so
+    are all steps together: two inputs give both numbers.
     """
     scheduler = load_pipeline(toy.BASE).scheduler
     timesteps = scheduler.timesteps(steps)
@@ -358,12 +349,12 @@ def guided_mean_and_sd(scale: float, steps: int) -> tuple[float, float]:
     for now, after in zip(levels, levels[1:]):
         slope = (1 - now).sqrt()
         eps_empty = slope * x_t
-        eps_prompt = slope * (x_t - now.sqrt()) / (now / 4 + 1 - now)
+        eps_prompt = slope * (x_t - now.sqrt() * mean) / (now * sd**2 + 1 - now)
         eps_guided = eps_empty + scale * (eps_prompt - eps_empty)
         x0, eps = x0_and_eps(eps_guided, x_t, now, "epsilon")
         x_t = ddim_step(x0, eps, now, after, eta=0.0)
-    mean, one_sd_up = x_t.tolist()
-    return mean, one_sd_up - mean
+    at_0, at_1 = x_t.tolist()
+    return at_0, at_1 - at_0
 
 
 # ---- Chapter 3 -----------------------------------------------------------------------------------
@@ -377,14 +368,20 @@ def errors() -> Image.Image:
     captions = [scene.caption for scene in scenes]
     generator = torch.Generator().manual_seed(0)
     lines = {}
-    for name, paint in (("on web images", web_image), ("on curated images", curated_image)):
+    for name, paint, color in (
+        ("on web images", web_image, OCHRE),
+        ("on curated images", curated_image, REAL_COLOR),
+    ):
         images = [paint(scene, np.random.default_rng([1, i])) for i, scene in enumerate(scenes)]
-        lines[name] = error_by_timestep(
+        points = error_by_timestep(
             pipe, to_tensor(images), captions, range(50, 1000, 50), generator
         )
-    title = "mean squared error of the predicted noise (predicting 0 would cost 1)"
+        lines[name] = (points, color)
+    title = "Mean squared error of the predicted noise (predicting 0 would cost 1)"
+    sheet = Drawing(620, 330)
     ticks = (50, 200, 400, 600, 800, 950)
-    return line_chart(title, "timestep", lines, ticks, 620, 280)
+    plot(sheet, (50, 40, 600, 250), title, "timestep", lines, ticks, [0, 0.1, 0.2, 0.3])
+    return sheet.finish()
 
 
 def error_by_timestep(
@@ -415,15 +412,24 @@ def game() -> Image.Image:
     x = torch.linspace(-4, 4, 321)
     data = normalized(x, bell(x, 1.0, 0.5) + 0.7 * bell(x, 2.4, 0.3))
     density = bell(x, -1.5, 1.0)
-    curves = {}
+    lines = {}
     for k in range(4):
         density = normalized(x, density)
-        color = mix(GENERATED_COLOR, PAPER, (k + 1) / 4)
-        curves[f"theta_{k}"] = (curve(x, density), color)
+        color = mix(GENERATED_COLOR, PAPER, 0.4 + 0.2 * k)
+        lines[f"theta_{k}"] = (curve(x, density), color)
         density = (density * data) ** 0.5
-    curves["data"] = (curve(x, data), REAL_COLOR)
-    title = "How often each number is drawn (probability density); lambda = 2"
-    return density_chart(title, curves, range(-4, 5, 2), [0, 0.2, 0.4, 0.6])
+    lines["data"] = (curve(x, data), REAL_COLOR)
+    title = "How often each number is generated (probability density); lambda = 2"
+    return densities(title, lines, range(-4, 5, 2), [0, 0.2, 0.4, 0.6, 0.8])
+
+
+def densities(
+    title: str, lines: dict[str, Line], x_ticks: Sequence[float], y_ticks: Sequence[float]
+) -> Image.Image:
+    """Plot probability densities of one number."""
+    sheet = Drawing(700, 356)
+    plot(sheet, (60, 40, 685, 275), title, "the number", lines, x_ticks, y_ticks)
+    return sheet.finish()
 
 
 def bell(x: Tensor, mean: float, sd: float) -> Tensor:
@@ -530,21 +536,36 @@ def expected_step(mean: float, x_t: Tensor, alpha_bar: Tensor, alpha_bar_prev: T
 
 
 def resting() -> Image.Image:
-    """Plot the data, what a painter at the data generates, and the painter that generates it.
-
-    The chapter computes the means and standard deviations.
-    """
-    x = torch.linspace(-2, 3, 501)
-    curves = {
-        "the data": (1.0, 0.5, REAL_COLOR),
-        "generated by the painter at the data": (1.433, 0.088, GENERATED_COLOR),
-        "the painter that generates the data": (0.4545, 0.8196, POLICY_COLOR),
+    """Plot the data, what a painter at the data generates, and the painter that generates it."""
+    data = (1.0, 0.5)
+    painters = {
+        "the data": (data, REAL_COLOR),
+        "generated by the painter at the data": (guided_mean_and_sd(3.0, 20), GENERATED_COLOR),
+        "the painter that generates the data": (painter_that_generates(*data), POLICY_COLOR),
     }
-    plotted = {}
-    for name, (mean, sd, color) in curves.items():
-        plotted[name] = (curve(x, normal_density(x, mean, sd)), color)
+    x = torch.linspace(-2, 3, 501)
+    lines = {}
+    for name, (mean_and_sd, color) in painters.items():
+        lines[name] = (curve(x, normal_density(x, *mean_and_sd)), color)
     title = "Probability densities; guidance 3, 20 DDIM steps"
-    return density_chart(title, plotted, range(-2, 4), [0, 1, 2, 3, 4, 5])
+    return densities(title, lines, range(-2, 4), range(6))
+
+
+def painter_that_generates(mean: float, sd: float) -> tuple[float, float]:
+    """Return mean and standard deviation of the painter that generates N(mean, sd^2).
+
+    It does so with guidance 3 and 20 steps.
+    """
+    # what is generated is the wider, the wider the painter, whatever its mean: bisect
+    low, high = 0.1, 2.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        _, generated_sd = guided_mean_and_sd(3.0, 20, 0.0, middle)
+        low, high = (middle, high) if generated_sd < sd else (low, middle)
+    # and its mean is linear in the painter's
+    at_0, _ = guided_mean_and_sd(3.0, 20, 0.0, low)
+    at_1, _ = guided_mean_and_sd(3.0, 20, 1.0, low)
+    return (mean - at_0) / (at_1 - at_0), low
 
 
 # ---- Chapters 6 and 7 ----------------------------------------------------------------------------
@@ -557,19 +578,19 @@ def links() -> Image.Image:
     t.requires_grad_()
     values = {}
     slopes = {}
-    for name, link in LINKS.items():
+    for (name, link), color in zip(LINKS.items(), COLORS):
         y = link(t)
-        [gradient] = torch.autograd.grad(y.sum(), t)
-        values[name] = list(zip(t.tolist(), y.tolist()))
-        slopes[name] = list(zip(t.tolist(), (-gradient).tolist()))
+        [slope] = torch.autograd.grad(y.sum(), t)
+        values[name] = (curve(t.detach(), y.detach()), color)
+        slopes[name] = (curve(t.detach(), -slope), color)
+    sheet = Drawing(900, 330)
+    ticks = range(-3, 4)
     x_label = "logit = beta / 2 x margin"
-    ticks = (-3, -2, -1, 0, 1, 2, 3)
-    return two_a_row(
-        [
-            line_chart("The link: what a pair costs", x_label, values, ticks, 460, 270),
-            line_chart("Minus its slope: the weight of a pair", x_label, slopes, ticks, 460, 270),
-        ]
-    )
+    title = "The link: what a pair costs"
+    plot(sheet, (50, 40, 430, 250), title, x_label, values, ticks, range(-2, 5))
+    title = "Minus its slope: the weight of a pair"
+    plot(sheet, (505, 40, 885, 250), title, x_label, slopes, ticks, [0, 0.5, 1])
+    return sheet.finish()
 
 
 def gradient() -> Image.Image:
@@ -615,9 +636,6 @@ def error_gradient(pipe, x0: Tensor, eps: Tensor, captions: list[str]) -> Tensor
 
 # ---- Chapter 9 -----------------------------------------------------------------------------------
 
-DOWN_COLOR = (214, 228, 244)
-MIDDLE_COLOR = (232, 232, 236)
-UP_COLOR = (250, 226, 206)
 DOWN_X = 265  # the middle of the column of down blocks
 UP_X = 735
 
@@ -630,41 +648,69 @@ def unet() -> Image.Image:
     size = SD_1["unet"]["sample_size"]
     row_y = [70, 155, 240, 325]
     middle_y = 420
-    sheet = Image.new("RGB", (960, 480), PAPER)
-    draw = ImageDraw.Draw(sheet)
-
-    write(draw, DOWN_X, 18, "latent, 4 channels, and conv_in")
-    write(draw, UP_X, 18, "conv_out: the noise, 4 channels")
-    for x in (DOWN_X, UP_X):
-        draw.line([(x, 28), (x, row_y[0] - 25)], INK, 2)
+    sheet = Drawing(960, 480)
+    sheet.text(DOWN_X, 18, "latent, 4 channels, and conv_in", INK, 13)
+    sheet.text(UP_X, 18, "conv_out: the noise, 4 channels", INK, 13)
+    sheet.arrow((DOWN_X, 28), (DOWN_X, row_y[0] - 24))
+    sheet.arrow((UP_X, row_y[0] - 24), (UP_X, 28))
 
     for level, y in enumerate(row_y):
         channels = all_channels[level]
         side = size // 2**level
-        write(draw, 15, y, f"{side} x {side}, {channels}", "lm")
-        draw_block(draw, DOWN_X, y, channels, describe(network.down_blocks[level]), DOWN_COLOR)
-        draw_block(draw, UP_X, y, channels, describe(network.up_blocks[3 - level]), UP_COLOR)
-        draw_skips(draw, y, channels)
+        sheet.text(15, y, f"{side} x {side}, {channels}", INK, 13, "lm")
+        draw_block(sheet, DOWN_X, y, channels, describe(network.down_blocks[level]), REAL_COLOR)
+        draw_block(sheet, UP_X, y, channels, describe(network.up_blocks[3 - level]), OCHRE)
+        draw_skips(sheet, y, channels)
         if level > 0:
             above = row_y[level - 1]
-            draw_vertical_arrow(draw, DOWN_X, above + 26, y - 28)
-            write(draw, DOWN_X + 10, (above + y) / 2 - 1, "half", "lm")
-            draw_vertical_arrow(draw, UP_X, y - 26, above + 28)
-            write(draw, UP_X + 10, (above + y) / 2 + 1, "double", "lm")
+            sheet.arrow((DOWN_X, above + 24), (DOWN_X, y - 24))
+            sheet.text(DOWN_X + 12, (above + y) / 2, "half", INK, 13, "lm")
+            sheet.arrow((UP_X, y - 24), (UP_X, above + 24))
+            sheet.text(UP_X + 12, (above + y) / 2, "double", INK, 13, "lm")
 
     middle_x = (DOWN_X + UP_X) // 2
-    write(draw, 15, middle_y, "the middle: 8 x 8, 1280", "lm")
-    draw_block(draw, middle_x, middle_y, 1280, "2 resnets, a transformer", MIDDLE_COLOR)
-    lowest = row_y[-1] + 26
-    draw.line([(DOWN_X, lowest), (DOWN_X, middle_y), (378, middle_y)], INK, 2)
-    draw.line([(622, middle_y), (UP_X, middle_y), (UP_X, lowest)], INK, 2)
+    half = box_width(1280) / 2
+    sheet.text(15, middle_y, "the middle: 8 x 8, 1280", INK, 13, "lm")
+    draw_block(sheet, middle_x, middle_y, 1280, "2 resnets, a transformer", FROZEN_COLOR)
+    lowest = row_y[-1] + 24
+    sheet.arrow((DOWN_X, lowest), (DOWN_X, middle_y), (middle_x - half, middle_y))
+    sheet.arrow((middle_x + half, middle_y), (UP_X, middle_y), (UP_X, lowest))
 
     key = (
         "Left: height x width, channels inside. The wider a box, the more channels. "
         "Time enters every resnet, text every transformer."
     )
-    write(draw, 15, 462, key, "lm")
-    return sheet
+    sheet.text(15, 462, key, INK, 13, "lm")
+    return sheet.finish()
+
+
+def describe(block: torch.nn.Module) -> str:
+    """Return what a UNet's block is made of."""
+    parts = f"{len(block.resnets)} resnets"
+    if hasattr(block, "attentions"):
+        parts += ", transformers"
+    return parts
+
+
+def box_width(channels: int) -> float:
+    return 150 + channels / 14
+
+
+def draw_block(
+    sheet: Drawing, x: float, y: float, channels: int, text: str, color: Color
+) -> None:
+    """Draw a box around (x, y)."""
+    half = box_width(channels) / 2
+    sheet.box(x - half, y - 24, x + half, y + 24, text, color, 13)
+
+
+def draw_skips(sheet: Drawing, y: float, channels: int) -> None:
+    """Draw three arrows from the down block to the up block at height y."""
+    sheet.text((DOWN_X + UP_X) / 2, y - 28, "three skips", INK, 13)
+    half = box_width(channels) / 2
+    for arrow_y in (y - 14, y, y + 14):
+        start = (DOWN_X + half + 5, arrow_y)
+        sheet.arrow(start, (UP_X - half - 5, arrow_y), color=FROZEN_COLOR)
 
 
 # ---- Chapter 10 ----------------------------------------------------------------------------------
@@ -687,7 +733,13 @@ def attention() -> Image.Image:
         color = torch.tensor(HEAT) / 255
         row.append(to_pil(1 + strength[None] * (color[:, None, None] - 1)))  # white: none
         titles.append(f'"{word}", at most {100 * share.max().item():.0f}%')
-    return grid([row], titles, [caption], 160)
+    sheet = grid([row], titles, [caption], 160)
+    for j in range(1, len(row)):
+        left = MARGIN + j * (160 + GAP)
+        top = LINE + GAP
+        frame = [left, top, left + 159, top + 159]
+        ImageDraw.Draw(sheet).rectangle(frame, outline=PALE)
+    return sheet
 
 
 HEAT = (205, 84, 22)  # the color of FULL_SHARE
@@ -719,49 +771,6 @@ def cross_attention(pipe, x0: Tensor, caption: str) -> Tensor:
     return found[0]
 
 
-def write(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, anchor: str = "mm") -> None:
-    draw.text((x, y), text, INK, ImageFont.load_default(13), anchor)
-
-
-def describe(block: torch.nn.Module) -> str:
-    """Return what a UNet's block is made of."""
-    parts = f"{len(block.resnets)} resnets"
-    if hasattr(block, "attentions"):
-        parts += ", transformers"
-    return parts
-
-
-def box_width(channels: int) -> float:
-    return 150 + channels / 14
-
-
-def draw_block(
-    draw: ImageDraw.ImageDraw, x: float, y: float, channels: int, text: str, color: tuple
-) -> None:
-    """Draw a box around (x, y)."""
-    half = box_width(channels) / 2
-    draw.rectangle([x - half, y - 24, x + half, y + 24], color, INK)
-    write(draw, x, y, text)
-
-
-def draw_skips(draw: ImageDraw.ImageDraw, y: float, channels: int) -> None:
-    """Draw three arrows from the down block to the up block at height y."""
-    write(draw, (DOWN_X + UP_X) / 2, y - 28, "three skips")
-    half = box_width(channels) / 2
-    start = DOWN_X + half + 5
-    tip = UP_X - half - 5
-    for arrow_y in (y - 12, y, y + 12):
-        draw.line([(start, arrow_y), (tip, arrow_y)], PALE, 2)
-        draw.polygon([(tip - 6, arrow_y - 4), (tip - 6, arrow_y + 4), (tip, arrow_y)], INK)
-
-
-def draw_vertical_arrow(draw: ImageDraw.ImageDraw, x: float, start: float, end: float) -> None:
-    draw.line([(x, start), (x, end)], INK, 2)
-    forward = math.copysign(5, end - start)
-    back = end - forward
-    draw.polygon([(x - 5, back), (x + 5, back), (x, end + forward / 2)], INK)
-
-
 # ---- Chapter 11 ----------------------------------------------------------------------------------
 
 
@@ -786,7 +795,7 @@ def latents() -> Image.Image:
 def sdxl() -> Image.Image:
     """Draw the two ways in which a prompt reaches SDXL's UNet."""
     sheet = Drawing(900, 330)
-    added = COLORS[3]
+    added = OCHRE
     sheet.box(14, 50, 110, 90, "prompt")
     sheet.box(160, 24, 330, 64, "CLIP ViT-L", REAL_COLOR)
     sheet.box(160, 88, 330, 128, "OpenCLIP ViT-bigG", REAL_COLOR)
@@ -795,7 +804,7 @@ def sdxl() -> Image.Image:
     sheet.box(410, 50, 560, 102, "context\n77 x (768 + 1280)", REAL_COLOR)
     sheet.arrow((330, 44), (410, 66), color=REAL_COLOR)
     sheet.arrow((330, 108), (410, 86), color=REAL_COLOR)
-    sheet.box(720, 50, 886, 102, "every attention", POLICY_COLOR)
+    sheet.box(720, 50, 886, 102, "every\ncross-attention", POLICY_COLOR)
     sheet.arrow((560, 76), (720, 76), color=REAL_COLOR)
 
     sheet.box(14, 186, 110, 226, "six sizes")
@@ -842,82 +851,30 @@ def cost() -> Image.Image:
 
 # ---- Chapter 19 ----------------------------------------------------------------------------------
 
-BOUNDED_COLOR = COLORS[3]
-
-
 def push_line() -> Image.Image:
     """Plot two losses, and the two deltas, of an opponent whose weights go along the push.
 
     The pair is that of chapter 6, and beta is 2000.
     """
-    lengths = torch.linspace(0, 0.02, 41).tolist()
-    losses, bounded_losses, metrics = losses_along_the_push(lengths)
+    lengths = torch.linspace(0, 0.02, 41)
+    losses, bounded_losses, metrics = losses_along_the_push(lengths.tolist())
     sheet = Drawing(900, 344)
-    draw_lines(
-        sheet,
-        60,
-        "Loss",
-        lengths,
-        [0, 0.5, 1, 1.5, 2],
-        -0.3,
-        {
-            "(C.6)": (losses.tolist(), INK),
-            "bounded": (bounded_losses.tolist(), BOUNDED_COLOR),
-        },
-    )
-    draw_lines(
-        sheet,
-        520,
-        "Error, minus the opponent's",
-        lengths,
-        [0, 0.005, 0.01, 0.015],
-        -0.002,
-        {
-            "on the real image": (metrics["delta_data"].tolist(), REAL_COLOR),
-            "on the generated image": (metrics["delta_gen"].tolist(), GENERATED_COLOR),
-        },
-    )
+    ticks = (0, 0.005, 0.01, 0.015, 0.02)
+    x_label = "how far the weights went along the push"
+    lines = {
+        "(C.6)": (curve(lengths, losses), SPIN_COLOR),
+        "bounded": (curve(lengths, bounded_losses), BOUNDED_COLOR),
+    }
+    frame = (60, 44, 425, 262)
+    plot(sheet, frame, "Loss", x_label, lines, ticks, [0, 0.5, 1, 1.5, 2], low=-0.3)
+    lines = {
+        "on the real image": (curve(lengths, metrics["delta_data"]), REAL_COLOR),
+        "on the generated image": (curve(lengths, metrics["delta_gen"]), GENERATED_COLOR),
+    }
+    frame = (520, 44, 885, 262)
+    title = "Error, minus the opponent's"
+    plot(sheet, frame, title, x_label, lines, ticks, [0, 0.005, 0.01, 0.015], low=-0.002)
     return sheet.finish()
-
-
-def draw_lines(
-    sheet: Drawing,
-    left: int,
-    title: str,
-    x: list[float],
-    y_ticks: list[float],
-    low: float,
-    lines: dict[str, tuple[list[float], Color]],
-) -> None:
-    """Plot lines {name: (their y at each x, color)} in a panel, from `low` to the last tick."""
-    right, top, bottom = left + 365, 44, 258
-
-    def row(y: float) -> float:
-        return bottom - (y - low) / (y_ticks[-1] - low) * (bottom - top)
-
-    def column(length: float) -> float:
-        return left + length / x[-1] * (right - left)
-
-    sheet.text(left, 18, title, INK, 15, "lm")
-    for y in y_ticks:
-        color = INK if y == 0 else PALE
-        sheet.draw.line([(2 * left, 2 * row(y)), (2 * right, 2 * row(y))], color, 2)
-        sheet.text(left - 8, row(y), f"{y:g}", INK, 13, "rm")
-    for length in (0, 0.005, 0.01, 0.015, 0.02):
-        sheet.text(column(length), bottom + 16, f"{length:g}", INK, 13)
-    sheet.text((left + right) / 2, bottom + 38, "how far the weights went along the push", INK, 13)
-
-    font = ImageFont.load_default(14)
-    legend_x = left
-    for name, (values, color) in lines.items():
-        path = []
-        for length, y in zip(x, values):
-            if y <= y_ticks[-1]:
-                path.append((2 * column(length), 2 * row(y)))
-        sheet.draw.line(path, color, 5, joint="curve")
-        sheet.draw.line([(2 * legend_x, 2 * 326), (2 * (legend_x + 22), 2 * 326)], color, 7)
-        sheet.text(legend_x + 28, 326, name, INK, 14, "lm")
-        legend_x += 28 + font.getlength(name) + 22
 
 
 @torch.no_grad()
@@ -963,7 +920,7 @@ def mirror() -> Image.Image:
     mirrored = (184, 116)
     panels = [  # the arrow's length is in steps from the noise to the guess
         ("On the real image, both losses:", "pulled to the noise", REAL_COLOR, noise, -0.86),
-        ("On the generated image, (C.6):", "pushed away, without end", INK, noise, 2.1),
+        ("On the generated image, (C.6):", "pushed away, without end", SPIN_COLOR, noise, 2.1),
         ("On the generated image, bounded:", "pulled to its mirror", BOUNDED_COLOR, mirrored, 0.86),
     ]
     for i, (title, words, color, center, length) in enumerate(panels):
@@ -1000,7 +957,7 @@ def draw_spot(sheet: Drawing, x: float, y: float, name: str, color: Color) -> No
 # ---- The evidence --------------------------------------------------------------------------------
 
 # A model has the same color everywhere; a later iteration is darker.
-METHOD_COLORS = {"sft": COLORS[0], "dpo": COLORS[4], "spin": COLORS[1], "bounded": BOUNDED_COLOR}
+METHOD_COLORS = {"sft": COLORS[0], "dpo": OCHRE, "spin": SPIN_COLOR, "bounded": BOUNDED_COLOR}
 MODELS = [
     *("sft", "dpo", "spin-1", "spin-2", "spin-3"),
     *("bounded-1", "bounded-2", "bounded-3"),
@@ -1010,7 +967,7 @@ MODELS = [
 def model_color(name: str) -> Color:
     """Return the color of a model, "sft" or "spin-2"."""
     method, _, iteration = name.partition("-")
-    shares = {"": 1.0, "1": 0.65, "2": 0.82, "3": 1.0}
+    shares = {"": 1.0, "1": 0.75, "2": 0.87, "3": 1.0}
     return mix(METHOD_COLORS[method], PAPER, shares[iteration])
 
 
@@ -1026,7 +983,7 @@ def gains() -> Image.Image:
             compared = Comparison(f"story/{name}", "theta_0", *place)
             differences[name] = scores.differences(compared)
         draw_intervals(sheet, left, f"Reward minus theta_0's, {title}", differences)
-    sheet.text(450, 302, "a dot: a base; a line: 95% over bases and prompts", INK, 13)
+    sheet.text(450, 302, "a dot: a base; a line: the 95% interval", INK, 13)
     return sheet.finish()
 
 
