@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spin import toy
 from tutorial import figures
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,11 +42,20 @@ def page_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.fixture(scope="module")
+def curated_set(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("curated") / "toy-curated"
+    toy.write_curated_set(folder)
+    return folder
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=page_name)
-def test_chapter(chapter, tmp_path, monkeypatch):
+def test_chapter(chapter, curated_set, tmp_path, monkeypatch):
     # relative paths such as runs/ land in tmp_path
     for name in ("spin", "tests", "tutorial", "train.py", "sample.py", "evaluate.py"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "toy-curated").symlink_to(curated_set)  # writing it takes seconds
     monkeypatch.chdir(tmp_path)
 
     text = chapter.read_text()
