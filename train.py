@@ -35,6 +35,7 @@ from spin.checkpoint import (
     locate,
     save_pipeline,
 )
+from spin.checkpoint.pipeline import default_size
 from spin.config import LOSS_SETTINGS, PRESETS, STORY_TIME, describe_default
 from spin.data import CaptionedImages
 from spin.eval import comparison, estimate, report, world
@@ -159,6 +160,7 @@ def play(
         generate_images(
             load_opponent(args, shared, opponent),
             images,
+            real,
             generated,
             seed=args.seed,
             iteration=k,
@@ -815,12 +817,21 @@ def flag_defaults(preset: str) -> dict:
 
 
 def check_sampling(args: argparse.Namespace, pipe: Pipeline) -> None:
-    """Raise InputError if the model cannot sample at this resolution or in so many steps."""
+    """Raise InputError if the model cannot sample at this resolution or in so many steps.
+
+    Say on stderr if it was trained at another resolution.
+    """
     if args.resolution % pipe.vae.downscale:
         raise InputError(
             f"--resolution {args.resolution}: must be a multiple of {pipe.vae.downscale}"
         )
     pipe.scheduler.timesteps(args.sampler_steps)
+    height, width = default_size(pipe)
+    if distributed.is_main() and (height, width) != (args.resolution, args.resolution):
+        sys.stderr.write(
+            f"note: the UNet was trained on images of {height} x {width} pixels; "
+            f"--resolution is {args.resolution}\n"
+        )
 
 
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:

@@ -150,10 +150,6 @@ class CaptionedImages:
         """Return a row's image as it is in its file."""
         return read_image(self.read_row(index).image)
 
-    def sizes(self, index: int) -> list[int]:
-        """Return the sizes of a row's image, see `sizes_of_square`."""
-        return sizes_of_square(self.whole_image(index), self.resolution)
-
     def rejected_image(self, index: int) -> Tensor:
         """Return a row's rejected image, [3,resolution,resolution] in [-1,1]."""
         return center_square(read_image(self.read_row(index).rejected_image), self.resolution)

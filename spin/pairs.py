@@ -83,6 +83,7 @@ def encode(vae, pixels: Tensor, prefix: str, mirrored: bool) -> dict[str, Tensor
 def generate_images(
     opponent: Pipeline,
     images: CaptionedImages,
+    real: LatentShards,
     latents: LatentShards,
     seed: int,
     iteration: int,
@@ -93,7 +94,8 @@ def generate_images(
     """Generate and store a latent for every row of `latents` that has none yet.
 
     opponent: a pipeline whose UNet is theta_{k-1}, in iteration k.
-    images: their captions are the prompts. Their sizes belong to the prompts, for SDXL.
+    images: their captions are the prompts.
+    real: what `encode_images` stored. The images' sizes belong to the prompts, for SDXL.
     batch_size: images generated at once. An image's noise depends on (seed, iteration, row) alone.
     compiled: whether to compile the UNet for batches of `batch_size`. A smaller one, at the end of
         a file, runs uncompiled, since to compile for its shape would take minutes.
@@ -110,7 +112,7 @@ def generate_images(
             pipe = compiled_opponent if len(rows) == batch_size else opponent
             sizes = None
             if opponent.reads_sizes:  # part of what the opponent's image is conditioned on
-                sizes = torch.tensor([images.sizes(row) for row in rows])
+                sizes = real.read("sizes", rows)
             x0 = sample(pipe, prompts, generators=generators, sizes=sizes, **vars(options))
             check_storable({"x0": x0}, rows, images)
             generated.append({"x0": x0})
@@ -301,6 +303,9 @@ class PairLoader:
 
     def encode_prompts(self, rows: Sequence[int], dropped: Tensor) -> Tensor:
         """Return the context of the rows' captions, and of their images' sizes.
+
+        It is that of both images of a pair. So DPO tells SDXL the preferred image's sizes of the
+        rejected one, too.
 
         dropped: [B], which to replace by no prompt, the one that guidance leads away from.
         """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spin.checkpoint.pipeline import default_size
+from spin.checkpoint.pipeline import default_size, sizes_of_whole_images
 from spin.infra.devices import copy_to_device
 from spin.infra.errors import InputError
 from spin.scheduler import ddim_step, ddpm_step, dpmpp_step, x0_and_eps
@@ -57,8 +57,8 @@ def sample(
         no prompt, see `spin.checkpoint.Pipeline.encode_prompts`.
     sampler: a key of SAMPLERS.
     height, width: pixels, multiples of the VAE's factor. None: the size the UNet was trained at.
-    sizes: [B,6], what SDXL is told of each image: see `spin.unet.AddedEmbedding`. None: that it is
-        whole. Other models read none.
+    sizes: [B,6], what SDXL is told of each image: see `spin.unet.PooledAndSizesEmbedding`. None:
+        that it is whole. Other models read none.
     dtype: compute dtype of the UNet and the text encoder, by autocast.
 
     Raises InputError if an argument is out of range, or if a latent is not finite.
@@ -75,7 +75,7 @@ def sample(
     factor = pipe.vae.downscale
     shape = (pipe.unet.conv_in.in_channels, height // factor, width // factor)
     if sizes is None:
-        sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts))
+        sizes = sizes_of_whole_images(height, width, len(prompts))
     model = GuidedUNet(pipe, prompts, negative_prompts, sizes, guidance, dtype)
     x_t = draw_noise(generators, shape, model.device)
     earlier = None
@@ -124,7 +124,9 @@ class GuidedUNet:
         with mixed_precision(self.device, dtype):
             unique_contexts = pipe.encode_prompts(unique_prompts, torch.tensor(unique_sizes))
         positions_on_device = copy_to_device(torch.tensor(positions), self.device)
-        self.context = unique_contexts[positions_on_device].to(self.weight_dtype)
+        self.context = unique_contexts[positions_on_device]
+        if dtype == torch.float32:  # without autocast, which casts inputs layer by layer
+            self.context = self.context.to(self.weight_dtype)
 
     def predict(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Predict the clean latent x0 and the noise eps at x_t, [B,4,h,w] each.

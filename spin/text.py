@@ -185,11 +185,13 @@ def encode_for_sdxl(
 
     first, second: CLIP ViT-L (768 channels) and OpenCLIP ViT-bigG (1280)
     prompts: None is no prompt, whose text is all zeros; "" is encoded like any other
-    sizes: [B,6], see `spin.unet.AddedEmbedding`, which reads the last row
+    sizes: [B,6], see `spin.unet.PooledAndSizesEmbedding`, which reads the last row
 
-    A context of lower precision rounds the sizes, as in diffusers. In bfloat16, multiples of 8 up
-    to 2048 are exact.
+    A text encoder whose weights are in lower precision rounds the sizes, as in diffusers. In
+    bfloat16, multiples of 8 up to 2048 are exact. Raises ValueError for sizes of another shape.
     """
+    if sizes.shape != (len(prompts), 6):
+        raise ValueError(f"sizes {list(sizes.shape)}: must be [{len(prompts)},6], a row per prompt")
     texts = [prompt or "" for prompt in prompts]
     tokens, _ = first.hidden_states(first.tokenize(texts))
     ids = second.tokenize(texts)

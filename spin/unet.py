@@ -4,7 +4,7 @@ The prediction is the noise eps, or the velocity v, as the checkpoint's schedule
 names are those of diffusers' UNet2DConditionModel, so checkpoints load without renaming a tensor.
 Shapes in comments are SD-1.5's at 512 px: latents [B,4,64,64], context [B,77,768], and blocks of
 320, 640, 1280 and 1280 channels. SDXL has the same layers, but several transformer blocks in a row,
-and a context with one more row, which joins the timestep: see `AddedEmbedding`.
+and a context with one more row, which joins the timestep: see `PooledAndSizesEmbedding`.
 """
 
 import math
@@ -24,6 +24,8 @@ from spin.layers import (
     Upsample2D,
     check_block_types,
 )
+
+NUM_TOKENS = 77  # of a prompt, in every CLIP
 
 # block types of config.json -> does the block attend to the text?
 DOWN_BLOCK_TYPES = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -66,7 +68,7 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(inputs)))
 
 
-class AddedEmbedding(TimestepEmbedding):
+class PooledAndSizesEmbedding(TimestepEmbedding):
     """SDXL's other inputs -> what is added to the timestep's embedding. [B,2048] -> [B,1280].
 
     They are the last row of the context, so that whatever handles contexts handles them, too:
@@ -196,7 +198,7 @@ class Transformer2D(nn.Module):
 
 # ---- Blocks --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class BlockSizes:
+class CommonSettings:
     """What all blocks of a UNet have in common."""
 
     temb_channels: int
@@ -246,18 +248,18 @@ class Block(Layers):
         heads: int,
         depth: int,
         attends: bool,
-        sizes: BlockSizes,
+        common: CommonSettings,
     ):
         super().__init__()
         self.channels = channels
         self.attends = attends
         self.resnets = nn.ModuleList()
         for layer_channels in in_channels:
-            self.resnets.append(sizes.resnet(layer_channels, channels))
+            self.resnets.append(common.resnet(layer_channels, channels))
         if attends:
             self.attentions = nn.ModuleList()
             for _ in in_channels:
-                self.attentions.append(sizes.transformer(channels, heads, depth))
+                self.attentions.append(common.transformer(channels, heads, depth))
         self.downsamplers = nn.ModuleList()  # one or none
         self.upsamplers = nn.ModuleList()  # one or none
 
@@ -291,12 +293,12 @@ class DownBlock(Block):
 class MidBlock(Layers):
     """Two residual blocks with attention between them, at the lowest resolution."""
 
-    def __init__(self, channels: int, heads: int, depth: int, sizes: BlockSizes):
+    def __init__(self, channels: int, heads: int, depth: int, common: CommonSettings):
         super().__init__()
         self.resnets = nn.ModuleList()
         for _ in range(2):
-            self.resnets.append(sizes.resnet(channels, channels))
-        self.attentions = nn.ModuleList([sizes.transformer(channels, heads, depth)])
+            self.resnets.append(common.resnet(channels, channels))
+        self.attentions = nn.ModuleList([common.transformer(channels, heads, depth)])
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor) -> Tensor:
         x = self.run(self.resnets[0], x, temb)
@@ -358,7 +360,7 @@ class UNet(nn.Module):
         depths = depth_per_block(config)
         check_lists(config)
         last = len(channels) - 1
-        sizes = BlockSizes(
+        common = CommonSettings(
             temb_channels=4 * channels[0],
             context_channels=config["cross_attention_dim"],
             groups=config.get("norm_num_groups", 32),
@@ -367,10 +369,10 @@ class UNet(nn.Module):
         )
 
         self.conv_in = Conv2d(config.get("in_channels", 4), channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], sizes.temb_channels)
-        self.add_embedding: AddedEmbedding | None = None
+        self.time_embedding = TimestepEmbedding(channels[0], common.temb_channels)
+        self.add_embedding: PooledAndSizesEmbedding | None = None
         if config.get("addition_embed_type") is not None:
-            self.add_embedding = AddedEmbedding(config, sizes.temb_channels)
+            self.add_embedding = PooledAndSizesEmbedding(config, common.temb_channels)
 
         self.down_blocks = nn.ModuleList()
         skip_channels = [channels[0]]  # of each skip connection in order; the first is conv_in's
@@ -378,7 +380,7 @@ class UNet(nn.Module):
         for i, block_type in enumerate(config["down_block_types"]):
             layer_channels = [in_channels] + [channels[i]] * (num_layers - 1)
             attends = DOWN_BLOCK_TYPES[block_type]
-            block = DownBlock(layer_channels, channels[i], heads[i], depths[i], attends, sizes)
+            block = DownBlock(layer_channels, channels[i], heads[i], depths[i], attends, common)
             skip_channels += [channels[i]] * num_layers
             if i < last:
                 block.add_downsampler(config.get("downsample_padding", 1))
@@ -386,7 +388,7 @@ class UNet(nn.Module):
             self.down_blocks.append(block)
             in_channels = channels[i]
 
-        self.mid_block = MidBlock(channels[-1], heads[-1], depths[-1], sizes)
+        self.mid_block = MidBlock(channels[-1], heads[-1], depths[-1], common)
 
         # The up blocks mirror the down blocks, with one more layer each, because conv_in and the
         # downsamplers left skip connections, too.
@@ -400,25 +402,31 @@ class UNet(nn.Module):
             layer_channels = [width + skip_channels.pop() for width in x_channels]
             attends = UP_BLOCK_TYPES[block_type]
             block = UpBlock(
-                layer_channels, up_channels[i], up_heads[i], up_depths[i], attends, sizes
+                layer_channels, up_channels[i], up_heads[i], up_depths[i], attends, common
             )
             if i < last:
                 block.add_upsampler()
             self.up_blocks.append(block)
             in_channels = up_channels[i]
 
-        self.conv_norm_out = nn.GroupNorm(sizes.groups, channels[0], sizes.eps)
+        self.conv_norm_out = nn.GroupNorm(common.groups, channels[0], common.eps)
         self.conv_out = Conv2d(channels[0], config.get("out_channels", 4), 3, padding=1)
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """Return the prediction [B,4,h,w] at noised latents [B,4,h,w].
 
-        timesteps: [B] or 0-d. context: [B,77,D], or [B,78,D] with SDXL's added row.
+        timesteps: [B] or 0-d. context: [B,77,D], or [B,78,D] with SDXL's added row. Raises
+        ValueError if SDXL's lacks that row.
         """
         t = timesteps.expand(len(latents))
         waves = sinusoids(t, self.conv_in.out_channels, self.config)
         temb = self.time_embedding(waves.to(latents.dtype))  # [B,1280]
         if self.add_embedding is not None:
+            if context.shape[1] % NUM_TOKENS != 1:
+                raise ValueError(
+                    f"context of {context.shape[1]} rows: SDXL's has a row more than its tokens, "
+                    f"{NUM_TOKENS + 1}: see Pipeline.encode_prompts"
+                )
             temb = temb + self.add_embedding(context[:, -1])
             context = context[:, :-1].contiguous()  # as in Transformer2D
 

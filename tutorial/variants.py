@@ -135,12 +135,12 @@ def on_path(guided_noise: bool) -> Iterator[None]:
     sample = pairs.sample
     load = pairs.PairLoader.load
 
-    def generate_recorded(opponent, images, latents, **options) -> None:
+    def generate_recorded(opponent, images, real, latents, **options) -> None:
         steps = options["options"].steps
         timesteps[:] = opponent.scheduler.timesteps(steps).tolist()
         paths.clear()
         rows_to_draw[:] = [row for _, rows in latents.missing() for row in rows]
-        generate_images(opponent, images, latents, **options)
+        generate_images(opponent, images, real, latents, **options)
 
     def sample_recorded(pipe: Pipeline, prompts: Sequence[str], **options) -> Tensor:
         path: list[tuple[Tensor, Tensor]] = []

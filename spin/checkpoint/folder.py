@@ -142,8 +142,7 @@ def read_model_index(path: Path) -> dict[str, str]:
             raise InputError(f"{path}: {pipeline}: {why}")
     if not index.get("force_zeros_for_empty_prompt", True):
         message = "force_zeros_for_empty_prompt is false, but a missing prompt is always zeros here"
-        advice = 'set it to true, and give the empty negative prompt: --negative-prompt ""'
-        raise InputError(f"{path}: {message}; {advice}")
+        raise InputError(f"{path}: {message}: the model is not supported")
 
     classes = {}
     for part, value in index.items():
@@ -259,7 +258,7 @@ def check_scheduler_class(name: str | None, path: Path) -> None:
     path: of the file that states the class, for messages
     """
     if name is not None and name not in SCHEDULERS + SCHEDULERS_WITH_OTHER_BETAS:
-        reason = "not a sampler that Stable Diffusion 1.x or 2.x is known to have"
+        reason = "not a sampler that Stable Diffusion is known to have"
         for part_of_name, why in FOREIGN_SCHEDULERS.items():
             if part_of_name in str(name):
                 reason = why

@@ -16,7 +16,7 @@ from spin.checkpoint.agreement import (
     check_same_vocabulary,
     check_same_width,
 )
-from spin.checkpoint.configs import PART_CLASSES
+from spin.checkpoint.configs import PART_CLASSES, SCALING_FACTORS
 from spin.checkpoint.folder import (
     PARTS,
     SCHEDULER_CONFIG,
@@ -53,14 +53,13 @@ class Pipeline:
         """Return the context of prompts, [B,77,D], or [B,78,D] for SDXL.
 
         prompts: None is no prompt: for SDXL all zeros, for others the empty prompt.
-        sizes: [B,6], for SDXL alone: see `spin.unet.AddedEmbedding`. None: whole images of the size
-            that the UNet was trained at.
+        sizes: [B,6], for SDXL alone: see `spin.unet.PooledAndSizesEmbedding`. None: whole images of
+            the size that the UNet was trained at.
         """
         if self.text_encoder_2 is None:
             return self.text_encoder([prompt or "" for prompt in prompts])
         if sizes is None:
-            height, width = default_size(self)
-            sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts))
+            sizes = sizes_of_whole_images(*default_size(self), len(prompts))
         return encode_for_sdxl(self.text_encoder, self.text_encoder_2, prompts, sizes)
 
     @property
@@ -81,6 +80,11 @@ def default_size(pipe) -> tuple[int, int]:
     size = pipe.unet.sample_size
     height, width = size if isinstance(size, list) else (size, size)
     return height * pipe.vae.downscale, width * pipe.vae.downscale
+
+
+def sizes_of_whole_images(height: int, width: int, count: int) -> Tensor:
+    """Return what SDXL is told of images that are neither cut nor resized: sizes [count,6]."""
+    return torch.tensor([[height, width, 0, 0, height, width]] * count)
 
 
 # ---- Loading -------------------------------------------------------------------------------------
@@ -135,6 +139,7 @@ def load_pipeline(
         tokenizer = checkpoint.read_tokenizer("tokenizer_2", stored_text.config)
         text_encoder_2 = make_text_encoder(stored_text, tokenizer, dtype, device, projects=True)
     check_same_width(network, text_encoder, text_encoder_2, source, unet or source)
+    check_own_vae(network, vae, source)
 
     return Pipeline(network, vae, text_encoder, scheduler, text_encoder_2)
 
@@ -151,6 +156,15 @@ def open_checkpoint(path: Path) -> Folder | SingleFile:
     if path.is_file():
         return SingleFile(path)
     return Folder(path)
+
+
+def check_own_vae(unet: UNet, vae: AutoencoderKL, source: str | Path) -> None:
+    """Raise InputError if SDXL's UNet stands beside the VAE of Stable Diffusion 1.x and 2.x."""
+    if unet.add_embedding is not None and vae.scaling_factor == SCALING_FACTORS["1.x"]:
+        raise InputError(
+            f"{source}: its UNet is SDXL's, whose latents are times {SCALING_FACTORS['XL']}, but "
+            f"its VAE's scaling_factor is {vae.scaling_factor}: they do not belong together"
+        )
 
 
 def check_same_scaling(

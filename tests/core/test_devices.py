@@ -328,6 +328,7 @@ def test_the_opponents_of_three_iterations_sample_by_one_graph(backend, image_fo
         pairs.generate_images(
             load_pipeline(toy.BASE).freeze(),
             images,
+            LatentShards(tmp_path / "real", range(9)),
             LatentShards(tmp_path / str(iteration), range(9)),
             seed=0,
             iteration=iteration,
@@ -416,6 +417,7 @@ def test_tf32_is_restored_after_an_error():
 
 
 def test_a_precision_set_by_torchs_newer_interface_is_left_alone(pipelines):
+    torch.backends.cudnn.allow_tf32 = True  # torch's default, which other tests change
     precision = torch.backends.cudnn.conv.fp32_precision
     try:
         torch.backends.cudnn.conv.fp32_precision = "ieee"

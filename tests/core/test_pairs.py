@@ -352,8 +352,9 @@ def test_a_generated_image_is_the_opponents_sample_for_its_caption_and_its_noise
     images = CaptionedImages(image_folder, 64)
     options = SamplingOptions(steps=2, guidance=2.0, height=64, width=64)
     rows = [1, 4, 6, 7, 10]
-    latents = LatentShards(tmp_path, rows)
-    generate_images(pipe, images, latents, 3, 2, options, batch_size=2)
+    real = LatentShards(tmp_path / "real", rows)  # its sizes are for SDXL alone
+    latents = LatentShards(tmp_path / "generated", rows)
+    generate_images(pipe, images, real, latents, 3, 2, options, batch_size=2)
     for row in rows:
         generator = noise_generator(seed=3, iteration=2, row=row)
         expected = sample(pipe, [images.caption(row)], generators=[generator], **vars(options))
@@ -368,7 +369,7 @@ def test_files_that_are_there_are_not_made_again(pipe, image_folder, tmp_path):
     generated = LatentShards(tmp_path / "generated", range(2))
     generated.write(0, [{"x0": kept}])
     encode_images(pipe.vae, images, real, mirrored=False, device="cpu")
-    generate_images(pipe, images, generated, 3, 1, SamplingOptions(), batch_size=2)
+    generate_images(pipe, images, real, generated, 3, 1, SamplingOptions(), batch_size=2)
     assert torch.equal(real.read("mean", [0, 1]), kept)
     assert torch.equal(generated.read("x0", [0, 1]), kept)
 

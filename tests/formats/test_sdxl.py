@@ -109,6 +109,13 @@ def test_networks_of_another_family_are_refused(copy_xl, tiny_folder, tinyxl_fol
         load_pipeline(copy_xl)
 
 
+def test_the_vae_of_another_family_is_refused(tiny_folder, copy_xl):
+    shutil.rmtree(copy_xl / "vae")
+    shutil.copytree(tiny_folder / "vae", copy_xl / "vae")
+    with pytest.raises(InputError, match="its VAE's scaling_factor is 0.18215"):
+        load_pipeline(copy_xl)
+
+
 @pytest.mark.parametrize(
     "index, message",
     [
@@ -250,7 +257,7 @@ def test_other_files_are_refused_by_name(tensors, message, tmp_path):
         ("unet/config.json", {"freq_shift": 1}),
         ("unet/config.json", {"attention_head_dim": [2, 4, 8]}),
         ("text_encoder_2/config.json", {"num_attention_heads": 3}),
-        ("vae/config.json", {"scaling_factor": 0.18215}),
+        ("vae/config.json", {"scaling_factor": 0.5}),
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """train.py, sample.py and evaluate.py on a tiny SDXL: the loop does not know that it is one."""
 
+import copy
 import json
 import math
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import write_metadata
+from helpers import CountingBackend, write_metadata
 from PIL import Image
 from torch import Tensor
 
@@ -16,14 +17,20 @@ import evaluate
 import sample
 import train
 from spin.checkpoint import Pipeline, load_pipeline
-from spin.data import CaptionedImages, batch_rows
+from spin.data import CaptionedImages, batch_rows, sizes_of_square
 from spin.infra.run import Run
 from spin.infra.shards import LatentShards
 from spin.pairs import PairLoader
 from spin.step import spin_step
+from spin.unet import PooledAndSizesEmbedding
 
 UNET = "checkpoint/unet/diffusion_pytorch_model.safetensors"
 LOG_2 = math.log(2)
+
+
+@pytest.fixture(scope="module")
+def pipe_xl(tinyxl_folder) -> Pipeline:
+    return load_pipeline(tinyxl_folder).freeze()
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +110,14 @@ def test_so_does_the_cache_of_any_other_model(finished):
     assert LatentShards(cache, range(12)).read("sizes", [1]).tolist() == [[64, 96, 0, 8, 32, 32]]
 
 
+def sizes_of_row(images: CaptionedImages, row: int) -> tuple[int, ...]:
+    return tuple(sizes_of_square(images.whole_image(row), images.resolution))
+
+
 def expected_context(pipe: Pipeline, images: CaptionedImages, rows: list[int], dropped) -> Tensor:
     prompts = [images.caption(row) for row in rows]
     prompts = [None if drop else prompt for prompt, drop in zip(prompts, dropped)]
-    sizes = torch.tensor([images.sizes(row) for row in rows])
+    sizes = torch.tensor([sizes_of_row(images, row) for row in rows])
     return pipe.encode_prompts(prompts, sizes)
 
 
@@ -147,7 +158,56 @@ def test_the_opponents_images_are_conditioned_on_the_sizes_of_the_real_ones(
     monkeypatch.setattr(Pipeline, "encode_prompts", spying)
     train.main(flags_xl(tmp_path / "run", "--iterations 1 --steps 3 --grid-prompts 0"))
     images = CaptionedImages(image_folder, 32)
-    assert set(seen) == {tuple(images.sizes(row)) for row in range(12)}
+    assert set(seen) == {sizes_of_row(images, row) for row in range(12)}
+
+
+def test_players_are_told_the_same_sizes_to_the_pixel_in_bfloat16(
+    flags_xl, image_folder, tmp_path, monkeypatch
+):
+    """bfloat16 cannot hold 257: opponents would generate under other sizes than the loss names."""
+    data = Path(shutil.copytree(image_folder, tmp_path / "images"))
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["file_name"] = f"{i}.png"
+        Image.new("RGB", (333 + 2 * i, 257 + 2 * i)).save(data / row["file_name"])
+    write_metadata(data, rows)
+    told = {True: set(), False: set()}  # {while gradients are on: sizes}
+    forward = PooledAndSizesEmbedding.forward
+
+    def spying(embedding, row):
+        sizes = row[:, embedding.pooled_channels :][:, : embedding.NUM_SIZES]
+        told[torch.is_grad_enabled()].update(map(tuple, sizes.tolist()))
+        return forward(embedding, row)
+
+    monkeypatch.setattr(PooledAndSizesEmbedding, "forward", spying)
+    more = f"--data {data} --dtype bfloat16 --iterations 1 --steps 3 --grid-prompts 0"
+    train.main(flags_xl(tmp_path / "run", more))
+    images = CaptionedImages(data, 32)
+    expected = {sizes_of_row(images, row) for row in range(12)}
+    assert told[True] == expected
+    assert told[False] == expected  # opponents, generating and in the loss
+
+
+def test_a_step_is_one_graph(pipe_xl):
+    torch._dynamo.reset()
+    backend = CountingBackend()
+    generator = torch.Generator().manual_seed(0)
+    names = ("x0_data", "x0_gen", "eps")
+    batch = {name: torch.randn((2, 4, 8, 8), generator=generator) for name in names}
+    batch["t"] = torch.tensor([20, 900])
+    batch["context"] = pipe_xl.encode_prompts(["a red circle", None])
+    batch["alphas_cumprod"] = pipe_xl.scheduler.alphas_cumprod
+    policy = copy.deepcopy(pipe_xl.unet).requires_grad_(True)
+    step = torch.compile(spin_step, backend=backend, fullgraph=True)
+    loss, _ = step(policy, opponent=pipe_xl.unet, **batch, beta=2000.0)
+    assert loss.item() == pytest.approx(LOG_2, abs=1e-6)
+    assert backend.graphs == 1
+
+
+def test_another_resolution_than_the_unets_is_said(flags_xl, tmp_path, capsys):
+    train.main(flags_xl(tmp_path / "run", "--dry-run"))
+    note = "note: the UNet was trained on images of 64 x 64 pixels; --resolution is 32"
+    assert note in capsys.readouterr().err
 
 
 @pytest.fixture
