@@ -232,6 +232,14 @@ def test_a_model_is_loaded_from_the_hub(hub, pipe, assert_same_pipelines):
     assert hub.names == ["org/name"]
 
 
+def test_both_text_encoders_of_sdxl_are_downloaded(hub, tinyxl_folder, assert_same_pipelines):
+    shutil.rmtree(hub.repository)
+    shutil.copytree(tinyxl_folder, hub.repository)
+    assert_same_pipelines(load_pipeline("org/name"), load_pipeline(tinyxl_folder))
+    stems = STEMS | {"text_encoder_2": "model"}
+    assert hub.downloaded() == {f"{part}/{stem}.safetensors" for part, stem in stems.items()}
+
+
 def test_a_unet_is_loaded_from_the_hub(hub, pipe):
     unet = load_unet("UCLA-AGI/SPIN-Diffusion-iter1")
     assert torch.equal(unet.conv_in.bias, pipe.unet.conv_in.bias)
