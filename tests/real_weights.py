@@ -5,8 +5,8 @@
 The tests load Stable Diffusion with random weights only, since no published ones could be
 downloaded where this project is written. This script loads MODEL, samples one image in float32 on
 the CPU and, if diffusers and transformers are installed, compares it with the image that diffusers
-samples from the same prompt, noise and number of DDIM steps. SD-1.5 needs about
-8 GB of memory and, on one core, half an hour.
+samples from the same prompt, noise and number of DDIM steps. SD-1.5 needs about 8 GB of memory and,
+on one core, half an hour; SDXL needs several times as much of both.
 """
 
 import argparse
@@ -42,7 +42,7 @@ GUIDANCE = 7.5
 class Outputs:
     """What an implementation computes from the prompt and the noise."""
 
-    context: Tensor  # [2,77,D], of the empty prompt and of the prompt
+    context: Tensor  # [2,77,D], or SDXL's [2,78,D], of the empty prompt and of the prompt
     prediction: Tensor  # [1,4,h,w], the UNet's at the noise and the first timestep
     image: Tensor  # [3,H,W] in [0,1]
     seconds: float  # that sampling and decoding took
@@ -145,6 +145,8 @@ def print_parts(model: str, unet: str | None) -> None:
     print(f"model: {model}")
     checkpoint = open_checkpoint(locate(model))
     sources = {"unet": checkpoint, "vae": checkpoint, "text_encoder": checkpoint}
+    if checkpoint.has_two_text_encoders():
+        sources["text_encoder_2"] = checkpoint
     if unet is not None:
         print(f"UNet: {unet}")
         sources["unet"] = open_checkpoint(locate(unet, parts=("unet",)))
@@ -197,7 +199,9 @@ def compute_ours(pipe: Pipeline, prompt: str, steps: int, noise: Tensor) -> Outp
     prediction = pipe.unet(noise, t, context[1:])
 
     started = time.perf_counter()
-    latents = sample(pipe, [prompt], steps, GUIDANCE, generators=[seeded()])
+    latents = sample(
+        pipe, [prompt], steps, GUIDANCE, generators=[seeded()], negative_prompts=""
+    )
     [image] = decode_latents(pipe, latents)
     return Outputs(context, prediction, image, time.perf_counter() - started)
 
@@ -206,26 +210,48 @@ def compute_theirs(theirs, prompt: str, steps: int, noise: Tensor, our_context: 
     """Return the outputs of diffusers' pipeline `theirs`.
 
     noise:       [1,4,h,w], what both sample from
-    our_context: [2,77,D], the UNet's input, so that predictions differ by the UNet alone
+    our_context: the UNet's input, so that predictions differ by the UNet alone
     """
-    positive, negative = theirs.encode_prompt(prompt, "cpu", 1, True, "")
+    height = noise.shape[2] * theirs.vae_scale_factor
+    width = noise.shape[3] * theirs.vae_scale_factor
+    encoded = theirs.encode_prompt(
+        prompt,
+        device="cpu",
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+        negative_prompt="",
+    )
+    context = torch.cat([encoded[1], encoded[0]])  # the negative prompt's first
+    read_context = our_context
+    added = None
+    if len(encoded) == 4:  # SDXL: pooled text, too. In ours, it and the sizes are one more row
+        pooled = torch.cat([encoded[3], encoded[2]])
+        num_pooled = pooled.shape[1]
+        sizes = torch.tensor([[height, width, 0, 0, height, width]] * 2)
+        row = torch.zeros_like(context[:, :1])
+        row[:, 0, :num_pooled] = pooled
+        row[:, 0, num_pooled : num_pooled + 6] = sizes
+        context = torch.cat([context, row], dim=1)
+        read_context = our_context[:, :-1]
+        added = {
+            "text_embeds": our_context[1:, -1, :num_pooled],
+            "time_ids": our_context[1:, -1, num_pooled : num_pooled + 6],
+        }
     theirs.scheduler.set_timesteps(steps)
     t = theirs.scheduler.timesteps[0]
-    prediction = theirs.unet(noise, t, our_context[1:]).sample
+    prediction = theirs.unet(noise, t, read_context[1:], added_cond_kwargs=added).sample
 
     started = time.perf_counter()
-    _, _, height, width = noise.shape
     [image] = theirs(
         prompt,
-        height=height * theirs.vae_scale_factor,
-        width=width * theirs.vae_scale_factor,
+        height=height,
+        width=width,
         num_inference_steps=steps,
         guidance_scale=GUIDANCE,
         negative_prompt="",
         latents=noise,
         output_type="pt",
     ).images
-    context = torch.cat([negative, positive])
     return Outputs(context, prediction, image, time.perf_counter() - started)
 
 
@@ -244,7 +270,7 @@ def load_theirs(args: argparse.Namespace, pipe: Pipeline, out: Path):
     if args.unet is None and args.prediction_type is None:
         try:
             path = locate(args.model)
-            theirs = from_pretrained(diffusers, path)
+            theirs = from_pretrained(diffusers, path, pipe.reads_sizes)
             print("diffusers: loaded the same files")
             return theirs
         except Exception as error:  # a library of another's can fail in any way
@@ -253,7 +279,7 @@ def load_theirs(args: argparse.Namespace, pipe: Pipeline, out: Path):
     copy = out / "copy"
     try:
         save_pipeline(pipe, copy)
-        theirs = from_pretrained(diffusers, copy)
+        theirs = from_pretrained(diffusers, copy, pipe.reads_sizes)
         print("diffusers: loaded what save_pipeline made of the files")
         return theirs
     except Exception as error:
@@ -263,12 +289,16 @@ def load_theirs(args: argparse.Namespace, pipe: Pipeline, out: Path):
         shutil.rmtree(copy, ignore_errors=True)
 
 
-def from_pretrained(diffusers, path: Path):
-    """Return diffusers' pipeline in float32, with DDIM and without a safety checker."""
-    load = diffusers.StableDiffusionPipeline.from_pretrained
-    if path.is_file():
-        load = diffusers.StableDiffusionPipeline.from_single_file
-    theirs = load(path, torch_dtype=torch.float32, safety_checker=None)
+def from_pretrained(diffusers, path: Path, is_xl: bool):
+    """Return diffusers' pipeline in float32, with DDIM, which leaves finished images as they are."""
+    if is_xl:
+        pipeline = diffusers.StableDiffusionXLPipeline
+        options = {"add_watermarker": False}
+    else:
+        pipeline = diffusers.StableDiffusionPipeline
+        options = {"safety_checker": None}
+    load = pipeline.from_single_file if path.is_file() else pipeline.from_pretrained
+    theirs = load(path, torch_dtype=torch.float32, **options)
     theirs.scheduler = diffusers.DDIMScheduler.from_config(
         theirs.scheduler.config, clip_sample=False, timestep_spacing="leading"
     )

@@ -33,6 +33,14 @@ def test_the_report_says_what_is_in_the_files_and_what_was_made_of_them(
     assert Image.open(tmp_path / "ours.png").size == (64, 64)
 
 
+def test_the_report_on_sdxl_has_both_text_encoders(tinyxl_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    real_weights.main([str(tinyxl_folder), "--steps", "1", "--out", str(tmp_path)])
+    report = capsys.readouterr().out
+    assert "\ntext_encoder: 52 tensors" in report
+    assert "\ntext_encoder_2: 53 tensors" in report
+
+
 def test_a_missing_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such"):
         real_weights.main([str(tmp_path / "missing")])
@@ -51,11 +59,11 @@ class StandIn:
     def set_timesteps(self, steps: int) -> None:
         self.scheduler.timesteps = self.pipe.scheduler.timesteps(steps)
 
-    def encode_prompt(self, prompt, device, num_images, guided, negative_prompt):
+    def encode_prompt(self, prompt, negative_prompt, **others):
         negative, positive = self.pipe.encode_prompts([negative_prompt, prompt]).chunk(2)
         return positive, negative
 
-    def unet(self, latents: Tensor, t: Tensor, context: Tensor) -> SimpleNamespace:
+    def unet(self, latents: Tensor, t: Tensor, context: Tensor, **others) -> SimpleNamespace:
         return SimpleNamespace(sample=self.pipe.unet(latents, t, context))
 
     def __call__(self, prompt, num_inference_steps, guidance_scale, **others) -> SimpleNamespace:
