@@ -289,6 +289,15 @@ PAGE = [
     ("bounded-after-sft/bounded-3", "story/sft", "energy", "best energy", "mean of 5"),
     ("spin-after-sft/spin-3", "story/sft", "reward", "7.5", "mean of 5"),
     ("spin-after-sft/spin-3", "story/sft", "reward", "best reward", "mean of 5"),
+    ("spin-beta-500/spin-3", "theta_0", "reward", "7.5", "mean of 5"),
+    ("spin-beta-500/spin-3", "theta_0", "reward", "best reward", "mean of 5"),
+    ("spin-beta-500-charged/spin-3", "theta_0", "reward", "7.5", "mean of 5"),
+    ("spin-beta-500-charged/spin-3", "theta_0", "reward", "best reward", "mean of 5"),
+    ("spin-beta-500-charged/spin-3", "theta_0", "error", "", "real"),
+    ("spin-beta-500/spin-3", "theta_0", "error", "", "real"),
+    ("spin-charged/spin-3", "theta_0", "reward", "7.5", "mean of 5"),
+    ("spin-charged/spin-3", "theta_0", "reward", "best reward", "mean of 5"),
+    ("spin-charged/spin-3", "story/spin-3", "energy", "best energy", "mean of 5"),
 ]
 
 
