@@ -100,13 +100,13 @@ class SingleFile:
         self.tensors = without_leftovers(tensors)
         self.family = find_family(self.tensors)
         self.configs = assumed_configs(self.family)
-        refuse_unknown_tensors(self.tensors, path, self.text_names())
+        refuse_unknown_tensors(self.tensors, path, self.names_of_text_towers())
 
     def has_two_text_encoders(self) -> bool:
         """Return whether the model is an SDXL."""
         return self.family == "XL"
 
-    def text_names(self) -> list[str]:
+    def names_of_text_towers(self) -> list[str]:
         """Return the names of the text towers' tensors, or their beginnings."""
         names = []
         if self.family == "1.x":
