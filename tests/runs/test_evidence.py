@@ -12,6 +12,7 @@ import pytest
 
 from spin.config import TOY
 from tutorial import tune_toy
+from tutorial.findings import Comparison, Scores, pooled
 
 ROOT = Path(__file__).parent.parent.parent
 EVIDENCE = json.loads((ROOT / "tutorial/evidence/evidence.json").read_text())
@@ -278,9 +279,17 @@ def test_the_table_of_the_tuning():
 
 
 def test_chapter_3_quotes_the_best_setting_of_sft():
-    gain = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**best_trial("sft")["gain"])
+    """On the validation prompts of bases 0 and 1, and on the test prompts of all bases."""
+    rate = best_trial("sft")["sft-lr"]
+    expected = []
+    for row in TUNING["trials"]:
+        if row["method"] == "sft" and row["sft-lr"] == rate:
+            expected.append("{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row["gain"]))
+    compared = Comparison("story/sft", "theta_0", "reward", "7.5", "mean of 5")
+    scores = Scores(ROOT / "tutorial/evidence/results.csv")
+    expected.append(str(pooled(scores.differences(compared))))
     text = " ".join((ROOT / "tutorial/03_learning.md").read_text().split())
-    assert INTERVAL.findall(text) == [gain]
+    assert INTERVAL.findall(text) == expected
 
 
 @pytest.mark.parametrize("method", tune_toy.TRIALS)
