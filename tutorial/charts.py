@@ -50,6 +50,25 @@ class Drawing:
         enlarged = image.resize((2 * side, 2 * side), Image.Resampling.NEAREST)
         self.sheet.paste(enlarged, (2 * left, 2 * top))
 
+    def line(self, points: Curve, color: Color, width: float) -> None:
+        """Draw a line through points, equally wide in every direction, unlike Pillow's own."""
+        half = width  # at twice the size
+        for (x_before, y_before), (x, y) in zip(points, points[1:]):
+            length = math.hypot(x - x_before, y - y_before)
+            if length == 0:
+                continue
+            across_x = half * (y - y_before) / length
+            across_y = -half * (x - x_before) / length
+            corners = [
+                (2 * x_before + across_x, 2 * y_before + across_y),
+                (2 * x + across_x, 2 * y + across_y),
+                (2 * x - across_x, 2 * y - across_y),
+                (2 * x_before - across_x, 2 * y_before - across_y),
+            ]
+            self.draw.polygon(corners, color)
+        for x, y in points:
+            self.draw.circle((2 * x, 2 * y), half, color)
+
     def arrow(self, *points: tuple[float, float], color: Color = INK) -> None:
         """Draw straight lines from point to point, with a head at the last one."""
         (x_before, y_before), (x, y) = points[-2:]
@@ -120,8 +139,8 @@ def plot(
     sheet.text((left + right) / 2, bottom + 36, x_label, INK, 13)
 
     for points, color in reversed(lines.values()):  # the first one lies over the others
-        path = [(2 * column(x), 2 * row(y)) for x, y in points if y <= y_ticks[-1]]
-        sheet.draw.line(path, color, 5, joint="curve")
+        path = [(column(x), row(y)) for x, y in points if y <= y_ticks[-1]]
+        sheet.line(path, color, 2.2)
 
     font = ImageFont.load_default(14)
     legend_x = left

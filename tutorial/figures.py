@@ -25,7 +25,18 @@ from spin import toy  # noqa: E402
 from spin.checkpoint import load_pipeline  # noqa: E402
 from spin.checkpoint.configs import SD_1  # noqa: E402
 from spin.eval import report  # noqa: E402
-from spin.eval.plots import COLORS, GAP, INK, LINE, MARGIN, PALE, PAPER, grid  # noqa: E402
+from spin.eval.plots import (  # noqa: E402
+    COLORS,
+    GAP,
+    INK,
+    LINE,
+    MARGIN,
+    METHOD_COLORS,
+    OCHRE,
+    PALE,
+    PAPER,
+    grid,
+)
 from spin.infra.cli import run_script  # noqa: E402
 from spin.infra.errors import InputError  # noqa: E402
 from spin.infra.images import read_image, read_parameters, save_png, to_pil  # noqa: E402
@@ -72,9 +83,8 @@ REAL_COLOR = COLORS[0]  # as delta_data in the log's charts
 GENERATED_COLOR = COLORS[1]  # as delta_gen
 POLICY_COLOR = COLORS[2]
 FROZEN_COLOR = (110, 110, 118)
-BOUNDED_COLOR = COLORS[3]
-SPIN_COLOR = INK
-OCHRE = (158, 112, 24)
+BOUNDED_COLOR = METHOD_COLORS["bounded"]
+SPIN_COLOR = METHOD_COLORS["spin"]
 
 
 def one_pair() -> Image.Image:
@@ -570,6 +580,8 @@ def painter_that_generates(mean: float, sd: float) -> tuple[float, float]:
 
 # ---- Chapters 6 and 7 ----------------------------------------------------------------------------
 
+TEAL = (0, 140, 150)
+
 
 def links() -> Image.Image:
     """Plot each link of a pair's logit, and minus its slope, the weight of the pair."""
@@ -578,11 +590,12 @@ def links() -> Image.Image:
     t.requires_grad_()
     values = {}
     slopes = {}
-    for (name, link), color in zip(LINKS.items(), COLORS):
+    colors = {"logistic": SPIN_COLOR, "hinge": TEAL, "correlation": COLORS[4]}
+    for name, link in LINKS.items():
         y = link(t)
         [slope] = torch.autograd.grad(y.sum(), t)
-        values[name] = (curve(t.detach(), y.detach()), color)
-        slopes[name] = (curve(t.detach(), -slope), color)
+        values[name] = (curve(t.detach(), y.detach()), colors[name])
+        slopes[name] = (curve(t.detach(), -slope), colors[name])
     sheet = Drawing(900, 330)
     ticks = range(-3, 4)
     x_label = "logit = beta / 2 x margin"
@@ -732,7 +745,7 @@ def attention() -> Image.Image:
         strength = (share / FULL_SHARE).clamp(max=1)
         color = torch.tensor(HEAT) / 255
         row.append(to_pil(1 + strength[None] * (color[:, None, None] - 1)))  # white: none
-        titles.append(f'"{word}", at most {100 * share.max().item():.0f}%')
+        titles.append(f'"{word}", max {100 * share.max().item():.0f}%')
     sheet = grid([row], titles, [caption], 160)
     for j in range(1, len(row)):
         left = MARGIN + j * (160 + GAP)
@@ -866,7 +879,7 @@ def push_line() -> Image.Image:
         "bounded": (curve(lengths, bounded_losses), BOUNDED_COLOR),
     }
     frame = (60, 44, 425, 262)
-    plot(sheet, frame, "Loss", x_label, lines, ticks, [0, 0.5, 1, 1.5, 2], low=-0.3)
+    plot(sheet, frame, "Loss", x_label, lines, ticks, [0, 0.5, 1, 1.5, 2, 2.5], low=-0.3)
     lines = {
         "on the real image": (curve(lengths, metrics["delta_data"]), REAL_COLOR),
         "on the generated image": (curve(lengths, metrics["delta_gen"]), GENERATED_COLOR),
@@ -957,7 +970,6 @@ def draw_spot(sheet: Drawing, x: float, y: float, name: str, color: Color) -> No
 # ---- The evidence --------------------------------------------------------------------------------
 
 # A model has the same color everywhere; a later iteration is darker.
-METHOD_COLORS = {"sft": COLORS[0], "dpo": OCHRE, "spin": SPIN_COLOR, "bounded": BOUNDED_COLOR}
 MODELS = [
     *("sft", "dpo", "spin-1", "spin-2", "spin-3"),
     *("bounded-1", "bounded-2", "bounded-3"),

@@ -65,6 +65,7 @@ CLAIMS = [
 # Where a claim is tested: (metric, setting, images). Energy is of all five images of a prompt.
 PLACES = [
     ("reward", "7.5", "mean of 5"),
+    ("reward", "7.5", "best of 5"),
     ("reward", "best reward", "mean of 5"),
     ("reward", "best reward", "best of 5"),
     ("energy", "7.5", "mean of 5"),

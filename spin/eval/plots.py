@@ -12,6 +12,10 @@ INK = (32, 32, 36)
 PALE = (200, 200, 206)
 PAPER = (255, 255, 255)
 COLORS = [(31, 105, 180), (214, 90, 24), (34, 139, 76), (150, 60, 160), (120, 120, 120)]
+OCHRE = (158, 112, 24)
+
+#: The color of a method's models.
+METHOD_COLORS = {"sft": COLORS[0], "dpo": OCHRE, "spin": INK, "bounded": COLORS[3]}
 
 # pixels between a chart's edges and its axes
 LEFT = 76
@@ -166,16 +170,19 @@ def line_chart(
     width: int = 460,
     height: int = 240,
     window: int = 1,
+    colors: Sequence[tuple[int, int, int]] = COLORS,
 ) -> Image.Image:
     """Return a panel with lines over steps 1, 2, .... Values that are not finite are left out.
 
     window: how many steps a running mean covers. It lies over the values, which are thin and pale,
         and begins anew after each step in `marks`. 1: the values alone.
 
-    Raises ValueError if there are more lines than COLORS.
+    colors: of the lines, in order.
+
+    Raises ValueError if there are more lines than colors.
     """
-    if len(lines) > len(COLORS):
-        raise ValueError(f"{title}: {len(lines)} lines, but there are {len(COLORS)} colors")
+    if len(lines) > len(colors):
+        raise ValueError(f"{title}: {len(lines)} lines, but there are {len(colors)} colors")
 
     finite = []
     for values in lines.values():
@@ -192,7 +199,7 @@ def line_chart(
 
     # The first line is drawn last, over the others; the legend grows from right to left.
     legend_end = axes.right
-    colored = list(zip(lines.items(), COLORS))
+    colored = list(zip(lines.items(), colors))
     for (name, values), color in reversed(colored):
         if window > 1:
             draw_line(axes, values, last_step, pale(color), width=1)

@@ -37,6 +37,9 @@ CLAIMS = {
     "tutorial/11_stable_diffusion.md": [
         ("theta_0", ["ending/alone/at_3/clean"]),
     ],
+    "tutorial/16_explanations.md": [
+        ("In the earlier world SPIN-3 minus that control", [f"{RENEWED}/single"]),
+    ],
     "tutorial/21_appendix.md": [
         ("SPIN-3 minus SPIN-2", ["claims/claims/SPIN-3 beats SPIN-2/five"]),
     ],
