@@ -819,7 +819,7 @@ def flag_defaults(preset: str) -> dict:
 def check_sampling(args: argparse.Namespace, pipe: Pipeline) -> None:
     """Raise InputError if the model cannot sample at this resolution or in so many steps.
 
-    Say on stderr if it was trained at another resolution.
+    Say on stderr if the checkpoint states another resolution.
     """
     if args.resolution % pipe.vae.downscale:
         raise InputError(
@@ -829,7 +829,7 @@ def check_sampling(args: argparse.Namespace, pipe: Pipeline) -> None:
     height, width = default_size(pipe)
     if distributed.is_main() and (height, width) != (args.resolution, args.resolution):
         sys.stderr.write(
-            f"note: the UNet was trained on images of {height} x {width} pixels; "
+            f"note: the checkpoint is for images of {height} x {width} pixels (sample_size); "
             f"--resolution is {args.resolution}\n"
         )
 

@@ -25,7 +25,7 @@ from spin.layers import (
     check_block_types,
 )
 
-NUM_TOKENS = 77  # of a prompt, in every CLIP
+NUM_TOKENS = 77  # of a prompt for SDXL, whose context has one row more
 
 # block types of config.json -> does the block attend to the text?
 DOWN_BLOCK_TYPES = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -351,7 +351,8 @@ class UNet(nn.Module):
         super().__init__()
         self.config = dict(config)
         # latent height and width that the network was trained at: one number for both, or two
-        self.sample_size: int | list[int] = config.get("sample_size") or 64
+        default_size = 64 if config.get("addition_embed_type") is None else 128  # SDXL
+        self.sample_size: int | list[int] = config.get("sample_size") or default_size
         check_sample_size(self.sample_size)
 
         channels = config["block_out_channels"]
@@ -422,7 +423,7 @@ class UNet(nn.Module):
         waves = sinusoids(t, self.conv_in.out_channels, self.config)
         temb = self.time_embedding(waves.to(latents.dtype))  # [B,1280]
         if self.add_embedding is not None:
-            if context.shape[1] % NUM_TOKENS != 1:
+            if context.shape[1] != NUM_TOKENS + 1:
                 raise ValueError(
                     f"context of {context.shape[1]} rows: SDXL's has a row more than its tokens, "
                     f"{NUM_TOKENS + 1}: see Pipeline.encode_prompts"

@@ -39,7 +39,7 @@ from spin.infra.errors import InputError
 from spin.infra.files import read_text
 from spin.scheduler import PREDICTION_TYPES, Scheduler, rescale_to_zero_snr
 from spin.text import TextEncoder
-from spin.unet import UNet
+from spin.unet import NUM_TOKENS, UNet
 
 ASK = "say which with --prediction-type"
 
@@ -311,6 +311,12 @@ def check_same_width(
         pooled_read = unet.add_embedding.pooled_channels
     pooled_made = 0
     if text_encoder_2 is not None:
+        for encoder in (text_encoder, text_encoder_2):
+            if encoder.tokenizer.length != NUM_TOKENS:
+                raise InputError(
+                    f"{source}: prompts of {encoder.tokenizer.length} tokens (model_max_length), "
+                    f"in SDXL they have {NUM_TOKENS}"
+                )
         made += text_encoder_2.config["hidden_size"]
         pooled_made = text_encoder_2.config["projection_dim"]
     if pooled_read != pooled_made:

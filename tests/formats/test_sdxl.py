@@ -23,7 +23,7 @@ from spin.checkpoint import (
     save_single_file,
     single_file,
 )
-from spin.checkpoint.configs import SDXL
+from spin.checkpoint.configs import LEFTOVERS, SDXL
 from spin.infra.errors import InputError
 
 UNET = "model.diffusion_model."
@@ -109,10 +109,22 @@ def test_networks_of_another_family_are_refused(copy_xl, tiny_folder, tinyxl_fol
         load_pipeline(copy_xl)
 
 
-def test_the_vae_of_another_family_is_refused(tiny_folder, copy_xl):
-    shutil.rmtree(copy_xl / "vae")
-    shutil.copytree(tiny_folder / "vae", copy_xl / "vae")
-    with pytest.raises(InputError, match="its VAE's scaling_factor is 0.18215"):
+def test_the_vae_of_another_family_is_refused(tiny_folder, tinyxl_folder, tmp_path):
+    scales = {"xl": "0.13025, but its VAE's scaling_factor is 0.18215", "one": "0.18215, but"}
+    for name, folder, other in (
+        ("xl", tinyxl_folder, tiny_folder),
+        ("one", tiny_folder, tinyxl_folder),
+    ):
+        model = shutil.copytree(folder, tmp_path / name)
+        shutil.rmtree(model / "vae")
+        shutil.copytree(other / "vae", model / "vae")
+        with pytest.raises(InputError, match=scales[name]):
+            load_pipeline(model)
+
+
+def test_text_encoders_of_other_lengths_are_refused(copy_xl):
+    write_json(copy_xl / "tokenizer" / "tokenizer_config.json", {"model_max_length": 20})
+    with pytest.raises(InputError, match="prompts of 20 tokens"):
         load_pipeline(copy_xl)
 
 
@@ -201,8 +213,10 @@ def test_a_file_without_a_text_tower_is_refused(part, file_xl):
 
 def test_leftovers_and_statements_of_published_files_are_read_past(file_xl, pipe_xl):
     tensors = load_file(file_xl)
-    tensors[f"{FIRST}embeddings.position_ids"] = torch.arange(77)[None]
-    tensors[f"{SECOND}logit_scale"] = torch.tensor(4.6)
+    for name in LEFTOVERS:
+        if name.startswith("conditioner."):
+            tensors[f"{name}x" if name.endswith(".") else name] = torch.tensor(4.6)
+    assert len(tensors) > len(load_file(file_xl)) + 9
     metadata = {"modelspec.architecture": "stable-diffusion-xl-v1-base"}
     save_file(tensors, file_xl, metadata)
     yaml = """

@@ -206,7 +206,7 @@ def test_a_step_is_one_graph(pipe_xl):
 
 def test_another_resolution_than_the_unets_is_said(flags_xl, tmp_path, capsys):
     train.main(flags_xl(tmp_path / "run", "--dry-run"))
-    note = "note: the UNet was trained on images of 64 x 64 pixels; --resolution is 32"
+    note = "note: the checkpoint is for images of 64 x 64 pixels (sample_size); --resolution is 32"
     assert note in capsys.readouterr().err
 
 
