@@ -54,7 +54,6 @@ POINTS = {
     },
     "renewal": {
         "spin-long": "--loss spin --iterations 1 --steps 300",
-        "bounded-long": "--loss spin-bounded --iterations 1 --steps 300",
         "bounded-300": "--loss spin-bounded --steps 300",
         "bounded-1000": "--loss spin-bounded --steps 1000",
         "bounded-300-at-3": "--loss spin-bounded --steps 300 --guidance 3",
@@ -96,8 +95,8 @@ POINTS = {
     },
 }
 
-# The points of which every iteration's model is scored; of the others, a run's last one.
-ALL_ITERATIONS = ("claims", "renewal")
+# The runs of which every iteration's model is scored; of the others, the last one.
+ALL_ITERATIONS = ("story", "bounded-300", "bounded-1000")
 
 COMMON = "--preset toy --score none --grid-prompts 0 --save-every 0 --device cpu"
 GUIDANCE = TOY["guidance"]  # that of every run which does not say otherwise
@@ -135,7 +134,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         for name, flags in POINTS[point].items():
             run = train_run(args, folder, name, flags)
             trained = models_of(run, str(args.seed), args.base)
-            models += trained if point in ALL_ITERATIONS else trained[-1:]
+            models += trained if name in ALL_ITERATIONS else trained[-1:]
 
     table = Path(args.out)
     commit = provenance()["commit"]

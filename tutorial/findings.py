@@ -88,7 +88,7 @@ POINTS = {
     ],
     "Renewal: three opponents against one, as many steps": [
         (SPIN, "spin-long/spin-1"),
-        (BOUNDED, "bounded-long/bounded-1"),
+        (BOUNDED, "bounded-300/bounded-1"),
     ],
     "How far an iteration goes: 100, 300, 1000 steps": [
         ("bounded-300/bounded-3", BOUNDED),

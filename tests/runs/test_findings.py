@@ -211,7 +211,7 @@ def test_coverage_is_that_of_simulated_worlds():
 def test_every_comparison_is_of_models_that_the_evidence_scores():
     scored = {"theta_0"}
     names = {"spin": "spin", "spin-bounded": "bounded", "sft": "sft", "dpo": "dpo"}
-    for point, runs in evidence.POINTS.items():
+    for runs in evidence.POINTS.values():
         for run, flags in runs.items():
             words = flags.split()
             loss = words[words.index("--loss") + 1]
@@ -223,7 +223,7 @@ def test_every_comparison_is_of_models_that_the_evidence_scores():
                 if name in ("sft", "dpo"):
                     scored.add(f"{run}/{name}")
                     continue
-                first = 1 if point in evidence.ALL_ITERATIONS else iterations
+                first = 1 if run in evidence.ALL_ITERATIONS else iterations
                 scored.update(f"{run}/{name}-{k}" for k in range(first, iterations + 1))
     compared = set()
     for pairs in [findings.CLAIMS, *findings.POINTS.values()]:
