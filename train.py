@@ -112,6 +112,7 @@ def self_play(args: argparse.Namespace, run: Run) -> dict:
     if real.count_missing() > 0:  # said once: at the first start, before latents are cached
         captions = (images.caption(row) for row in range(len(images)))
         warn_of_cut_prompts(pipe.text_encoder.tokenizer, captions)
+        warn_of_resolution(args, pipe)
     if args.dry_run:
         return dry_run(args, run, pipe, images, real, preferences)
     announce(args, run, images)
@@ -817,15 +818,16 @@ def flag_defaults(preset: str) -> dict:
 
 
 def check_sampling(args: argparse.Namespace, pipe: Pipeline) -> None:
-    """Raise InputError if the model cannot sample at this resolution or in so many steps.
-
-    Say on stderr if the checkpoint states another resolution.
-    """
+    """Raise InputError if the model cannot sample at this resolution or in so many steps."""
     if args.resolution % pipe.vae.downscale:
         raise InputError(
             f"--resolution {args.resolution}: must be a multiple of {pipe.vae.downscale}"
         )
     pipe.scheduler.timesteps(args.sampler_steps)
+
+
+def warn_of_resolution(args: argparse.Namespace, pipe: Pipeline) -> None:
+    """Say on stderr if the checkpoint is for images of another resolution."""
     height, width = default_size(pipe)
     if distributed.is_main() and (height, width) != (args.resolution, args.resolution):
         sys.stderr.write(
