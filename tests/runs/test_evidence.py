@@ -38,7 +38,7 @@ CLAIMS = {
         ("theta_0", ["ending/alone/at_3/clean"]),
     ],
     "tutorial/16_explanations.md": [
-        ("In the earlier world SPIN-3 minus that control", [f"{RENEWED}/single"]),
+        ("SPIN-3 minus such a control was not resolved", [f"{RENEWED}/single"]),
     ],
     "tutorial/21_appendix.md": [
         ("SPIN-3 minus SPIN-2", ["claims/claims/SPIN-3 beats SPIN-2/five"]),
