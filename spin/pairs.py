@@ -304,8 +304,8 @@ class PairLoader:
     def encode_prompts(self, rows: Sequence[int], dropped: Tensor) -> Tensor:
         """Return the context of the rows' captions, and of their images' sizes.
 
-        It is that of both images of a pair. So DPO tells SDXL the preferred image's sizes of the
-        rejected one, too.
+        Both images of a pair share it. So with DPO and SDXL, the rejected image is trained under
+        the preferred image's sizes.
 
         dropped: [B], which to replace by no prompt, the one that guidance leads away from.
         """

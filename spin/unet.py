@@ -498,7 +498,7 @@ def check_sample_size(size) -> None:
 def check_lists(config: dict) -> None:
     """Raise ValueError unless config.json's lists have one entry per block, and known ones.
 
-    So must be the kind of inputs beside the text.
+    The kind of inputs beside the text, `addition_embed_type`, must be a known one, too.
     """
     lists = {
         "down_block_types": config["down_block_types"],

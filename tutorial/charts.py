@@ -51,8 +51,11 @@ class Drawing:
         self.sheet.paste(enlarged, (2 * left, 2 * top))
 
     def line(self, points: Curve, color: Color, width: float) -> None:
-        """Draw a line through points, equally wide in every direction, unlike Pillow's own."""
-        half = width  # at twice the size
+        """Draw a line through points, equally wide in every direction, unlike Pillow's own.
+
+        It is a rectangle from each point to the next, with a disk on each point.
+        """
+        half = width  # half of it, but at twice the size
         for (x_before, y_before), (x, y) in zip(points, points[1:]):
             length = math.hypot(x - x_before, y - y_before)
             if length == 0:

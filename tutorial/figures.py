@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -352,9 +353,7 @@ def guided_mean_and_sd(
     All images are N(0, 1), those of the prompt N(mean, sd^2). Every step is linear in x_t, and so
     are all steps together: two inputs give both numbers.
     """
-    scheduler = load_pipeline(toy.BASE).scheduler
-    timesteps = scheduler.timesteps(steps)
-    levels = torch.cat([scheduler.alphas_cumprod[timesteps], torch.ones(1)])
+    levels = sampling_levels(steps)
     x_t = torch.tensor([0.0, 1.0])
     for now, after in zip(levels, levels[1:]):
         slope = (1 - now).sqrt()
@@ -363,8 +362,16 @@ def guided_mean_and_sd(
         eps_guided = eps_empty + scale * (eps_prompt - eps_empty)
         x0, eps = x0_and_eps(eps_guided, x_t, now, "epsilon")
         x_t = ddim_step(x0, eps, now, after, eta=0.0)
-    at_0, at_1 = x_t.tolist()
-    return at_0, at_1 - at_0
+    from_0, from_1 = x_t.tolist()
+    return from_0, from_1 - from_0
+
+
+@cache
+def sampling_levels(steps: int) -> Tensor:
+    """Return alpha_bar before each sampling step, and 1, the level of clean images."""
+    scheduler = load_pipeline(toy.BASE).scheduler
+    timesteps = scheduler.timesteps(steps)
+    return torch.cat([scheduler.alphas_cumprod[timesteps], torch.ones(1)])
 
 
 # ---- Chapter 3 -----------------------------------------------------------------------------------
@@ -562,20 +569,21 @@ def resting() -> Image.Image:
 
 
 def painter_that_generates(mean: float, sd: float) -> tuple[float, float]:
-    """Return mean and standard deviation of the painter that generates N(mean, sd^2).
-
-    It does so with guidance 3 and 20 steps.
-    """
-    # what is generated is the wider, the wider the painter, whatever its mean: bisect
+    """Return mean and sd of the painter that generates N(mean, sd^2) at guidance 3 in 20 steps."""
+    # The wider a painter's distribution, the wider what it generates, whatever the mean: bisect.
     low, high = 0.1, 2.0
     for _ in range(30):
-        middle = (low + high) / 2
-        _, generated_sd = guided_mean_and_sd(3.0, 20, 0.0, middle)
-        low, high = (middle, high) if generated_sd < sd else (low, middle)
-    # and its mean is linear in the painter's
-    at_0, _ = guided_mean_and_sd(3.0, 20, 0.0, low)
-    at_1, _ = guided_mean_and_sd(3.0, 20, 1.0, low)
-    return (mean - at_0) / (at_1 - at_0), low
+        painter_sd = (low + high) / 2
+        _, generated_sd = guided_mean_and_sd(3.0, 20, 0.0, painter_sd)
+        if generated_sd < sd:
+            low = painter_sd
+        else:
+            high = painter_sd
+    # The mean of what it generates is linear in its own mean.
+    of_mean_0, _ = guided_mean_and_sd(3.0, 20, 0.0, painter_sd)
+    of_mean_1, _ = guided_mean_and_sd(3.0, 20, 1.0, painter_sd)
+    painter_mean = (mean - of_mean_0) / (of_mean_1 - of_mean_0)
+    return painter_mean, painter_sd
 
 
 # ---- Chapters 6 and 7 ----------------------------------------------------------------------------

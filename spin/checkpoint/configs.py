@@ -269,7 +269,7 @@ PREDICTION_KEYS = (
 # Where the metadata may say that the model is another one, and substrings of the words that do.
 ARCHITECTURE_KEYS = ("modelspec.architecture", "ss_base_model_version")
 FOREIGN_ARCHITECTURES = (
-    "xl",  # which an SDXL may say
+    "xl",  # foreign to Stable Diffusion 1.x and 2.x alone
     "refiner",
     "v3",
     "sd3",

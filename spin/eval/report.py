@@ -212,12 +212,10 @@ def draw_curves(log: Sequence[dict]) -> Image.Image:
             if keys[0] in lines[0]:  # SFT has only a loss
                 curves = curves_of(lines, keys)
                 colors = [plots.METHOD_COLORS[method]] if len(keys) == 1 else plots.COLORS
-                title_of_chart = f"{method}: {title}"
-                charts.append(
-                    plots.line_chart(
-                        title_of_chart, curves, ends, window=CURVES_WINDOW, colors=colors
-                    )
+                chart = plots.line_chart(
+                    f"{method}: {title}", curves, ends, window=CURVES_WINDOW, colors=colors
                 )
+                charts.append(chart)
     return plots.two_a_row(charts)
 
 
