@@ -159,16 +159,15 @@ def open_checkpoint(path: Path) -> Folder | SingleFile:
 
 
 def check_own_vae(unet: UNet, vae: AutoencoderKL, source: str | Path) -> None:
-    """Raise InputError if SDXL's UNet stands beside another family's VAE, or the other way round.
+    """Raise InputError if SDXL's UNet stands beside the VAE of Stable Diffusion 1.x and 2.x.
 
-    VAEs with scales of their own are accepted.
+    The reverse is accepted: some models of SD-1.x's architecture are trained with SDXL's VAE.
     """
-    scales = [SCALING_FACTORS["1.x"], SCALING_FACTORS["XL"]]
-    own, foreign = scales if unet.add_embedding is None else scales[::-1]
-    if vae.scaling_factor == foreign:
+    foreign = SCALING_FACTORS["1.x"]
+    if unet.add_embedding is not None and vae.scaling_factor == foreign:
         raise InputError(
-            f"{source}: its UNet is for latents times {own}, but its VAE's scaling_factor is "
-            f"{foreign}: they do not belong together"
+            f"{source}: its UNet is for latents times {SCALING_FACTORS['XL']}, but its VAE's "
+            f"scaling_factor is {foreign}: they do not belong together"
         )
 
 

@@ -516,8 +516,8 @@ def test_a_schedule_that_a_file_cannot_state_is_not_saved(changes, pipes, tmp_pa
 
 
 def test_a_scaling_factor_that_a_file_cannot_state_is_not_saved(model_copy, tmp_path):
-    edit_json(model_copy / "vae/config.json", scaling_factor=0.5)
-    with pytest.raises(InputError, match="a single file states no scaling_factor.* 0.5"):
+    edit_json(model_copy / "vae/config.json", scaling_factor=0.13025)
+    with pytest.raises(InputError, match="a single file states no scaling_factor.* 0.13025"):
         save_single_file(load_pipeline(model_copy), tmp_path / "saved.safetensors")
 
 

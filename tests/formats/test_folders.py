@@ -357,9 +357,9 @@ def test_other_folders_are_called_what_they_are(files, expected, tmp_path):
 
 
 def test_a_unet_of_latents_of_another_scale_is_refused(tiny_folder, model_copy):
-    edit_json(model_copy / "vae/config.json", scaling_factor=0.5)
+    edit_json(model_copy / "vae/config.json", scaling_factor=0.13025)
     for source in (model_copy, model_copy / "unet"):
-        with pytest.raises(InputError, match=f"UNet of {source} is for latents times 0.5"):
+        with pytest.raises(InputError, match=f"UNet of {source} is for latents times 0.13025"):
             load_pipeline(tiny_folder, unet=source)
     load_pipeline(model_copy)
     edit_json(model_copy / "vae/config.json", _use_default_values=["scaling_factor"])
