@@ -44,7 +44,8 @@ DIED = 9  # exit status of a rank that ends in the middle of a step
 def run_ranks(processes, num_ranks: int, work, *arguments) -> list[int]:
     """Call work(*arguments) in every one of `num_ranks` processes, and return their exit statuses.
 
-    One that has not ended after two minutes has the status None.
+    One that has not ended after ten minutes has the status None: on a slow core, compiling alone
+    takes more than two.
     work: a function of this module, which the processes import.
     """
     with socket.socket() as unused:
@@ -57,7 +58,7 @@ def run_ranks(processes, num_ranks: int, work, *arguments) -> list[int]:
         process.start()
         ranks.append(process)
     for process in ranks:
-        process.join(timeout=120)
+        process.join(timeout=600)
     return [process.exitcode for process in ranks]
 
 
