@@ -151,10 +151,13 @@ CHANGES = [
 class Scores:
     """results.csv: for every model, metric and place the scores of all bases, seeds and folds."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, only_seed: str | None = None):
+        """path: of results.csv. only_seed: leave out the rows of other seeds (None: of none)."""
         self.values: dict[tuple, dict[tuple[str, str], list[float]]] = defaultdict(dict)
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
+                if only_seed is not None and row["seed"] not in (only_seed, ""):
+                    continue
                 model = f"{row['run']}/{row['model']}".strip("/")
                 key = (model, row["metric"], row["setting"], row["images"])
                 folds = [float(row[f"fold {i}"]) for i in range(FOLDS)]
@@ -164,15 +167,12 @@ class Scores:
         """Return the names of all models, "run/model" or "theta_0", in the table's order."""
         return list(dict.fromkeys(key[0] for key in self.values))
 
-    def jobs(self, comparison: Comparison) -> tuple[list[str], list[str]]:
-        """Return the bases and the seeds for which both models are scored, in every combination."""
+    def jobs(self, comparison: Comparison) -> list[tuple[str, str]]:
+        """Return (base, seed) of every job that has scored both models, in order."""
         jobs = set(self.of(comparison.first, comparison))
         if comparison.second != "theta_0":  # which has no seed: it is there for every one
             jobs &= set(self.of(comparison.second, comparison))
-        bases = sorted({base for base, _ in jobs})
-        seeds = sorted({seed for _, seed in jobs})
-        complete = [seed for seed in seeds if all((base, seed) in jobs for base in bases)]
-        return bases, complete
+        return sorted(jobs)
 
     def of(self, model: str, comparison: Comparison) -> dict[tuple[str, str], list[float]]:
         """Return {(base, seed): means over folds} of one of a comparison's models."""
@@ -180,15 +180,19 @@ class Scores:
         return self.values.get(key, {})
 
     def differences(self, comparison: Comparison) -> np.ndarray:
-        """Return what the first model scores above the second: [bases,seeds,FOLDS]."""
-        bases, seeds = self.jobs(comparison)
+        """Return what the first model scores above the second: [bases,seeds,FOLDS].
+
+        It is NaN for a base and a seed that are not of one job.
+        """
+        jobs = self.jobs(comparison)
+        bases = sorted({base for base, _ in jobs})
+        seeds = sorted({seed for _, seed in jobs})
         first = self.of(comparison.first, comparison)
         second = self.of(comparison.second, comparison)
-        values = np.zeros((len(bases), len(seeds), FOLDS))
-        for i, base in enumerate(bases):
-            for j, seed in enumerate(seeds):
-                other = second[base, "" if comparison.second == "theta_0" else seed]
-                values[i, j] = np.subtract(first[base, seed], other)
+        values = np.full((len(bases), len(seeds), FOLDS), np.nan)
+        for base, seed in jobs:
+            other = second[base, "" if comparison.second == "theta_0" else seed]
+            values[bases.index(base), seeds.index(seed)] = np.subtract(first[base, seed], other)
         return values
 
 
@@ -218,7 +222,10 @@ def pooled(values: np.ndarray, level: float = 0.95) -> Interval:
     three, each that of one kind's means over their number (Cameron, Gelbach and Miller 2011, whose
     terms to be subtracted are left out). Student's t has the degrees of freedom of Welch and
     Satterthwaite. A kind of which there is but one adds nothing: it is taken as given.
+
+    A base and a seed that were not tried together are NaN, and count as `filled` has them.
     """
+    values = filled(values)
     parts = []  # (variance of the mean, degrees of freedom)
     for axis, count in enumerate(values.shape):
         if count > 1:
@@ -235,6 +242,23 @@ def pooled(values: np.ndarray, level: float = 0.95) -> Interval:
     half = float(np.interp((1 + level) / 2, cumulative, t)) * math.sqrt(variance)
     p_value = 2 * (1 - float(np.interp(abs(mean) / math.sqrt(variance), t, cumulative)))
     return Interval(mean, mean - half, mean + half, p_value, by_base)
+
+
+def filled(values: np.ndarray) -> np.ndarray:
+    """Return values [bases,seeds,folds] with sums of a base's and a seed's effect in place of NaN.
+
+    The effects are fitted to the other values by least squares. Raises ValueError if these do not
+    determine them: if some bases share no seed with the others, not even by way of third ones.
+    """
+    known = ~np.isnan(values[:, :, 0])
+    bases, seeds = known.shape
+    base, seed = np.nonzero(known)  # of each known value
+    design = np.concatenate([np.eye(bases)[base], np.eye(seeds)[seed]], axis=1)
+    effects, _, rank, _ = np.linalg.lstsq(design, values[known])
+    if rank < bases + seeds - 1:
+        raise ValueError("some bases and seeds cannot be compared with the others")
+    sums = effects[:bases, None] + effects[None, bases:]
+    return np.where(known[:, :, None], values, sums)
 
 
 def student_t(freedom: float) -> tuple[np.ndarray, np.ndarray]:
@@ -264,23 +288,34 @@ def holm(p_values: list[float]) -> list[float]:
 def coverage(values: np.ndarray, worlds: int = 1000, seed: int = 0) -> float:
     """Return how often `pooled` covers the truth, in simulated worlds like values [B,S,F].
 
-    A world has normal effects of its bases, seeds and folds, and noise in each cell, with the
-    variances that the values' own means show (an effect's variance includes its share of the noise,
-    so that it is rather too large). The truth is 0.
+    A world has normal effects of its bases, seeds and folds, and noise in each job (a base with a
+    seed) and in each of its folds, with the variances that the values' own means show (an effect's
+    variance includes its share of the noise, so that it is rather too large). The truth is 0. What
+    is NaN in the values is so in each world.
     """
     rng = np.random.default_rng(seed)
-    centered = values - values.mean()
+    centered = filled(values)
+    centered -= centered.mean()
     effects = []
     for axis in range(3):
         others = tuple(other for other in range(3) if other != axis)
         effects.append(centered.mean(axis=others, keepdims=True))
-    noise = (centered - sum(effects)).std()
+    residual = centered - sum(effects)
+    of_job = residual.mean(axis=2, keepdims=True)
+    bases, seeds, _ = values.shape
+    missing = np.isnan(values)
+    freedom = (~missing[:, :, 0]).sum() - (bases + seeds - 1)
+    job_spread = math.sqrt((of_job**2).sum() / freedom) if freedom > 0 else 0.0
+    fold_spread = (residual - of_job)[~missing].std()
+
     covered = 0
     for _ in range(worlds):
-        world = noise * rng.standard_normal(values.shape)
+        world = fold_spread * rng.standard_normal(values.shape)
+        world += job_spread * rng.standard_normal(of_job.shape)
         for effect in effects:
             spread = effect.std(ddof=1) if effect.size > 1 else 0.0
             world += spread * rng.standard_normal(effect.shape)
+        world[missing] = np.nan
         interval = pooled(world)
         covered += interval.low <= 0 <= interval.high
     return covered / worlds
@@ -331,17 +366,17 @@ def format_primary(scores: Scores) -> str:
     """Return a paragraph on the primary comparison, and on what its interval can be trusted for."""
     values = scores.differences(PRIMARY)
     interval = pooled(values)
-    bases, seeds = scores.jobs(PRIMARY)
     covered = []
     for first, second in CLAIMS:
         comparison = Comparison(first, second, *PLACES[-1])
-        if has_scores(scores, comparison):
+        if scores.jobs(comparison):
             covered.append(coverage(scores.differences(comparison)))
     return (
-        "Brackets: 95% intervals over bases, seeds and prompts; n: bases x seeds. Lower energy and "
-        "error are better. Guidance: 7.5, or each model's best by reward or by energy.\n\n"
+        "Brackets: 95% intervals over bases, seeds and prompts; n: bases x seeds, with the number "
+        "of jobs where not all were tried together. Lower energy and error are better. Guidance: "
+        "7.5, or each model's best by reward or by energy.\n\n"
         f"The primary comparison, {PRIMARY} by {PRIMARY.metric}, each model at its best guidance: "
-        f"{interval}, p = {interval.p_value:.4f}, n = {len(bases)} x {len(seeds)}. By base: "
+        f"{interval}, p = {interval.p_value:.4f}, n = {format_jobs(scores, PRIMARY)}. By base: "
         f"{format_values(interval.by_base)}.\n\n"
         "How often such intervals cover the truth, in 1000 simulated worlds with effects of the "
         f"sizes found: {coverage(values):.3f}; of all claims by energy at the best guidance, "
@@ -356,8 +391,8 @@ def comparisons_of(groups: Iterable[list], places: list, scores: Scores) -> list
         for first, second in pairs:
             for place in places:
                 comparison = Comparison(first, second, *place)
-                bases, seeds = scores.jobs(comparison)
-                if comparison != PRIMARY and len(bases) >= MANY_BASES and seeds:
+                bases = {base for base, _ in scores.jobs(comparison)}
+                if comparison != PRIMARY and len(bases) >= MANY_BASES:
                     comparisons.append(comparison)
     return list(dict.fromkeys(comparisons))
 
@@ -377,10 +412,9 @@ def format_comparisons(
     lines = table_head(["", "n", *titles])
     for first, second in pairs:
         comparisons = [Comparison(first, second, *place) for place in places]
-        if not has_scores(scores, comparisons[0]):
+        if not scores.jobs(comparisons[0]):
             continue
-        bases, seeds = scores.jobs(comparisons[0])
-        cells = [str(comparisons[0]), f"{len(bases)} x {len(seeds)}"]
+        cells = [str(comparisons[0]), format_jobs(scores, comparisons[0])]
         for comparison in comparisons:
             mark = " *" if comparison in significant else ""
             mark = " (primary)" if comparison == PRIMARY else mark
@@ -396,9 +430,13 @@ def format_gains(scores: Scores) -> list[str]:
     return format_comparisons(pairs, [*PLACES, *CHANGES], scores, set())
 
 
-def has_scores(scores: Scores, comparison: Comparison) -> bool:
-    bases, seeds = scores.jobs(comparison)
-    return bool(bases and seeds)
+def format_jobs(scores: Scores, comparison: Comparison) -> str:
+    """Return "5 x 1" for five bases with one seed each, or "5 x 2 (7)" if only 7 jobs are there."""
+    jobs = scores.jobs(comparison)
+    bases = len({base for base, _ in jobs})
+    seeds = len({seed for _, seed in jobs})
+    count = "" if len(jobs) == bases * seeds else f" ({len(jobs)})"
+    return f"{bases} x {seeds}{count}"
 
 
 def table_head(columns: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
     python tutorial/marks.py --runs runs/evidence
 
-For every base and seed of the evidence, and for both losses, the latents that the opponents of all
+For every base and seed of the evidence, and for each of RUNS, the latents that the opponents of all
 iterations generated are compared with those of the real images of the same rows. The detector is
 fitted on half of them and judged on the other half. It is judged once more on images that went
 through pixels: decoded, rounded to 8 bits, and encoded again, as real images are.
@@ -27,10 +27,18 @@ from spin import toy  # noqa: E402
 from spin.checkpoint import load_pipeline  # noqa: E402
 from spin.infra.cli import run_script  # noqa: E402
 from spin.infra.files import atomic_write  # noqa: E402
-from spin.infra.run import PLAYERS, Run  # noqa: E402
+from spin.infra.run import Run  # noqa: E402
 from spin.infra.shards import LatentShards  # noqa: E402
 from spin.pairs import rows_of_steps  # noqa: E402
 from tutorial.variants import through_pixels  # noqa: E402
+
+# (run, player) of the evidence's runs
+RUNS = [
+    ("story", "spin"),
+    ("story", "bounded"),
+    ("spin-independent", "spin"),
+    ("bounded-independent", "bounded"),
+]
 
 RIDGE = 1e-3  # added to the variance of each of a latent's numbers, which is 1
 BATCH = 100  # images that go through pixels at once
@@ -48,12 +56,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parser.parse_args(argv)
 
     rows = []
-    for folder in sorted(Path(args.runs).glob("base-*/seed-*/story")):
-        base = folder.parent.parent.name.removeprefix("base-")
-        seed = folder.parent.name.removeprefix("seed-")
-        for player in PLAYERS.values():
-            for measured in measure(Run(folder), player):
-                rows.append({"base": base, "seed": seed, **measured})
+    for folder in sorted(Path(args.runs).glob("base-*/seed-*")):
+        base = folder.parent.name.removeprefix("base-")
+        seed = folder.name.removeprefix("seed-")
+        for run, player in RUNS:
+            if not (folder / run).exists():
+                continue
+            for measured in measure(Run(folder / run), player):
+                rows.append({"base": base, "seed": seed, "run": run, **measured})
                 print(rows[-1])
     with atomic_write(Path(args.out)) as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

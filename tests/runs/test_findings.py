@@ -18,6 +18,7 @@ from tutorial.findings import Comparison, Scores, holm, pooled
 
 # ---- A job ---------------------------------------------------------------------------------------
 
+EVIDENCE = Path(findings.__file__).parent / "evidence"
 SMALL = "--steps 2 --sampler-steps 2 --batch-size 4"
 
 
@@ -137,13 +138,20 @@ def test_differences_are_paired_by_base_seed_and_prompts(tmp_path):
     np.testing.assert_allclose(gains[:, :, 3], [[0, 100], [9, 109]])
 
 
-def test_only_seeds_that_every_base_has_are_compared(tmp_path):
+def test_a_base_and_a_seed_that_were_not_tried_together_are_nan(tmp_path):
     scores = {("0", "", "theta_0"): 0.0, ("1", "", "theta_0"): 0.0}
     for base, seed in [("0", "0"), ("0", "1"), ("1", "0")]:
         scores[base, seed, "story/sft"] = 1.0
     write_results(tmp_path / "results.csv", scores)
     comparison = Comparison("story/sft", "theta_0", "reward", "7.5", "mean of 5")
-    assert Scores(tmp_path / "results.csv").jobs(comparison) == (["0", "1"], ["0"])
+    table = Scores(tmp_path / "results.csv")
+    assert table.jobs(comparison) == [("0", "0"), ("0", "1"), ("1", "0")]
+    assert np.isnan(table.differences(comparison)[:, :, 0]).tolist() == [[False] * 2, [False, True]]
+    assert findings.format_jobs(table, comparison) == "2 x 2 (3)"
+
+    of_seed_0 = Scores(tmp_path / "results.csv", only_seed="0")
+    assert of_seed_0.jobs(comparison) == [("0", "0"), ("1", "0")]
+    assert findings.format_jobs(of_seed_0, comparison) == "2 x 1"
 
 
 # ---- Intervals -----------------------------------------------------------------------------------
@@ -166,6 +174,33 @@ def test_variances_of_bases_seeds_and_prompts_add_up():
     freedom = sum(parts) ** 2 / sum(part**2 for part in parts)
     t = np.interp(0.975, *reversed(findings.student_t(freedom)))
     assert interval.high - interval.mean == pytest.approx(t * 0.5, rel=1e-6)
+
+
+def test_what_is_missing_is_the_sum_of_its_bases_and_its_seeds_effects():
+    """Where the values are such sums, the interval is that of the whole table."""
+    rng = np.random.default_rng(0)
+    folds = rng.standard_normal(10)
+    values = rng.standard_normal((4, 1, 1)) + rng.standard_normal((1, 3, 1)) + folds
+    holes = values.copy()
+    holes[1:, 1] = np.nan
+    holes[:-1, 2] = np.nan
+    np.testing.assert_allclose(findings.filled(holes), values)
+    assert str(pooled(holes)) == str(pooled(values))
+    np.testing.assert_array_equal(findings.filled(values), values)
+
+
+def test_a_seed_of_one_base_shifts_the_mean_by_what_it_changes_there():
+    """By hand: base 0 has 1 and 3, base 1 has 5; so base 1's missing one is 7."""
+    values = np.array([[1.0, 3.0], [5.0, np.nan]])[:, :, None]
+    assert findings.filled(values)[1, 1, 0] == pytest.approx(7)
+    assert pooled(values).mean == pytest.approx(4)
+    assert pooled(values).by_base == pytest.approx([2, 6])
+
+
+def test_bases_that_share_no_seed_are_refused():
+    values = np.array([[1.0, np.nan], [np.nan, 2.0]])[:, :, None]
+    with pytest.raises(ValueError, match="cannot be compared"):
+        pooled(values)
 
 
 @pytest.mark.parametrize("freedom, quantile", [(1, 12.706), (2, 4.3027), (4, 2.7764), (30, 2.0423)])
@@ -193,6 +228,9 @@ def test_coverage_is_that_of_simulated_worlds():
     rng = np.random.default_rng(1)
     values = rng.standard_normal((5, 1, 1)) + rng.standard_normal((5, 3, 10))
     assert 0.93 <= findings.coverage(values, worlds=300) <= 1.0
+    holes = values.copy()
+    holes[1:, 1:] = np.nan
+    assert 0.93 <= findings.coverage(holes, worlds=300) <= 1.0
 
     def half_as_wide(values, pooled=findings.pooled):
         interval = pooled(values)
@@ -203,6 +241,26 @@ def test_coverage_is_that_of_simulated_worlds():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(findings, "pooled", half_as_wide)
         assert findings.coverage(values, worlds=300) < 0.93
+
+
+@pytest.mark.parametrize("of_seeds, of_jobs", [(0, 0), (0.5, 0.5), (1, 0), (0, 2)])
+def test_intervals_cover_the_truth_where_few_jobs_of_many_were_run(of_seeds, of_jobs):
+    """Five bases with one seed, two more seeds on one of them, and one of these on another.
+
+    of_seeds, of_jobs: standard deviations; that of the bases is 1.
+    """
+    rng = np.random.default_rng(0)
+    missing = np.ones((5, 3), dtype=bool)
+    missing[:, 0] = missing[0] = missing[1, 1] = False
+    covered = 0
+    for _ in range(300):
+        values = rng.standard_normal((5, 1, 1)) + 0.5 * rng.standard_normal((1, 1, 10))
+        values = values + of_seeds * rng.standard_normal((1, 3, 1))
+        values = values + of_jobs * rng.standard_normal((5, 3, 1))
+        values[missing] = np.nan
+        interval = pooled(values)
+        covered += interval.low <= 0 <= interval.high
+    assert covered / 300 >= 0.93
 
 
 # ---- The tables ----------------------------------------------------------------------------------
@@ -310,11 +368,9 @@ PAGE = [
 
 
 def test_the_page_states_the_intervals_of_the_committed_scores():
-    folder = Path(findings.__file__).parent / "evidence"
-    scores = Scores(folder / "results.csv")
+    scores = Scores(EVIDENCE / "results.csv")
     expected = [str(pooled(scores.differences(Comparison(*row)))) for row in PAGE]
-    text = " ".join((folder / "README.md").read_text().split())
-    assert re.findall(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]", text) == expected
+    assert re.findall(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]", text_of_page()) == expected
 
 
 # The pairs of values of evidence/README.md, of bases 0 and 1: models, metric, setting, digits.
@@ -349,18 +405,65 @@ TWO_BASES = [
 
 
 def test_the_page_states_the_values_of_two_bases():
-    folder = Path(findings.__file__).parent / "evidence"
-    scores = Scores(folder / "results.csv")
+    scores = Scores(EVIDENCE / "results.csv", only_seed="0")
     expected = []
-    for first, second, metric, setting, digits in TWO_BASES:
-        images = "mean of 5" if setting else "real"
-        compared = Comparison(first, second, metric, setting, images)
-        values = pooled(scores.differences(compared)).by_base[:2]
+    for *compared, digits in TWO_BASES:
+        values = differences(scores, *compared).mean(axis=(1, 2))[:2]
         expected.append(" / ".join(f"{value:{digits}}" for value in values))
-    text = " ".join((folder / "README.md").read_text().split())
-    pairs = re.findall(r"[+-]?\d\.\d+ / [+-]?\d\.\d+", text)
+    pairs = [values for values in lists_of_page() if values.count("/") == 1]
     pairs.remove("0.31 / 0.32")  # what (C.5) loses in the other reading
     assert pairs == expected
+
+
+# Those of seeds 0, 1 and 2 on base 0.
+THREE_SEEDS = [
+    ("spin-independent/spin-3", "story/spin-3", "reward", "7.5", "+.2f"),
+    ("spin-independent/spin-3", "theta_0", "error", "", ".3f"),
+    ("story/spin-3", "theta_0", "error", "", ".3f"),
+]
+
+
+def test_the_page_states_the_values_of_three_seeds():
+    scores = Scores(EVIDENCE / "results.csv")
+    expected = []
+    for *compared, digits in THREE_SEEDS:
+        values = differences(scores, *compared)[0, :3].mean(axis=1)
+        expected.append(" / ".join(f"{value:{digits}}" for value in values))
+    assert [values for values in lists_of_page() if values.count("/") == 2] == expected
+
+
+def test_the_page_states_the_controls_of_the_bound():
+    scores = Scores(EVIDENCE / "results.csv", only_seed="0")
+
+    def of_base_0(run: str, metric: str, setting: str) -> float:
+        return differences(scores, f"{run}/bounded-3", "theta_0", metric, setting)[0].mean()
+
+    error = scores.values["theta_0", "error", "", "real"]["0", ""]
+    sentences = [
+        f"ends {-of_base_0('correlation', 'reward', '7.5'):.2f} of reward below theta_0 at 7.5",
+        f"bounded-3 is {of_base_0('story', 'reward', '7.5'):.2f} above it",
+        f"rises by {of_base_0('correlation', 'error', ''):.2f}, from {np.mean(error):.3f}",
+        f"unclipped, it is {of_base_0('bounded-unclipped', 'reward', '7.5'):.2f} above theta_0",
+    ]
+    for sentence in sentences:
+        assert sentence in text_of_page()
+
+
+def differences(
+    scores: Scores, first: str, second: str, metric: str, setting: str
+) -> np.ndarray:
+    """Return the differences [bases,seeds,FOLDS] of means of five, or of errors."""
+    images = "mean of 5" if setting else "real"
+    return scores.differences(Comparison(first, second, metric, setting, images))
+
+
+def text_of_page() -> str:
+    return " ".join((EVIDENCE / "README.md").read_text().split())
+
+
+def lists_of_page() -> list[str]:
+    """Return what looks like "+0.1 / -0.2" or "0.1 / 0.2 / 0.3" on the page."""
+    return re.findall(r"[+-]?\d\.\d+(?: / [+-]?\d\.\d+)+", text_of_page())
 
 
 README_ROWS = [
@@ -380,20 +483,18 @@ README_ROWS = [
 
 @pytest.mark.parametrize("row, first, second", README_ROWS)
 def test_the_readme_states_the_intervals_of_the_committed_scores(row, first, second):
-    folder = Path(findings.__file__).parent
-    scores = Scores(folder / "evidence" / "results.csv")
+    scores = Scores(EVIDENCE / "results.csv")
     metric = row.split(", ")[1]
     cells = [row]
     for setting in ("7.5", f"best {metric}"):
         compared = Comparison(first, second, metric, setting, "mean of 5")
         cells.append(str(pooled(scores.differences(compared))))
-    assert f"| {' | '.join(cells)} |" in (folder.parent / "README.md").read_text()
+    assert f"| {' | '.join(cells)} |" in (EVIDENCE.parent.parent / "README.md").read_text()
 
 
 def test_the_committed_tables_are_those_of_the_committed_scores():
-    folder = Path(findings.__file__).parent / "evidence"
-    text = findings.format_tables(Scores(folder / "results.csv"))
-    assert (folder / "results.md").read_text() == text
+    text = findings.format_tables(Scores(EVIDENCE / "results.csv"))
+    assert (EVIDENCE / "results.md").read_text() == text
 
 
 # ---- Marks in latents ----------------------------------------------------------------------------
