@@ -152,7 +152,7 @@ class Scores:
     """results.csv: for every model, metric and place the scores of all bases, seeds and folds."""
 
     def __init__(self, path: Path, only_seed: str | None = None):
-        """path: of results.csv. only_seed: leave out the rows of other seeds (None: of none)."""
+        """path: of results.csv. only_seed: the seed whose rows to keep (None: all)."""
         self.values: dict[tuple, dict[tuple[str, str], list[float]]] = defaultdict(dict)
         with open(path, newline="") as file:
             for row in csv.DictReader(file):

@@ -435,15 +435,20 @@ def test_the_page_states_the_values_of_three_seeds():
 def test_the_page_states_the_controls_of_the_bound():
     scores = Scores(EVIDENCE / "results.csv", only_seed="0")
 
-    def of_base_0(run: str, metric: str, setting: str) -> float:
-        return differences(scores, f"{run}/bounded-3", "theta_0", metric, setting)[0].mean()
+    def of_base_0(model: str, metric: str, setting: str) -> float:
+        return differences(scores, model, "theta_0", metric, setting)[0].mean()
 
     error = scores.values["theta_0", "error", "", "real"]["0", ""]
+    without_bound = "correlation/bounded-3"
+    without_clipping = "bounded-unclipped/bounded-3"
+    rise = of_base_0("spin-unclipped/spin-3", "error", "")
+    clipped_rise = of_base_0("story/spin-3", "error", "")
     sentences = [
-        f"ends {-of_base_0('correlation', 'reward', '7.5'):.2f} of reward below theta_0 at 7.5",
-        f"bounded-3 is {of_base_0('story', 'reward', '7.5'):.2f} above it",
-        f"rises by {of_base_0('correlation', 'error', ''):.2f}, from {np.mean(error):.3f}",
-        f"unclipped, it is {of_base_0('bounded-unclipped', 'reward', '7.5'):.2f} above theta_0",
+        f"ends {-of_base_0(without_bound, 'reward', '7.5'):.2f} of reward below theta_0 at 7.5",
+        f"bounded-3 is {of_base_0('story/bounded-3', 'reward', '7.5'):.2f} above it",
+        f"rises by {of_base_0(without_bound, 'error', ''):.2f}, from {np.mean(error):.3f}",
+        f"unclipped, it is {of_base_0(without_clipping, 'reward', '7.5'):.2f} above theta_0",
+        f"the error of (C.6) rises by {rise:.3f} instead of {clipped_rise:.3f}",
     ]
     for sentence in sentences:
         assert sentence in text_of_page()
