@@ -1,6 +1,6 @@
 """Run a program in a second miniature world: does what holds in the first one hold there?
 
-    python tutorial/second_world.py tutorial/pretrain_toy.py --out runs/second
+    python tutorial/second_world.py tutorial/pretrain_toy.py --vae-steps 3500 --out runs/second
     python tutorial/second_world.py tutorial/evidence.py --base runs/second/base --runs runs/two \\
         --out tutorial/evidence/second.csv
 
@@ -33,7 +33,7 @@ COLORS = {
     "brown": (0.42, 0.25, 0.12),
     "gray": (0.62, 0.62, 0.62),
 }
-SHAPES = ("diamonds", "rings", "crosses")
+SHAPES = ("diamonds", "rings", "bars")
 PLACES = {  # (x, y) of the point between the two shapes
     "in the upper left": (12, 9),
     "in the upper right": (20, 9),
@@ -74,9 +74,7 @@ def pair_mask(
     elif shape == "rings":
         depth = 0.35 * radius - np.abs(np.hypot(x, y) - 0.85 * radius)
     else:
-        upright = np.minimum(0.4 * radius - x, 1.2 * radius - y)
-        lying = np.minimum(0.4 * radius - y, 1.2 * radius - x)
-        depth = np.maximum(upright, lying)
+        depth = np.minimum(0.5 * radius - x, 1.5 * radius - y)
     return np.clip(depth + 0.5, 0, 1).astype(np.float32)
 
 
