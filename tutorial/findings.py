@@ -2,7 +2,7 @@
 
     python tutorial/findings.py
 
-It reads evidence/results.csv and writes evidence/results.md, in seconds.
+It reads tutorial/evidence/results.csv and writes results.md beside it, in seconds.
 
 One comparison is primary. It was chosen before these scores were made, but after a run of train.py
 on base 0 had been seen. The p-values of all others, which are secondary, are corrected for their
@@ -324,19 +324,23 @@ def coverage(values: np.ndarray, worlds: int = 1000, seed: int = 0) -> float:
 # ---- Tables --------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> str:
-    """Write results.md, and return its text."""
+def main(argv: list[str] | None = None) -> None:
+    """Write the tables of each file of scores beside it, as NAME.md."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     evidence = ROOT / "tutorial" / "evidence"
-    parser.add_argument("--results", default=str(evidence / "results.csv"), help="what to read")
-    parser.add_argument("--out", default=str(evidence / "results.md"), help="what to write")
+    parser.add_argument(
+        "scores",
+        nargs="*",
+        type=Path,
+        default=[evidence / "results.csv"],
+        help="what to read, NAME.csv (default: the evidence's)",
+    )
     args = parser.parse_args(argv)
 
-    scores = Scores(Path(args.results))
-    text = format_tables(scores)
-    with atomic_write(Path(args.out)) as temporary:
-        temporary.write_text(text)
-    return text
+    for path in args.scores:
+        text = format_tables(Scores(path))
+        with atomic_write(path.with_suffix(".md")) as temporary:
+            temporary.write_text(text)
 
 
 def format_tables(scores: Scores) -> str:
@@ -372,9 +376,10 @@ def format_primary(scores: Scores) -> str:
         if scores.jobs(comparison):
             covered.append(coverage(scores.differences(comparison)))
     return (
-        "Brackets: 95% intervals over bases, seeds and prompts; n: bases x seeds, with the number "
-        "of jobs where not all were tried together. Lower energy and error are better. Guidance: "
-        "7.5, or each model's best by reward or by energy.\n\n"
+        "Brackets: 95% intervals over bases, seeds and prompts, given the one base or seed where "
+        "there is but one; n: bases x seeds, with the number of jobs where not all were tried "
+        "together. Lower energy and error are better. Guidance: 7.5, or each model's best by reward "
+        "or by energy.\n\n"
         f"The primary comparison, {PRIMARY} by {PRIMARY.metric}, each model at its best guidance: "
         f"{interval}, p = {interval.p_value:.4f}, n = {format_jobs(scores, PRIMARY)}. By base: "
         f"{format_values(interval.by_base)}.\n\n"

@@ -61,20 +61,6 @@ def charged_loss(
     return losses, metrics
 
 
-@contextmanager
-def correlation() -> Iterator[None]:
-    """Train --loss spin-bounded by `correlation_loss`."""
-    with patch.object(step, "spin_bounded_loss", correlation_loss):
-        yield
-
-
-@contextmanager
-def charge() -> Iterator[None]:
-    """Train --loss spin by `charged_loss`."""
-    with patch.object(step, "spin_loss", charged_loss):
-        yield
-
-
 # ---- How opponents draw --------------------------------------------------------------------------
 
 
@@ -177,20 +163,6 @@ def on_path(guided_noise: bool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def path() -> Iterator[None]:
-    """Train by (C.5), with the opponent's own prediction as the noise of its path."""
-    with on_path(guided_noise=False):
-        yield
-
-
-@contextmanager
-def guided_path() -> Iterator[None]:
-    """Train by (C.5), with the guided prediction as the noise of the path."""
-    with on_path(guided_noise=True):
-        yield
-
-
 # ---- Which player is promoted --------------------------------------------------------------------
 
 
@@ -254,10 +226,10 @@ def denoising_error(pipe: Pipeline, split: str) -> np.ndarray:
 
 
 VARIANTS = {
-    "correlation": correlation,
-    "charge": charge,
+    "correlation": partial(patch.object, step, "spin_bounded_loss", correlation_loss),
+    "charge": partial(patch.object, step, "spin_loss", charged_loss),
     "pixels": pixels,
-    "path": path,
-    "guided-path": guided_path,
+    "path": partial(on_path, guided_noise=False),
+    "guided-path": partial(on_path, guided_noise=True),
     "best-promoted": best_promoted,
 }
