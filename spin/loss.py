@@ -3,8 +3,9 @@
 There is no model here, no randomness and no configuration. Every loss is computed from four numbers
 per pair of images: the squared errors of two players (the policy, theta, which is trained, and the
 frozen opponent, theta_k) on two noised images (a real one, and one that the opponent generated
-for the same prompt). train.py uses `spin_loss` and `sft_loss`, and `spin_bounded_loss` if it is
-asked for; the other losses are the paper's theory, and Diffusion-DPO's name for the same formula.
+for the same prompt). `spin_bounded_loss` takes a fifth, how far the two players' predictions are
+apart. train.py uses `spin_loss` and `sft_loss`, and `spin_bounded_loss` if it is asked for; the
+other losses are the paper's theory, and Diffusion-DPO's name for the same formula.
 
 Equation numbers are those of arXiv 2402.10210. The logit is
 

@@ -82,8 +82,8 @@ POINTS = {
         "spin-independent": "--loss spin --noise independent",
         "bounded-independent": "--loss spin-bounded --noise independent",
     },
-    # The bounded loss is not here: its gradient is clipped in every step, so that its beta, a mere
-    # factor, changes nothing (tutorial/evidence/tuning.md has betas 200, 2000 and 20000).
+    # The bounded loss is not here: its beta is a mere factor, which clipping and AdamW divide out
+    # (tutorial/evidence/tuning.md has betas 200, 2000 and 20000).
     "failure": {
         "spin-beta-500": "--loss spin --beta 500",
         "spin-beta-500-charged": "--loss spin --beta 500 --variant charge",
@@ -100,7 +100,8 @@ ALL_ITERATIONS = ("story", "bounded-300", "bounded-1000")
 
 COMMON = "--preset toy --score none --grid-prompts 0 --save-every 0 --device cpu"
 GUIDANCE = TOY["guidance"]  # that of every run which does not say otherwise
-SWEEP = (2.0, 3.0, 5.0, 7.5, 10.0)  # where each model's best guidance is looked for
+# Where each model's best guidance is looked for. In results.csv the smallest is 2.
+SWEEP = (1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0)
 IMAGES = 5  # of a test prompt
 FOLDS = 10  # groups of test prompts
 BATCH = 100  # images sampled at once

@@ -14,7 +14,6 @@ import csv
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -344,24 +343,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def format_tables(scores: Scores) -> str:
-    """Return results.md: the primary comparison, the claims, the other points, all gains."""
-    parts = ["# What was measured", format_primary(scores)]
+    """Return the page: the primary comparison, the claims, the other points, all gains."""
+    family = secondary_comparisons(scores)
+    significant = significant_of(family, scores)
+    parts = ["# What was measured", format_primary(scores), format_family(family)]
     for title, pairs in {"The claims": CLAIMS, **POINTS}.items():
-        if title == "The claims":
-            places = PLACES
-            family = comparisons_of([CLAIMS], PLACES, scores)
-        else:
-            places = [*PLACES, *CHANGES]
-            family = comparisons_of(POINTS.values(), places, scores)
-        lines = format_comparisons(pairs, places, scores, significant_of(family, scores))
+        places = PLACES if pairs is CLAIMS else [*PLACES, *CHANGES]
+        lines = format_comparisons(pairs, places, scores, significant)
         if len(lines) > 2:
-            note = f"None of these is over {MANY_BASES} bases yet, so none is called significant."
-            if family:
-                note = (
-                    f"*: p < 0.05 after a correction (Holm) for {len(family)} comparisons, those "
-                    f"over {MANY_BASES} bases or more."
-                )
-            parts += [f"## {title}", note, "\n".join(lines)]
+            parts += [f"## {title}", "\n".join(lines)]
     parts += ["## What each model scores above theta_0", "\n".join(format_gains(scores))]
     return "\n\n".join(parts) + "\n"
 
@@ -378,8 +368,8 @@ def format_primary(scores: Scores) -> str:
     return (
         "Brackets: 95% intervals over bases, seeds and prompts, given the one base or seed where "
         "there is but one; n: bases x seeds, with the number of jobs where not all were tried "
-        "together. Lower energy and error are better. Guidance: 7.5, or each model's best by reward "
-        "or by energy.\n\n"
+        "together. Lower energy and error are better. Guidance: 7.5, or each model's best by "
+        "reward or by energy.\n\n"
         f"The primary comparison, {PRIMARY} by {PRIMARY.metric}, each model at its best guidance: "
         f"{interval}, p = {interval.p_value:.4f}, n = {format_jobs(scores, PRIMARY)}. By base: "
         f"{format_values(interval.by_base)}.\n\n"
@@ -389,17 +379,28 @@ def format_primary(scores: Scores) -> str:
     )
 
 
-def comparisons_of(groups: Iterable[list], places: list, scores: Scores) -> list[Comparison]:
-    """Return all comparisons of these pairs in these places over MANY_BASES, but the primary."""
-    comparisons = []
-    for pairs in groups:
-        for first, second in pairs:
-            for place in places:
-                comparison = Comparison(first, second, *place)
-                bases = {base for base, _ in scores.jobs(comparison)}
-                if comparison != PRIMARY and len(bases) >= MANY_BASES:
-                    comparisons.append(comparison)
-    return list(dict.fromkeys(comparisons))
+def format_family(family: list[Comparison]) -> str:
+    """Return a sentence on what a star means."""
+    if not family:
+        return f"None of these is over {MANY_BASES} bases, so none is called significant."
+    return (
+        f"*: p < 0.05 after a correction (Holm) for all {len(family)} secondary comparisons over "
+        f"{MANY_BASES} bases or more, those of all tables but the last."
+    )
+
+
+def secondary_comparisons(scores: Scores) -> list[Comparison]:
+    """Return all comparisons over MANY_BASES of CLAIMS and POINTS, but the primary one."""
+    comparisons = [Comparison(*pair, *place) for pair in CLAIMS for place in PLACES]
+    for pairs in POINTS.values():
+        for pair in pairs:
+            comparisons += [Comparison(*pair, *place) for place in [*PLACES, *CHANGES]]
+    family = []
+    for comparison in dict.fromkeys(comparisons):
+        bases = {base for base, _ in scores.jobs(comparison)}
+        if comparison != PRIMARY and len(bases) >= MANY_BASES:
+            family.append(comparison)
+    return family
 
 
 def significant_of(family: list[Comparison], scores: Scores) -> set[Comparison]:

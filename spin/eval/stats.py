@@ -78,6 +78,17 @@ def best_of(scores: dict[str, np.ndarray], metrics: list[str]) -> dict[str, np.n
     return {metric: values[rows, best] for metric, values in candidates.items()}
 
 
+def median_of(scores: dict[str, np.ndarray], metric: str) -> dict[str, np.ndarray]:
+    """Return each prompt's scores for the image with the median of a metric, as `best_of` does.
+
+    Of an even number of images it is the lower one of the two in the middle.
+    """
+    order = scores[metric].argsort(axis=1)  # [N,k]
+    middle = order[:, (order.shape[1] - 1) // 2]
+    rows = np.arange(len(middle))
+    return {name: values[rows, middle] for name, values in scores.items()}
+
+
 def summarize(scores: dict[str, np.ndarray]) -> dict[str, Summary]:
     """Return each metric's interval and "median": {metric: [N]} -> {metric: summary}."""
     summaries = {}

@@ -208,6 +208,19 @@ def test_the_first_of_equal_images_is_the_best():
     assert found["tag"].tolist() == [7]
 
 
+@pytest.mark.parametrize("k, middle", [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2)])
+def test_the_image_with_the_median_score(k, middle):
+    """Of an even number, the lower of the two in the middle."""
+    rng = np.random.default_rng(k)
+    scores = {"by": rng.standard_normal((20, k)), "other": rng.standard_normal((20, k))}
+    found = stats.median_of(scores, "by")
+    np.testing.assert_array_equal(found["by"], np.sort(scores["by"], axis=1)[:, middle])
+    for row in range(20):
+        image = list(scores["by"][row]).index(found["by"][row])
+        assert found["other"][row] == scores["other"][row, image]
+
+
+
 # ---- Tables --------------------------------------------------------------------------------------
 
 

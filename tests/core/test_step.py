@@ -278,11 +278,14 @@ def test_networks_compute_in_the_precision_that_is_asked_for(policy, opponent, p
     sft = only(pairs, OF_SFT)
     full_spin, _ = spin_step(policy, opponent, **spin)
     half_spin, _ = spin_step(policy, opponent, **spin, autocast=torch.bfloat16)
+    full_bounded, _ = spin_step(policy, opponent, **spin, bounded=True)
+    half_bounded, _ = spin_step(policy, opponent, **spin, autocast=torch.bfloat16, bounded=True)
     full_sft, _ = sft_step(policy, **sft)
     half_sft, _ = sft_step(policy, **sft, autocast=torch.bfloat16)
-    for full, half in [(full_spin, half_spin), (full_sft, half_sft)]:
+    losses = [(full_spin, half_spin), (full_bounded, half_bounded), (full_sft, half_sft)]
+    for full, half in losses:
         assert full.dtype == half.dtype == torch.float32
-        assert 0 < (half - full).abs() < 0.1 * full
+        assert 0 < (half - full).abs() < 0.1 * full.abs()
 
 
 def test_no_input_is_changed(policy, opponent, pairs):

@@ -157,15 +157,24 @@ def expected_sft_loss(theta: Tensor, data: Tensor) -> Tensor:
     return total / len(TIMESTEPS)
 
 
-def expected_spin_loss(theta: Tensor, theta_k: Tensor, data: Tensor, beta: float, link: str):
+def expected_spin_loss(
+    theta: Tensor,
+    theta_k: Tensor,
+    data: Tensor,
+    beta: float,
+    link: str,
+    drawn: Tensor | None = None,
+) -> Tensor:
     """Return (C.6), its mean over data, generated images and noise computed without sampling.
+
+    drawn: how the generated images are distributed (None: as theta_k)
 
     The gradient of that is exact at theta = theta_k, where the link's slope is the same for all
     pairs.
     """
     normals, weights = normal_nodes(3)
     x0_data = samples(data, normals[:, :1])
-    x0_gen = samples(theta_k, normals[:, 1:2])
+    x0_gen = samples(theta_k if drawn is None else drawn, normals[:, 1:2])
     eps = normals[:, 2:]
     total = 0.0
     for timestep in TIMESTEPS:
@@ -212,7 +221,7 @@ def test_at_the_data_neither_sft_nor_self_play_moves(data, beta, link):
 # Theorems 5.2 and 5.3 ask that an opponent draws what it denoises best. With guidance it does not.
 
 GUIDED_DATA = as_theta((1.0, math.log(1 / 4)))
-RESTING = as_theta((0.4545, 2 * math.log(0.8196)))  # the player that draws GUIDED_DATA at guidance 3
+RESTING = as_theta((0.4545, 2 * math.log(0.8196)))  # draws GUIDED_DATA at guidance 3
 
 
 def drawn_by(theta: Tensor, guidance: float, steps: int) -> Tensor:
@@ -237,11 +246,22 @@ def drawn_by(theta: Tensor, guidance: float, steps: int) -> Tensor:
 
 
 def spin_gradient(theta_k: Tensor, data: Tensor, drawn: Tensor) -> Tensor:
-    """Return the expected gradient of (C.6) at theta_k, up to a factor, [2]."""
+    """Return the expected gradient of (C.6) at theta_k, [2], with beta 4 and the logistic link."""
     theta = theta_k.clone().requires_grad_()
-    difference = expected_sft_loss(theta, data) - expected_sft_loss(theta, drawn)
-    [gradient] = torch.autograd.grad(difference, theta)
+    loss = expected_spin_loss(theta, theta_k, data, 4.0, "logistic", drawn)
+    [gradient] = torch.autograd.grad(loss, theta)
     return gradient
+
+
+@pytest.mark.parametrize("theta_k", [GUIDED_DATA, RESTING, as_theta((-0.5, 0.7))])
+def test_the_push_at_theta_k_is_minus_sfts_gradient_on_what_was_drawn(theta_k):
+    """And the pull is SFT's gradient on the data. The factor, -l'(0) beta/2, is 1 here."""
+    drawn = drawn_by(theta_k, 3.0, steps=20)
+    theta = theta_k.clone().requires_grad_()
+    pull, push = expected_sft_loss(theta, GUIDED_DATA), -expected_sft_loss(theta, drawn)
+    [expected] = torch.autograd.grad(pull + push, theta)
+    found = spin_gradient(theta_k, GUIDED_DATA, drawn)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("theta", [GUIDED_DATA, RESTING, as_theta((-0.5, 0.7))])

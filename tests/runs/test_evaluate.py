@@ -494,6 +494,7 @@ def test_the_papers_metrics(
     assert "Published, not measured here" in printed
     [published] = [line for line in printed.splitlines() if line.startswith("| SPIN-3 ")]
     assert published.split() == "| SPIN-3 | 22.00 | 6.25 | 91.6% | 70.2% |".split()
+    assert printed.index(evaluate.MEDIAN_TITLE) < printed.index(evaluate.OTHERS_TITLE)
     check_by_hand(results, tmp_path / "out/images/model", scorers)
 
 
@@ -517,6 +518,9 @@ def check_by_hand(results: dict, folder: Path, scorers: Path) -> None:
         assert found["median"] == pytest.approx(np.median(values), abs=1e-4)
         single = results["tables"][evaluate.SINGLE_TITLE]["model"][metric]["mean"]
         assert single == pytest.approx(scores[metric].mean(), abs=1e-4)
+        of_medians = results["tables"][evaluate.MEDIAN_TITLE]["model"][metric]["mean"]
+        middle = np.argsort(scores["pickscore"], axis=1)[:, 1]
+        assert of_medians == pytest.approx(scores[metric][range(3), middle].mean(), abs=1e-4)
 
 
 def test_a_prompt_of_another_world_is_refused(toy_run, prompts, tmp_path):
