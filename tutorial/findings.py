@@ -2,7 +2,7 @@
 
     python tutorial/findings.py
 
-It reads tutorial/evidence/results.csv and writes results.md beside it, in seconds.
+It reads tutorial/evidence/results.csv and writes results.md beside it, in half a minute.
 
 One comparison is primary. It was chosen before these scores were made, but after a run of train.py
 on base 0 had been seen. The p-values of all others, which are secondary, are corrected for their
@@ -358,13 +358,16 @@ def format_tables(scores: Scores) -> str:
 
 def format_primary(scores: Scores) -> str:
     """Return a paragraph on the primary comparison, and on what its interval can be trusted for."""
-    values = scores.differences(PRIMARY)
-    interval = pooled(values)
-    covered = []
-    for first, second in CLAIMS:
-        comparison = Comparison(first, second, *PLACES[-1])
-        if scores.jobs(comparison):
-            covered.append(coverage(scores.differences(comparison)))
+    interval = pooled(scores.differences(PRIMARY))
+    covered: dict[int, list[float]] = defaultdict(list)  # by the number of bases
+    for comparison in [PRIMARY, *secondary_comparisons(scores)]:
+        if comparison.metric == "energy" and comparison.setting == PRIMARY.setting:
+            values = scores.differences(comparison)
+            covered[len(values)].append(coverage(values))
+    ranges = [
+        f"over {bases} {'bases' if bases > 1 else 'base'} {min(rates):.3f} to {max(rates):.3f}"
+        for bases, rates in covered.items()
+    ]
     return (
         "Brackets: 95% intervals over bases, seeds and prompts, given the one base or seed where "
         "there is but one; n: bases x seeds, with the number of jobs where not all were tried "
@@ -374,8 +377,8 @@ def format_primary(scores: Scores) -> str:
         f"{interval}, p = {interval.p_value:.4f}, n = {format_jobs(scores, PRIMARY)}. By base: "
         f"{format_values(interval.by_base)}.\n\n"
         "How often such intervals cover the truth, in 1000 simulated worlds with effects of the "
-        f"sizes found: {coverage(values):.3f}; of all claims by energy at the best guidance, "
-        f"{min(covered):.3f} to {max(covered):.3f}."
+        "sizes found, each with the same base or seed where there is but one: by energy at the "
+        f"best guidance, {', '.join(ranges)}."
     )
 
 
