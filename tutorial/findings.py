@@ -2,7 +2,8 @@
 
     python tutorial/findings.py
 
-It reads tutorial/evidence/results.csv and writes results.md beside it, in half a minute.
+It reads results.csv and second.csv in tutorial/evidence and writes results.md and second.md beside
+them, in half a minute.
 
 One comparison is primary. It was chosen before these scores were made, but after a run of train.py
 on base 0 had been seen. The p-values of all others, which are secondary, are corrected for their
@@ -331,8 +332,8 @@ def main(argv: list[str] | None = None) -> None:
         "scores",
         nargs="*",
         type=Path,
-        default=[evidence / "results.csv"],
-        help="what to read, NAME.csv (default: the evidence's)",
+        default=[evidence / "results.csv", evidence / "second.csv"],
+        help="what to read, NAME.csv (default: the evidence's two)",
     )
     args = parser.parse_args(argv)
 

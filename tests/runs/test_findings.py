@@ -531,7 +531,7 @@ def test_the_readme_states_the_intervals_of_the_committed_scores(row, first, sec
     assert f"| {' | '.join(cells)} |" in (EVIDENCE.parent.parent / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["results"])
+@pytest.mark.parametrize("name", ["results", "second"])
 def test_the_committed_tables_are_those_of_the_committed_scores(name):
     text = findings.format_tables(Scores(EVIDENCE / f"{name}.csv"))
     assert (EVIDENCE / f"{name}.md").read_text() == text
