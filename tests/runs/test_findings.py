@@ -19,6 +19,7 @@ from tutorial.findings import Comparison, Scores, holm, pooled
 # ---- A job ---------------------------------------------------------------------------------------
 
 EVIDENCE = Path(findings.__file__).parent / "evidence"
+INTERVAL = re.compile(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]")
 SMALL = "--steps 2 --sampler-steps 2 --batch-size 4"
 
 
@@ -398,10 +399,36 @@ PAGE = [
 ]
 
 
+# Those of its section on the second world.
+SECOND_WORLD = [
+    ("story/spin-2", "story/sft", "reward", "7.5", "mean of 5"),
+    ("story/spin-2", "story/dpo", "reward", "7.5", "mean of 5"),
+    ("story/spin-2", "story/dpo", "reward", "best reward", "mean of 5"),
+    ("story/spin-2", "story/spin-1", "reward", "7.5", "mean of 5"),
+    ("story/spin-3", "story/spin-2", "reward", "7.5", "mean of 5"),
+    ("story/bounded-3", "story/spin-3", "reward", "7.5", "mean of 5"),
+    ("story/bounded-3", "story/spin-3", "reward", "best reward", "mean of 5"),
+    ("story/bounded-3", "story/spin-3", "energy", "best energy", "mean of 5"),
+    ("story/sft", "theta_0", "reward", "7.5", "mean of 5"),
+    ("story/spin-1", "story/sft", "reward", "7.5", "mean of 5"),
+    ("story/spin-2", "story/sft", "reward", "best reward", "mean of 5"),
+    ("story/spin-2", "story/sft", "energy", "best energy", "mean of 5"),
+    ("story/bounded-3", "story/sft", "reward", "7.5", "mean of 5"),
+    ("story/bounded-3", "story/sft", "reward", "best reward", "mean of 5"),
+    ("story/bounded-3", "story/sft", "energy", "best energy", "mean of 5"),
+]
+
+
 def test_the_page_states_the_intervals_of_the_committed_scores():
-    scores = Scores(EVIDENCE / "results.csv")
-    expected = [str(pooled(scores.differences(Comparison(*row)))) for row in PAGE]
-    assert re.findall(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]", text_of_page()) == expected
+    before, rest = text_of_page().split("## 8. A second world")
+    second, after = rest.split("## 9.")
+    for text, name, rows in [
+        (before + after, "results.csv", PAGE),
+        (second, "second.csv", SECOND_WORLD),
+    ]:
+        scores = Scores(EVIDENCE / name)
+        expected = [str(pooled(scores.differences(Comparison(*row)))) for row in rows]
+        assert INTERVAL.findall(text) == expected
 
 
 # The pairs of values of evidence/README.md, of bases 0 and 1: models, metric, setting, digits.
