@@ -149,10 +149,10 @@ CHANGES = [
 
 
 class Scores:
-    """results.csv: for every model, metric and place the scores of all bases, seeds and folds."""
+    """A table of evidence.py: for every model, metric and place all bases, seeds and folds."""
 
     def __init__(self, path: Path, only_seed: str | None = None):
-        """path: of results.csv. only_seed: the seed whose rows to keep (None: all)."""
+        """path: of the table, a .csv. only_seed: the seed whose rows to keep (None: all)."""
         self.values: dict[tuple, dict[tuple[str, str], list[float]]] = defaultdict(dict)
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
@@ -251,6 +251,8 @@ def filled(values: np.ndarray) -> np.ndarray:
     determine them: if some bases share no seed with the others, not even by way of third ones.
     """
     known = ~np.isnan(values[:, :, 0])
+    if known.all():
+        return values.copy()
     bases, seeds = known.shape
     base, seed = np.nonzero(known)  # of each known value
     design = np.concatenate([np.eye(bases)[base], np.eye(seeds)[seed]], axis=1)
@@ -344,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def format_tables(scores: Scores) -> str:
-    """Return the page: the primary comparison, the claims, the other points, all gains."""
+    """Return NAME.md: the primary comparison, the claims, the other points, all gains."""
     family = secondary_comparisons(scores)
     significant = significant_of(family, scores)
     parts = ["# What was measured", format_primary(scores), format_family(family)]
@@ -365,10 +367,10 @@ def format_primary(scores: Scores) -> str:
         if comparison.metric == "energy" and comparison.setting == PRIMARY.setting:
             values = scores.differences(comparison)
             covered[len(values)].append(coverage(values))
-    ranges = [
-        f"over {bases} {'bases' if bases > 1 else 'base'} {min(rates):.3f} to {max(rates):.3f}"
-        for bases, rates in covered.items()
-    ]
+    ranges = []
+    for bases, rates in covered.items():
+        ends = dict.fromkeys([f"{min(rates):.3f}", f"{max(rates):.3f}"])  # one, if they are equal
+        ranges.append(f"{' to '.join(ends)} (bases: {bases})")
     return (
         "Brackets: 95% intervals over bases, seeds and prompts, given the one base or seed where "
         "there is but one; n: bases x seeds, with the number of jobs where not all were tried "

@@ -220,7 +220,6 @@ def test_the_image_with_the_median_score(k, middle):
         assert found["other"][row] == scores["other"][row, image]
 
 
-
 # ---- Tables --------------------------------------------------------------------------------------
 
 
