@@ -52,6 +52,7 @@ CLAIMS = [
     ("story/spin-2", "story/spin-1"),
     ("story/spin-3", "story/spin-2"),
     ("story/spin-2", "story/sft"),
+    ("story/spin-3", "story/sft"),
     ("story/bounded-1", "story/sft"),
     ("story/bounded-2", "story/dpo"),
     ("story/bounded-2", "story/bounded-1"),
@@ -105,6 +106,7 @@ POINTS = {
         ("bounded-unclipped/bounded-3", "correlation-unclipped/bounded-3"),
         ("bounded-unclipped/bounded-3", BOUNDED),
         ("spin-unclipped/spin-3", SPIN),
+        (BOUNDED, "spin-unclipped/spin-3"),
     ],
     "What is learned: other opponents": [
         ("spin-at-1/spin-3", SPIN),
@@ -122,6 +124,7 @@ POINTS = {
     "Independent noise": [
         ("spin-independent/spin-3", SPIN),
         ("bounded-independent/bounded-3", BOUNDED),
+        (BOUNDED, "spin-independent/spin-3"),
     ],
     "The failure on purpose, and remedies": [
         ("spin-beta-500/spin-3", SPIN),
@@ -238,9 +241,10 @@ def pooled(values: np.ndarray, level: float = 0.95) -> Interval:
     if variance == 0:
         return Interval(mean, mean, mean, float(mean == 0), by_base)
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    t, cumulative = student_t(freedom)
-    half = float(np.interp((1 + level) / 2, cumulative, t)) * math.sqrt(variance)
-    p_value = 2 * (1 - float(np.interp(abs(mean) / math.sqrt(variance), t, cumulative)))
+    angle, cumulative = student_t(freedom)
+    scale = math.sqrt(freedom * variance)
+    half = scale * math.tan(np.interp((1 + level) / 2, cumulative, angle))
+    p_value = 2 * (1 - float(np.interp(math.atan(abs(mean) / scale), angle, cumulative)))
     return Interval(mean, mean - half, mean + half, p_value, by_base)
 
 
@@ -264,16 +268,15 @@ def filled(values: np.ndarray) -> np.ndarray:
 
 
 def student_t(freedom: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return a grid of t from 0 on, and the cumulative distribution of Student's t on it.
+    """Return a grid of angles from 0 to pi / 2, and the cumulative distribution of Student's t.
 
     With t = sqrt(freedom) tan(angle), the density of the angle is proportional to
     cos(angle)^(freedom - 1), on (-pi/2, pi/2).
     """
-    angle = np.linspace(0, np.pi / 2, 20_001)
-    density = np.cos(angle) ** (freedom - 1)
-    areas = np.cumsum(density[1:] + density[:-1])  # trapezoids
-    cumulative = np.concatenate([[0.5], 0.5 + 0.5 * areas / areas[-1]])
-    return math.sqrt(freedom) * np.tan(angle[:-1]), cumulative[:-1]  # t is infinite at pi/2
+    angle = np.linspace(0, np.pi / 2, 2001)
+    middle = (angle[1:] + angle[:-1]) / 2
+    area = np.cumsum(np.cos(middle) ** (freedom - 1))
+    return angle, np.concatenate([[0.5], 0.5 + 0.5 * area / area[-1]])
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -349,7 +352,8 @@ def format_tables(scores: Scores) -> str:
     """Return NAME.md: the primary comparison, the claims, the other points, all gains."""
     family = secondary_comparisons(scores)
     significant = significant_of(family, scores)
-    parts = ["# What was measured", format_primary(scores), format_family(family)]
+    parts = ["# What was measured", format_primary(scores)]
+    parts += [format_coverage(scores, [PRIMARY, *family]), format_family(family)]
     for title, pairs in {"The claims": CLAIMS, **POINTS}.items():
         places = PLACES if pairs is CLAIMS else [*PLACES, *CHANGES]
         lines = format_comparisons(pairs, places, scores, significant)
@@ -360,17 +364,8 @@ def format_tables(scores: Scores) -> str:
 
 
 def format_primary(scores: Scores) -> str:
-    """Return a paragraph on the primary comparison, and on what its interval can be trusted for."""
+    """Return a paragraph on what the tables show, and one on the primary comparison."""
     interval = pooled(scores.differences(PRIMARY))
-    covered: dict[int, list[float]] = defaultdict(list)  # by the number of bases
-    for comparison in [PRIMARY, *secondary_comparisons(scores)]:
-        if comparison.metric == "energy" and comparison.setting == PRIMARY.setting:
-            values = scores.differences(comparison)
-            covered[len(values)].append(coverage(values))
-    ranges = []
-    for bases, rates in covered.items():
-        ends = dict.fromkeys([f"{min(rates):.3f}", f"{max(rates):.3f}"])  # one, if they are equal
-        ranges.append(f"{' to '.join(ends)} (bases: {bases})")
     return (
         "Brackets: 95% intervals over bases, seeds and prompts, given the one base or seed where "
         "there is but one; n: bases x seeds, with the number of jobs where not all were tried "
@@ -378,10 +373,26 @@ def format_primary(scores: Scores) -> str:
         "reward or by energy.\n\n"
         f"The primary comparison, {PRIMARY} by {PRIMARY.metric}, each model at its best guidance: "
         f"{interval}, p = {interval.p_value:.4f}, n = {format_jobs(scores, PRIMARY)}. By base: "
-        f"{format_values(interval.by_base)}.\n\n"
-        "How often such intervals cover the truth, in 1000 simulated worlds with effects of the "
-        "sizes found, each with the same base or seed where there is but one: by energy at the "
-        f"best guidance, {', '.join(ranges)}."
+        f"{format_values(interval.by_base)}."
+    )
+
+
+def format_coverage(scores: Scores, comparisons: list[Comparison]) -> str:
+    """Return a paragraph on what the intervals of comparisons can be trusted for."""
+    covered: dict[int, list[float]] = defaultdict(list)  # by the number of bases
+    for seed, comparison in enumerate(comparisons):
+        values = scores.differences(comparison)
+        covered[len(values)].append(coverage(values, seed=seed))
+    parts = []
+    for bases, rates in sorted(covered.items()):
+        parts.append(
+            f"over {bases} base{'s' * (bases > 1)} {np.mean(rates):.1%} on average, for single "
+            f"comparisons {min(rates):.1%} to {max(rates):.1%} ({len(rates)})"
+        )
+    return (
+        "How often such intervals cover the truth, in 1000 simulated worlds for each comparison, "
+        "with effects of the sizes found, and with the same base or seed where there is but one: "
+        f"{'; '.join(parts)}."
     )
 
 

@@ -1,5 +1,6 @@
 """The evidence's programs: what a job appends to results.csv, and what is made of it."""
 
+import argparse
 import csv
 import math
 import re
@@ -10,10 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from spin import toy
+import train
+from spin import step, toy
 from spin.checkpoint import load_pipeline
-from spin.eval import world
-from tutorial import evidence, findings, marks
+from spin.eval import scorers, world
+from spin.infra.shards import LatentShards
+from spin.pairs import rows_of_steps
+from tutorial import evidence, findings, marks, variants
 from tutorial.findings import Comparison, Scores, holm, pooled
 
 # ---- A job ---------------------------------------------------------------------------------------
@@ -101,22 +105,83 @@ def test_the_best_guidance_is_that_of_each_metric_on_the_validation_prompts(monk
         scores = {}
         for value in guidance:
             reward, energy = (value, value) if is_test else validation[value]
-            scores[value] = {"reward": np.full((200, 5), reward)}
-            scores[value]["energy"] = np.full((200, 5), energy)
-            for metric in ("clean", "aligned"):
-                scores[value][metric] = np.zeros((200, 5))
+            scores[value] = {
+                "reward": np.full((200, 5), reward) + [-0.2, 0.2, 0.0, -0.1, 0.1],
+                "energy": np.full((200, 5), energy),
+                "clean": np.tile([9.0, 1.0, 5.0, 5.0, 5.0], (200, 1)),
+                "aligned": np.zeros((200, 5)),
+            }
         return scores
 
+    def made_up_error(pipe, split):
+        return np.full(200, 0.1 if split == "test" else 0.9)
+
     monkeypatch.setattr(evidence, "sample_and_score", made_up)
-    monkeypatch.setattr(evidence, "denoising_error", lambda pipe, split: np.zeros(200))
+    monkeypatch.setattr(evidence, "denoising_error", made_up_error)
     model = evidence.Model("", "", "theta_0", evidence.ModelSource(str(toy.BASE)), Path())
     rows = evidence.score(model)
     assert swept == [(False, list(validation)), (True, [2.0, 3.0, 7.5])]
     guidance = {row["setting"]: row["guidance"] for row in rows}
     assert guidance == {"7.5": "7.5", "best reward": "3", "best energy": "2", "": ""}
+    found = {}
     for row in rows:
-        if row["metric"] == "reward":
-            assert row["fold 0"] == row["guidance"], "it is the score of that guidance"
+        found[row["setting"], row["images"], row["metric"]] = float(row["fold 0"])
+    for setting, value in guidance.items():
+        if setting:
+            assert found[setting, "mean of 5", "reward"] == pytest.approx(float(value))
+            assert found[setting, "best of 5", "reward"] == pytest.approx(float(value) + 0.2)
+            assert found[setting, "mean of 5", "clean"] == 5
+            assert found[setting, "best of 5", "clean"] == 1, "of the image with most reward"
+    assert found["", "real", "error"] == 0.1, "on the scenes of the test prompts"
+
+
+def test_a_run_with_a_variant_is_trained_under_it(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        train, "main", lambda argv: calls.append((step.spin_loss is variants.charged_loss, argv))
+    )
+    args = argparse.Namespace(base=str(toy.BASE), seed=3)
+    evidence.train_run(args, tmp_path, "spin-charged", "--loss spin --variant charge --beta 500")
+    evidence.train_run(args, tmp_path, "story", "--loss all")
+    (is_charged, argv), (story_is_charged, _) = calls
+    assert is_charged and not story_is_charged
+    assert argv[-4:] == ["--loss", "spin", "--beta", "500"]
+    assert "--variant" not in argv and "charge" not in argv
+
+
+# What is in a run's name: {pattern: the flags that it stands for}
+NAMES = {
+    r"^story$": "--loss all",
+    r"^(sft|dpo)\b": "--loss {}",
+    r"^spin\b": "--loss spin",
+    r"^(?:bounded|correlation)\b": "--loss spin-bounded",
+    r"-(\d+)x$": "--steps {}00",  # of 100
+    r"-long$": "--iterations 1 --steps 300",
+    r"^bounded-(\d{3,4})\b": "--steps {}",
+    r"-at-(\d)$": "--guidance {}",
+    r"-(\d+)-steps$": "--sampler-steps {}",
+    r"-beta-(\d+)\b": "--beta {}",
+    r"-unclipped$": "--clip 0",
+    r"-independent$": "--noise independent",
+    r"-after-sft$": "--unet {{story}}/sft/checkpoint",
+    r"-charged$": "--variant charge",
+    r"^correlation\b": "--variant correlation",
+    r"^spin-(path|guided-path)$": "--variant {}",
+    r"-pixels$": "--variant pixels",
+    r"-best$": "--save-every 20 --variant best-promoted",
+}
+
+
+@pytest.mark.parametrize(
+    "name, flags", [run for runs in evidence.POINTS.values() for run in runs.items()]
+)
+def test_a_runs_name_says_all_its_flags(name, flags):
+    expected = []
+    for pattern, meant in NAMES.items():
+        found = re.search(pattern, name)
+        if found:
+            expected += re.findall(r"--\S+ \S+", meant.format(*found.groups()))
+    assert sorted(re.findall(r"--\S+ \S+", flags)) == sorted(expected)
 
 
 def test_a_trained_model_is_not_the_base(job):
@@ -189,8 +254,8 @@ def test_with_one_base_and_one_seed_the_interval_is_students_over_prompts():
     values = np.array([1.0, 2.0, 4.0, 5.0]).reshape(1, 1, 4)
     interval = pooled(values)
     half = 3.18245 * np.std([1, 2, 4, 5], ddof=1) / 2  # t of 3 degrees of freedom
-    assert interval.mean == 3
-    assert interval.high - 3 == 3 - interval.low == pytest.approx(half, rel=1e-4)
+    found = [interval.low, interval.mean, interval.high]
+    assert found == pytest.approx([3 - half, 3, 3 + half], abs=1e-4)
 
 
 def test_variances_of_bases_seeds_and_prompts_add_up():
@@ -200,7 +265,8 @@ def test_variances_of_bases_seeds_and_prompts_add_up():
     interval = pooled(values)
     parts = [0.3**2, 0.4**2]  # of the mean: (0.6 / 2)^2, (0.8 / 2)^2, one degree of freedom each
     freedom = sum(parts) ** 2 / sum(part**2 for part in parts)
-    t = np.interp(0.975, *reversed(findings.student_t(freedom)))
+    angle, cumulative = findings.student_t(freedom)
+    t = math.sqrt(freedom) * math.tan(np.interp(0.975, cumulative, angle))
     assert interval.high - interval.mean == pytest.approx(t * 0.5, rel=1e-6)
 
 
@@ -231,10 +297,13 @@ def test_bases_that_share_no_seed_are_refused():
         pooled(values)
 
 
-@pytest.mark.parametrize("freedom, quantile", [(1, 12.706), (2, 4.3027), (4, 2.7764), (30, 2.0423)])
+@pytest.mark.parametrize(
+    "freedom, quantile", [(1, 12.7062), (2, 4.30265), (4, 2.77645), (30, 2.04227)]
+)
 def test_the_quantiles_of_students_t_are_the_published_ones(freedom, quantile):
-    t, cumulative = findings.student_t(freedom)
-    assert np.interp(0.975, cumulative, t) == pytest.approx(quantile, rel=1e-3)
+    angle, cumulative = findings.student_t(freedom)
+    t = math.sqrt(freedom) * math.tan(np.interp(0.975, cumulative, angle))
+    assert t == pytest.approx(quantile, rel=1e-5)
 
 
 def test_the_p_value_fits_the_interval():
@@ -591,3 +660,33 @@ def test_every_opponent_of_a_job_is_compared_with_the_real_images(job, tmp_path)
     for key in ("latents", "pixels", "offset 0", "offset 3"):
         assert rows[0][key] == rows[2][key], "both losses began with the same opponent"
     assert rows[0]["base"] == "4" and rows[0]["seed"] == "1"
+
+
+def test_a_mark_is_looked_for_in_what_was_generated_and_in_what_went_through_pixels(
+    job, monkeypatch
+):
+    folder, _ = job
+    run = train.Run(folder / "runs/base-4/seed-1/story")
+    measured = []
+    monkeypatch.setattr(
+        marks, "detect", lambda real, generated: measured.append((real, generated)) or 0.5
+    )
+    monkeypatch.setattr(marks, "through_pixels", lambda pipe, latents: latents + 100)
+    row, _ = marks.measure(run, "spin")
+    rows = rows_of_steps(1, [(1, 1), (1, 2)], 4, toy.NUM_ROWS)
+    expected = LatentShards(run.model_folder("spin-1") / "generated", rows).read("x0", rows)
+    (real, generated), (same_real, through_pixels) = measured[:2]  # of the first opponent
+    assert torch.equal(generated, expected)
+    assert torch.equal(through_pixels, expected + 100)
+    assert torch.equal(real, same_real) and not torch.equal(real, generated)
+    offset = generated[:, 2].mean() - real[:, 2].mean()
+    assert float(row["offset 2"]) == pytest.approx(offset.item(), abs=1e-3)
+
+
+# ---- What others found ---------------------------------------------------------------------------
+
+
+def test_the_page_states_what_evaluate_prints_of_others():
+    page = (EVIDENCE / "README.md").read_text()
+    for model, scores in scorers.PUBLISHED_BY_OTHERS.items():
+        assert f"| {model} | {' | '.join(scores.values())} |" in page

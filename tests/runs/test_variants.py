@@ -81,12 +81,14 @@ def test_through_pixels_images_have_eight_bits(tmp_path, pipe):
     plain = generated(run("--loss spin", tmp_path / "plain"))
     with variants.pixels():
         variant = generated(run("--loss spin", tmp_path / "variant"))
+    distance = {}
     with torch.no_grad():
         images = decode_latents(pipe, plain)
-        rounded = (images * 255).round() / 255
-        expected = pipe.vae.encode(2 * rounded - 1)[0] * pipe.vae.scaling_factor
-    torch.testing.assert_close(variant, expected, atol=0.05, rtol=0)
-    assert (variant - plain).abs().mean() > 0.05
+        for name, values in {"exact": images, "rounded": (images * 255).round() / 255}.items():
+            latents = pipe.vae.encode(2 * values - 1)[0] * pipe.vae.scaling_factor
+            distance[name] = (variant - latents).abs().mean()
+    assert distance["rounded"] < 0.3 * distance["exact"]
+    assert distance["exact"] < 0.1 * (variant - plain).abs().mean()
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +166,14 @@ def test_the_state_with_the_least_error_is_promoted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(variants, "denoising_error", recorded)
     with variants.best_promoted():
-        out = run("--loss spin --steps 3 --lr 3e-3 --save-every 1", tmp_path / "run")
-    assert len(errors) == 3 and min(errors) < errors[-1]
-    saved = measure(load_pipeline(out / "iter1/checkpoint").freeze(), "validation").mean()
-    assert math.isclose(saved, min(errors), rel_tol=1e-4)
+        flags = "--loss spin --iterations 2 --steps 3 --lr 1e-3 --save-every 1"
+        out = run(flags, tmp_path / "run")
+    first, second = errors[:3], errors[3:]
+    assert min(first) < first[-1], "it is not the last one"
+    assert min(first) < min(second), "the first iteration's best is not in question any more"
+    for k, found in enumerate([first, second], start=1):
+        saved = measure(load_pipeline(out / f"iter{k}/checkpoint").freeze(), "validation").mean()
+        assert math.isclose(saved, min(found), rel_tol=1e-4)
 
 
 # ---- All of them ---------------------------------------------------------------------------------
