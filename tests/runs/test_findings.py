@@ -609,6 +609,19 @@ def test_the_page_states_the_controls_of_the_bound():
         assert sentence in text_of_page()
 
 
+def test_the_bounded_loss_is_ahead_in_each_job():
+    scores = Scores(EVIDENCE / "results.csv")
+    for metric, setting, sign in [
+        ("reward", "7.5", 1),
+        ("energy", "7.5", -1),
+        ("energy", "best energy", -1),
+    ]:
+        values = differences(scores, "story/bounded-3", "story/spin-3", metric, setting)
+        of_jobs = values.mean(axis=2)
+        assert (sign * of_jobs > 0).sum() == np.isfinite(of_jobs).sum() == 9
+    assert "in each of the nine jobs bounded-3 is ahead of SPIN-3" in text_of_page()
+
+
 def differences(
     scores: Scores, first: str, second: str, metric: str, setting: str
 ) -> np.ndarray:
