@@ -3,7 +3,7 @@
     python tutorial/findings.py
 
 It reads results.csv and second.csv in tutorial/evidence and writes results.md and second.md beside
-them, in half a minute.
+them, in a minute.
 
 One comparison is primary. It was chosen before these scores were made, but after a run of train.py
 on base 0 had been seen. The p-values of all others, which are secondary, are corrected for their
@@ -385,10 +385,10 @@ def format_coverage(scores: Scores, comparisons: list[Comparison]) -> str:
         covered[len(values)].append(coverage(values, seed=seed))
     parts = []
     for bases, rates in sorted(covered.items()):
-        parts.append(
-            f"over {bases} base{'s' * (bases > 1)} {np.mean(rates):.1%} on average, for single "
-            f"comparisons {min(rates):.1%} to {max(rates):.1%} ({len(rates)})"
-        )
+        part = f"over {bases} base{'s' * (bases > 1)} {np.mean(rates):.1%}"
+        if len(rates) > 1:
+            part += f" on average of {len(rates)}, from {min(rates):.1%} to {max(rates):.1%}"
+        parts.append(part)
     return (
         "How often such intervals cover the truth, in 1000 simulated worlds for each comparison, "
         "with effects of the sizes found, and with the same base or seed where there is but one: "

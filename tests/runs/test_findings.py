@@ -476,6 +476,15 @@ def test_the_page_states_the_intervals_of_the_committed_scores():
     assert INTERVAL.findall(text_of_page()) == expected
 
 
+@pytest.mark.parametrize("name", ["results", "second"])
+def test_the_page_states_how_often_intervals_cover_the_truth(name):
+    [line] = [
+        line for line in (EVIDENCE / f"{name}.md").read_text().splitlines() if "cover" in line
+    ]
+    rates = re.findall(r"\d+\.\d%", line)
+    assert rates and set(rates) <= set(re.findall(r"\d+\.\d%", text_of_page()))
+
+
 # The pairs of values of evidence/README.md, of bases 0 and 1: models, metric, setting, digits.
 TWO_BASES = [
     ("spin-at-1/spin-3", "theta_0", "reward", "7.5", "+.2f"),
@@ -588,13 +597,15 @@ def test_the_page_states_the_controls_of_the_bound():
     error = scores.values["theta_0", "error", "", "real"]["0", ""]
     without_bound = "correlation/bounded-3"
     without_clipping = "bounded-unclipped/bounded-3"
+    without_both = "correlation-unclipped/bounded-3"
     rise = of_base_0("spin-unclipped/spin-3", "error", "")
     clipped_rise = of_base_0("story/spin-3", "error", "")
     sentences = [
         f"ends {-of_base_0(without_bound, 'reward', '7.5'):.2f} of reward below theta_0 at 7.5",
         f"bounded-3 is {of_base_0('story/bounded-3', 'reward', '7.5'):.2f} above it",
         f"rises by {of_base_0(without_bound, 'error', ''):.2f}, from {np.mean(error):.3f}",
-        f"unclipped, it is {of_base_0(without_clipping, 'reward', '7.5'):.2f} above theta_0",
+        f"unclipped, it is {of_base_0(without_clipping, 'reward', '7.5'):.2f} above theta_0, too, "
+        f"and the one without its bound {-of_base_0(without_both, 'reward', '7.5'):.2f} below",
         f"the error of (C.6) rises by {rise:.3f} instead of {clipped_rise:.3f}",
     ]
     ahead = []
