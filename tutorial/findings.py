@@ -3,7 +3,7 @@
     python tutorial/findings.py
 
 It reads results.csv and second.csv in tutorial/evidence and writes results.md and second.md beside
-them, in a minute.
+them, in one or two minutes.
 
 One comparison is primary. It was chosen before these scores were made, but after a run of train.py
 on base 0 had been seen. The p-values of all others, which are secondary, are corrected for their
@@ -73,7 +73,11 @@ PLACES = [
     ("energy", "best energy", "mean of 5"),
 ]
 
-MANY_BASES = 3  # with fewer, no comparison is called significant: one base is a case, not a sample
+# Comparisons over COUNTED_BASES or more are counted for the correction, and those over
+# STARRED_BASES can get a star. Three bases tell too little of their own spread for a very small
+# p-value to be believed.
+COUNTED_BASES = 3
+STARRED_BASES = 5
 
 # What the runs of the other points are compared with.
 SPIN = "story/spin-3"
@@ -134,6 +138,8 @@ POINTS = {
     "Self-play after SFT": [
         ("spin-after-sft/spin-3", "story/sft"),
         ("bounded-after-sft/bounded-3", "story/sft"),
+        ("spin-after-sft/spin-3", "sft-16x/sft"),
+        ("bounded-after-sft/bounded-3", "sft-16x/sft"),
         ("spin-after-sft/spin-3", SPIN),
         ("bounded-after-sft/bounded-3", BOUNDED),
     ],
@@ -176,6 +182,9 @@ class Scores:
         if comparison.second != "theta_0":  # which has no seed: it is there for every one
             jobs &= set(self.of(comparison.second, comparison))
         return sorted(jobs)
+
+    def count_bases(self, comparison: Comparison) -> int:
+        return len({base for base, _ in self.jobs(comparison)})
 
     def of(self, model: str, comparison: Comparison) -> dict[tuple[str, str], list[float]]:
         """Return {(base, seed): means over folds} of one of a comparison's models."""
@@ -307,11 +316,14 @@ def coverage(values: np.ndarray, worlds: int = 1000, seed: int = 0) -> float:
         effects.append(centered.mean(axis=others, keepdims=True))
     residual = centered - sum(effects)
     of_job = residual.mean(axis=2, keepdims=True)
-    bases, seeds, _ = values.shape
+    bases, seeds, folds = values.shape
     missing = np.isnan(values)
-    freedom = (~missing[:, :, 0]).sum() - (bases + seeds - 1)
+    of_fold = (residual - of_job)[~missing]
+    jobs = (~missing[:, :, 0]).sum()
+    freedom = jobs - (bases + seeds - 1)
     job_spread = math.sqrt((of_job**2).sum() / freedom) if freedom > 0 else 0.0
-    fold_spread = (residual - of_job)[~missing].std()
+    freedom = (jobs - 1) * (folds - 1)
+    fold_spread = math.sqrt((of_fold**2).sum() / freedom) if freedom > 0 else 0.0
 
     covered = 0
     for _ in range(worlds):
@@ -399,32 +411,35 @@ def format_coverage(scores: Scores, comparisons: list[Comparison]) -> str:
 def format_family(family: list[Comparison]) -> str:
     """Return a sentence on what a star means."""
     if not family:
-        return f"None of these is over {MANY_BASES} bases, so none is called significant."
+        return f"None of these is over {STARRED_BASES} bases, so none is called significant."
     return (
-        f"*: p < 0.05 after a correction (Holm) for all {len(family)} secondary comparisons over "
-        f"{MANY_BASES} bases or more, those of all tables but the last."
+        f"*: over {STARRED_BASES} bases, and p < 0.05 after a correction (Holm) for all "
+        f"{len(family)} secondary comparisons over {COUNTED_BASES} bases or more, those of all "
+        "tables but the last."
     )
 
 
 def secondary_comparisons(scores: Scores) -> list[Comparison]:
-    """Return all comparisons over MANY_BASES of CLAIMS and POINTS, but the primary one."""
+    """Return all comparisons over COUNTED_BASES of CLAIMS and POINTS, but the primary one."""
     comparisons = [Comparison(*pair, *place) for pair in CLAIMS for place in PLACES]
     for pairs in POINTS.values():
         for pair in pairs:
             comparisons += [Comparison(*pair, *place) for place in [*PLACES, *CHANGES]]
     family = []
     for comparison in dict.fromkeys(comparisons):
-        bases = {base for base, _ in scores.jobs(comparison)}
-        if comparison != PRIMARY and len(bases) >= MANY_BASES:
+        if comparison != PRIMARY and scores.count_bases(comparison) >= COUNTED_BASES:
             family.append(comparison)
     return family
 
 
 def significant_of(family: list[Comparison], scores: Scores) -> set[Comparison]:
-    """Return those of a family with p < 0.05 after the correction for its size."""
+    """Return those over STARRED_BASES with p < 0.05 after the correction for the family's size."""
     p_values = [pooled(scores.differences(comparison)).p_value for comparison in family]
-    corrected = holm(p_values)
-    return {each for each, p_value in zip(family, corrected) if p_value < 0.05}
+    significant = set()
+    for comparison, p_value in zip(family, holm(p_values)):
+        if p_value < 0.05 and scores.count_bases(comparison) >= STARRED_BASES:
+            significant.add(comparison)
+    return significant
 
 
 def format_comparisons(
@@ -456,7 +471,7 @@ def format_gains(scores: Scores) -> list[str]:
 def format_jobs(scores: Scores, comparison: Comparison) -> str:
     """Return "5 x 1" for five bases with one seed each, or "5 x 2 (7)" if only 7 jobs are there."""
     jobs = scores.jobs(comparison)
-    bases = len({base for base, _ in jobs})
+    bases = scores.count_bases(comparison)
     seeds = len({seed for _, seed in jobs})
     count = "" if len(jobs) == bases * seeds else f" ({len(jobs)})"
     return f"{bases} x {seeds}{count}"

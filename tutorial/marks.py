@@ -7,9 +7,9 @@ iterations generated are compared with those of the real images of the same rows
 fitted on half of them and judged on the other half. It is judged once more on images that went
 through pixels: decoded, rounded to 8 bits, and encoded again, as real images are.
 
-The table is tutorial/evidence/marks.csv, with a row for each opponent. In "latents" and "pixels",
-0.5 is a guess and 1 is never wrong. "offset 0" to "offset 3" are how far the means of the latents'
-four channels are from those of real images.
+The table is marks.csv in that folder, with a row for each opponent; tutorial/evidence/marks.csv is
+that of the evidence. In "latents" and "pixels", 0.5 is a guess and 1 is never wrong. "offset 0" to
+"offset 3" are how far the means of the latents' four channels are from those of real images.
 """
 
 import argparse
@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from spin import toy  # noqa: E402
 from spin.checkpoint import load_pipeline  # noqa: E402
 from spin.infra.cli import run_script  # noqa: E402
+from spin.infra.errors import InputError  # noqa: E402
 from spin.infra.files import atomic_write  # noqa: E402
 from spin.infra.run import Run  # noqa: E402
 from spin.infra.shards import LatentShards  # noqa: E402
@@ -48,11 +49,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     """Write the table, and return its rows."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", default="runs/evidence", help="folder of the evidence's runs")
-    parser.add_argument(
-        "--out",
-        default=str(ROOT / "tutorial" / "evidence" / "marks.csv"),
-        help="the table (default: tutorial/evidence/marks.csv)",
-    )
+    parser.add_argument("--out", help="the table (default: marks.csv in the folder of the runs)")
     args = parser.parse_args(argv)
 
     rows = []
@@ -65,7 +62,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
             for measured in measure(Run(folder / run), player):
                 rows.append({"base": base, "seed": seed, "run": run, **measured})
                 print(rows[-1])
-    with atomic_write(Path(args.out)) as path, open(path, "w", newline="") as file:
+    if not rows:
+        raise InputError(f"{args.runs} has no runs of evidence.py")
+    table = Path(args.out or Path(args.runs, "marks.csv"))
+    with atomic_write(table) as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -1,13 +1,15 @@
 """Run a program in a second miniature world: does what holds in the first one hold there?
 
     python tutorial/second_world.py tutorial/pretrain_toy.py --vae-steps 3500 --out runs/second
-    python tutorial/second_world.py tutorial/evidence.py --base runs/second/base --runs runs/two \\
-        --out tutorial/evidence/second.csv
+    python tutorial/second_world.py tutorial/evidence.py --base runs/second/base --runs runs/two
+    python tutorial/findings.py runs/two/results.csv
+
+tutorial/evidence/second.csv is such a table.
 
 An image of this world shows two equal shapes side by side. Shapes, sizes, colors, places and all
 words but four are others than in the first world. The number of scenes, their split, the defects of
-the web, the score and all settings are the same, but for the autoencoder's steps: half of them are
-enough for it to keep all attributes of the validation prompts' ideal images.
+the web, the score and the settings of all methods are the same. The autoencoder takes half as many
+steps: they are enough for it to keep all attributes of the validation prompts' ideal images.
 """
 
 import hashlib
@@ -118,7 +120,7 @@ def hash_of_images() -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     install()
     sys.argv = sys.argv[1:]

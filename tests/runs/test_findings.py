@@ -15,6 +15,7 @@ import train
 from spin import step, toy
 from spin.checkpoint import load_pipeline
 from spin.eval import scorers, world
+from spin.infra.errors import InputError
 from spin.infra.shards import LatentShards
 from spin.pairs import rows_of_steps
 from tutorial import evidence, findings, marks, variants
@@ -191,6 +192,16 @@ def test_a_trained_model_is_not_the_base(job):
     assert len(set(errors.values())) == 8, "each model was loaded with its own UNet"
 
 
+def test_another_base_of_the_same_number_is_refused(job, monkeypatch):
+    folder, _ = job
+    table = folder / "results.csv"
+    monkeypatch.setattr(evidence, "denoising_error", lambda pipe, split: np.full(200, 0.0353))
+    with pytest.raises(InputError, match="another base 4"):
+        evidence.check_base(table, 4, str(toy.BASE))
+    evidence.check_base(table, 5, str(toy.BASE))
+    evidence.check_base(folder / "missing.csv", 4, str(toy.BASE))
+
+
 def test_the_error_is_that_of_fresh_curated_images():
     """theta_0's on images that nobody trains on is about that of the tutorial, chapter 3."""
     error = evidence.denoising_error(load_pipeline(toy.BASE).freeze(), "test")
@@ -314,6 +325,38 @@ def test_the_p_value_fits_the_interval():
     assert pooled(values - interval.mean).p_value == pytest.approx(1, abs=1e-4)
 
 
+def test_very_small_p_values_of_three_bases_come_up_too_often():
+    """Where bases differ twice as much as prompts. So three bases get no stars."""
+    rng = np.random.default_rng(0)
+    rates = {}
+    for bases in (3, 5):
+        found = 0
+        for _ in range(10_000):
+            values = 2 * bases**0.5 * rng.standard_normal((bases, 1, 1))
+            found += pooled(values + 10**0.5 * rng.standard_normal((1, 1, 10))).p_value < 0.001
+        rates[bases] = found / 10_000
+    assert rates[3] > 0.003 > rates[5]
+
+
+def test_stars_are_for_five_bases_alone(tmp_path):
+    scores = {}
+    for base in "01234":
+        scores[base, "", "theta_0"] = 0.0
+        step = 0.001 * (int(base) - 2)
+        scores[base, "0", "story/sft"] = step
+        scores[base, "0", "story/spin-1"] = 1 + 2 * step
+        if base in "012":
+            scores[base, "0", "sft-16x/sft"] = 2 + 2 * step
+    write_results(tmp_path / "results.csv", scores)
+    table = Scores(tmp_path / "results.csv")
+    place = ("reward", "7.5", "mean of 5")
+    over_five = Comparison("story/spin-1", "story/sft", *place)
+    over_three = Comparison("sft-16x/sft", "story/sft", *place)
+    family = findings.secondary_comparisons(table)
+    assert {over_five, over_three} <= set(family)
+    assert findings.significant_of(family, table) == {over_five}
+
+
 def test_holms_correction():
     """Multiplied by how many are left, and never below a smaller one's."""
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
@@ -428,6 +471,8 @@ PAGE = [
     ("story/bounded-3", "sft-16x/sft", "reward", "7.5", "mean of 5"),
     ("story/bounded-3", "sft-16x/sft", "reward", "best reward", "mean of 5"),
     ("story/bounded-3", "sft-16x/sft", "energy", "best energy", "mean of 5"),
+    ("story/spin-3", "sft-16x/sft", "reward", "best reward", "best of 5"),
+    ("story/bounded-3", "sft-16x/sft", "reward", "best reward", "best of 5"),
     ("dpo-6x/dpo", "story/dpo", "reward", "7.5", "mean of 5"),
     ("story/bounded-3", "story/sft", "reward", "7.5", "mean of 5"),
     ("story/bounded-3", "story/sft", "energy", "7.5", "mean of 5"),
@@ -437,6 +482,8 @@ PAGE = [
     ("story/bounded-3", "story/sft", "energy", "best energy", "mean of 5"),
     ("story/bounded-3", "story/spin-3", "reward", "best reward", "mean of 5"),
     ("story/bounded-3", "story/spin-3", "energy", "best energy", "mean of 5"),
+    ("story/bounded-3", "story/sft", "reward", "best reward", "best of 5"),
+    ("story/bounded-3", "story/spin-3", "reward", "best reward", "best of 5"),
     ("story/bounded-2", "story/bounded-1", "reward", "7.5", "mean of 5"),
     ("story/bounded-3", "story/bounded-2", "reward", "7.5", "mean of 5"),
     ("story/sft", "theta_0", "error", "", "real"),
@@ -452,11 +499,14 @@ PAGE = [
     ("bounded-after-sft/bounded-3", "story/sft", "reward", "7.5", "mean of 5"),
     ("bounded-after-sft/bounded-3", "story/sft", "reward", "best reward", "mean of 5"),
     ("bounded-after-sft/bounded-3", "story/sft", "energy", "best energy", "mean of 5"),
+    ("bounded-after-sft/bounded-3", "sft-16x/sft", "reward", "7.5", "mean of 5"),
+    ("bounded-after-sft/bounded-3", "sft-16x/sft", "reward", "best reward", "mean of 5"),
     ("bounded-after-sft/bounded-3", "story/bounded-3", "reward", "7.5", "mean of 5"),
     ("bounded-after-sft/bounded-3", "story/bounded-3", "reward", "best reward", "mean of 5"),
     ("bounded-after-sft/bounded-3", "story/bounded-3", "energy", "7.5", "mean of 5"),
     ("spin-after-sft/spin-3", "story/sft", "reward", "7.5", "mean of 5"),
     ("spin-after-sft/spin-3", "story/sft", "reward", "best reward", "mean of 5"),
+    ("spin-after-sft/spin-3", "sft-16x/sft", "reward", "best reward", "mean of 5"),
     ("spin-after-sft/spin-3", "story/sft", "energy", "best energy", "mean of 5"),
     ("spin-beta-500/spin-3", "theta_0", "reward", "7.5", "mean of 5"),
     ("spin-beta-500/spin-3", "theta_0", "reward", "best reward", "mean of 5"),
@@ -714,6 +764,11 @@ def test_every_opponent_of_a_job_is_compared_with_the_real_images(job, tmp_path)
     for key in ("latents", "pixels", "offset 0", "offset 3"):
         assert rows[0][key] == rows[2][key], "both losses began with the same opponent"
     assert rows[0]["base"] == "4" and rows[0]["seed"] == "1"
+
+
+def test_a_folder_without_runs_has_no_marks(tmp_path):
+    with pytest.raises(InputError, match="no runs of evidence.py"):
+        marks.main(["--runs", str(tmp_path)])
 
 
 def test_a_mark_is_looked_for_in_what_was_generated_and_in_what_went_through_pixels(
