@@ -192,14 +192,15 @@ def test_a_trained_model_is_not_the_base(job):
     assert len(set(errors.values())) == 8, "each model was loaded with its own UNet"
 
 
-def test_another_base_of_the_same_number_is_refused(job, monkeypatch):
-    folder, _ = job
-    table = folder / "results.csv"
-    monkeypatch.setattr(evidence, "denoising_error", lambda pipe, split: np.full(200, 0.0353))
-    with pytest.raises(InputError, match="another base 4"):
-        evidence.check_base(table, 4, str(toy.BASE))
-    evidence.check_base(table, 5, str(toy.BASE))
-    evidence.check_base(folder / "missing.csv", 4, str(toy.BASE))
+def test_another_base_of_the_same_number_is_refused(tmp_path):
+    """The shipped base is the committed tables' base 0, and that of the first world alone."""
+    base = str(toy.BASE)
+    evidence.check_base(EVIDENCE / "results.csv", 0, base)
+    for name, number in [("results.csv", 1), ("second.csv", 0)]:
+        with pytest.raises(InputError, match=f"{name} has rows of another base {number}"):
+            evidence.check_base(EVIDENCE / name, number, base)
+    evidence.check_base(EVIDENCE / "results.csv", 5, base)
+    evidence.check_base(tmp_path / "missing.csv", 0, base)
 
 
 def test_the_error_is_that_of_fresh_curated_images():
