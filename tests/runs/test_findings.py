@@ -626,6 +626,7 @@ THREE_SEEDS = [
     ("spin-independent/spin-3", "story/spin-3", "reward", "7.5", "+.2f"),
     ("spin-independent/spin-3", "theta_0", "error", "", ".3f"),
     ("story/spin-3", "theta_0", "error", "", ".3f"),
+    ("bounded-independent/bounded-3", "story/bounded-3", "reward", "7.5", "+.2f"),
 ]
 
 
