@@ -267,7 +267,7 @@ def check_base(table: Path, number: int, base: str) -> None:
 
     base: checkpoint of theta_0, which is known by its error on real images.
     """
-    found = None
+    found = None  # the error of the table's theta_0
     for row in read_table(table):
         if (row["base"], row["model"], row["metric"]) == (str(number), "theta_0", "error"):
             found = [float(row[f"fold {i}"]) for i in range(FOLDS)]

@@ -6,8 +6,9 @@ It reads results.csv and second.csv in tutorial/evidence and writes results.md a
 them, in one or two minutes.
 
 One comparison is primary. It was chosen before these scores were made, but after a run of train.py
-on base 0 had been seen. The p-values of all others, which are secondary, are corrected for their
-number (Holm 1979).
+on base 0 had been seen. All others of CLAIMS and POINTS are secondary, and the p-values of those
+over COUNTED_BASES or more are corrected for their number (Holm 1979). What each model scores above
+theta_0 is printed as well, and not corrected.
 """
 
 import argparse
@@ -184,6 +185,7 @@ class Scores:
         return sorted(jobs)
 
     def count_bases(self, comparison: Comparison) -> int:
+        """Return on how many bases both models were scored by one job."""
         return len({base for base, _ in self.jobs(comparison)})
 
     def of(self, model: str, comparison: Comparison) -> dict[tuple[str, str], list[float]]:
@@ -277,10 +279,10 @@ def filled(values: np.ndarray) -> np.ndarray:
 
 
 def student_t(freedom: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return a grid of angles from 0 to pi / 2, and the cumulative distribution of Student's t.
+    """Return angles from 0 to pi / 2, and how likely it is that Student's t is below each.
 
-    With t = sqrt(freedom) tan(angle), the density of the angle is proportional to
-    cos(angle)^(freedom - 1), on (-pi/2, pi/2).
+    An angle stands for t = sqrt(freedom) tan(angle). Its density on (-pi/2, pi/2) is proportional
+    to cos(angle)^(freedom - 1).
     """
     angle = np.linspace(0, np.pi / 2, 2001)
     middle = (angle[1:] + angle[:-1]) / 2
@@ -316,14 +318,12 @@ def coverage(values: np.ndarray, worlds: int = 1000, seed: int = 0) -> float:
         effects.append(centered.mean(axis=others, keepdims=True))
     residual = centered - sum(effects)
     of_job = residual.mean(axis=2, keepdims=True)
-    bases, seeds, folds = values.shape
     missing = np.isnan(values)
     of_fold = (residual - of_job)[~missing]
+    bases, seeds, folds = values.shape
     jobs = (~missing[:, :, 0]).sum()
-    freedom = jobs - (bases + seeds - 1)
-    job_spread = math.sqrt((of_job**2).sum() / freedom) if freedom > 0 else 0.0
-    freedom = (jobs - 1) * (folds - 1)
-    fold_spread = math.sqrt((of_fold**2).sum() / freedom) if freedom > 0 else 0.0
+    job_spread = spread_of(of_job, jobs - (bases + seeds - 1))
+    fold_spread = spread_of(of_fold, (jobs - 1) * (folds - 1))
 
     covered = 0
     for _ in range(worlds):
@@ -336,6 +336,11 @@ def coverage(values: np.ndarray, worlds: int = 1000, seed: int = 0) -> float:
         interval = pooled(world)
         covered += interval.low <= 0 <= interval.high
     return covered / worlds
+
+
+def spread_of(noise: np.ndarray, freedom: int) -> float:
+    """Return the standard deviation of noise with so many degrees of freedom, 0 if it has none."""
+    return math.sqrt((noise**2).sum() / freedom) if freedom > 0 else 0.0
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -376,7 +381,7 @@ def format_tables(scores: Scores) -> str:
 
 
 def format_primary(scores: Scores) -> str:
-    """Return a paragraph on what the tables show, and one on the primary comparison."""
+    """Return a paragraph on how to read the tables, and one on the primary comparison."""
     interval = pooled(scores.differences(PRIMARY))
     return (
         "Brackets: 95% intervals over bases, seeds and prompts, given the one base or seed where "
@@ -413,14 +418,14 @@ def format_family(family: list[Comparison]) -> str:
     if not family:
         return f"None of these is over {STARRED_BASES} bases, so none is called significant."
     return (
-        f"*: over {STARRED_BASES} bases, and p < 0.05 after a correction (Holm) for all "
+        f"*: over {STARRED_BASES} bases or more, and p < 0.05 after a correction (Holm) for all "
         f"{len(family)} secondary comparisons over {COUNTED_BASES} bases or more, those of all "
         "tables but the last."
     )
 
 
 def secondary_comparisons(scores: Scores) -> list[Comparison]:
-    """Return all comparisons over COUNTED_BASES of CLAIMS and POINTS, but the primary one."""
+    """Return those of CLAIMS and POINTS over COUNTED_BASES or more, but the primary one."""
     comparisons = [Comparison(*pair, *place) for pair in CLAIMS for place in PLACES]
     for pairs in POINTS.values():
         for pair in pairs:
@@ -433,7 +438,7 @@ def secondary_comparisons(scores: Scores) -> list[Comparison]:
 
 
 def significant_of(family: list[Comparison], scores: Scores) -> set[Comparison]:
-    """Return those over STARRED_BASES with p < 0.05 after the correction for the family's size."""
+    """Return those over STARRED_BASES or more with p < 0.05, corrected for the family's size."""
     p_values = [pooled(scores.differences(comparison)).p_value for comparison in family]
     significant = set()
     for comparison, p_value in zip(family, holm(p_values)):
